@@ -1,0 +1,465 @@
+"""The CUDA kernels against the reference kernels on CPU tensors.
+
+They need a GPU (`pytest -m gpu`). With TRITON_INTERPRET=1 and no GPU the same tests run on the CPU through Triton's
+interpreter, slowly: enough to debug the arithmetic, and what `test_under_the_interpreter` does for a few of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from vitq.cuda import kernels as cuda_kernels
+from vitq.formats import ActivationFormat, QTensor, int_range, pack_int4
+from vitq.ops.attention import AttentionSpec
+from vitq.ops.common import OutputFormat, signed
+from vitq.ops.dispatch import registered
+from vitq.ops.layer_norm import LayerNormSpec
+from vitq.ops.linear import LinearSpec, int_matmul
+from vitq.plan import AttentionParams, LinearParams
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+CPU = torch.device("cpu")
+# Triton's interpreter truncates where a GPU rounds to bfloat16.
+FLOATS = [torch.float16, torch.float32] + [torch.bfloat16] * (not INTERPRETED)
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
+                                           reason="needs a CUDA device and triton")]
+
+
+def on_gpu(function):
+    for mark in gpu:
+        function = mark(function)
+    return function
+
+
+def reference(op: str, spec, *args, **kwargs):
+    kernel = dict(registered(op))["reference"]
+    return kernel.run(kernel.pack(spec, CPU), *args, **kwargs)
+
+
+def cuda(op: str, spec, *args, **kwargs):
+    kernel = dict(registered(op))["cuda"]
+    assert kernel.supports(spec) is None
+    return kernel.run(kernel.pack(spec, DEVICE), *args, **kwargs)
+
+
+def to_device(x):
+    if x is None or isinstance(x, int):
+        return x
+    if isinstance(x, QTensor):
+        return QTensor(to_device(x.codes), to_device(x.scale), to_device(x.zero_point))
+    if not isinstance(x, Tensor) or INTERPRETED:
+        return x
+    # strides are part of several tests, and Tensor.to keeps them only for dense tensors
+    storage = torch.empty(0, dtype=x.dtype, device=DEVICE)
+    storage.set_(x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(DEVICE).untyped_storage(),
+                 x.storage_offset(), x.shape, x.stride())
+    return storage
+
+
+def codes(*shape: int, bits: int = 8) -> Tensor:
+    qmin, qmax = int_range(bits)
+    return torch.randint(qmin, qmax + 1, shape, dtype=torch.int8)
+
+
+def assert_same_codes(got: QTensor, want: QTensor, share: float = 0.0) -> None:
+    """Equal, or a difference of 1 in at most `share` of the codes (one is always allowed then)."""
+    assert got.codes.dtype == torch.int8 and got.codes.shape == want.codes.shape
+    assert got.codes.device.type == DEVICE.type
+    difference = (got.codes.cpu().int() - want.codes.int()).abs()
+    if not difference.numel():
+        return
+    assert difference.max() <= (1 if share else 0)
+    assert int((difference > 0).sum()) <= max(share * difference.numel(), 1 if share else 0)
+
+
+# quantize ------------------------------------------------------------------------------------------------------------
+
+FORMATS = {
+    "static": ActivationFormat(8, scale=0.0237, zero_point=0),
+    "asymmetric": ActivationFormat(8, scale=0.0311, zero_point=-37),
+    "static4": ActivationFormat(4, scale=0.41, zero_point=3),
+    "dynamic": ActivationFormat(8, dynamic=True),
+    "dynamic4": ActivationFormat(4, dynamic=True),
+}
+
+INPUTS = {
+    "plain": lambda: torch.randn(37, 384),
+    "odd": lambda: torch.randn(5, 3, 77),
+    "class token": lambda: torch.randn(9, 17, 96)[:, 0],
+    "patch tokens": lambda: torch.randn(4, 17, 96)[:, 1:],
+    "transposed": lambda: torch.randn(96, 33).t(),
+    "one column": lambda: torch.randn(7, 1),
+    "zeros": lambda: torch.zeros(5, 64),
+    "outliers": lambda: torch.randn(21, 200) * torch.where(torch.rand(200) < 0.05, 300.0, 1.0),
+    "no rows": lambda: torch.randn(0, 64),
+    "wide": lambda: torch.randn(3, 5000),
+}
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_quantize_is_exact(fmt, kind, dtype):
+    torch.manual_seed(0)
+    x = INPUTS[kind]().to(dtype)
+    want, got = reference("quantize", FORMATS[fmt], x), cuda("quantize", FORMATS[fmt], to_device(x))
+    assert_same_codes(got, want)
+    assert torch.equal(got.scale.cpu(), want.scale)
+    assert int(got.zero_point) == int(want.zero_point)
+
+
+@on_gpu
+def test_quantize_ties_and_saturation():
+    scale = 0.25
+    x = torch.cat([torch.arange(-130, 131) * scale + scale / 2, torch.tensor([1e30, -1e30, 65504.0, float("inf")])])
+    for zero_point in (0, 5, -128):
+        fmt = ActivationFormat(8, scale=scale, zero_point=zero_point)
+        assert_same_codes(cuda("quantize", fmt, to_device(x[None])), reference("quantize", fmt, x[None]))
+
+
+@on_gpu
+def test_quantize_rows_longer_than_a_program():
+    torch.manual_seed(0)
+    x = torch.randn(3, 40_001)
+    assert_same_codes(cuda("quantize", FORMATS["dynamic"], to_device(x)), reference("quantize", FORMATS["dynamic"], x))
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(1, 2), (48, 80), (33, 4098)])
+def test_unpack_int4_undoes_the_packing(shape):
+    from vitq.cuda.triton.quantize import unpack_int4
+
+    x = codes(*shape, bits=4)
+    assert torch.equal(unpack_int4(to_device(pack_int4(x))).cpu(), x)
+
+
+# layer_norm_quantize -------------------------------------------------------------------------------------------------
+
+@on_gpu
+@pytest.mark.parametrize("affine, dtype", [("both", torch.float16), ("both", torch.bfloat16), ("weight", torch.float32),
+                                           ("none", torch.float16)], ids=str)
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("fmt", ["asymmetric", "static4", "dynamic"])
+def test_layer_norm_quantize(fmt, kind, affine, dtype):
+    torch.manual_seed(0)
+    x = (INPUTS[kind]() + 3.0).to(dtype)
+    c = x.shape[-1]
+    weight = None if affine == "none" else torch.randn(c)
+    bias = torch.randn(c) if affine == "both" else None
+    spec = LayerNormSpec(weight, bias, 1e-6, FORMATS[fmt])
+    want, got = reference("layer_norm_quantize", spec, x), cuda("layer_norm_quantize", spec, to_device(x))
+    assert_same_codes(got, want, share=1e-3)
+    torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-5, atol=1e-12)
+
+
+# linear --------------------------------------------------------------------------------------------------------------
+
+SHAPES = [(197, 64, 96), (1, 384, 1000), (16, 48, 10), (17, 70, 37), (3, 5, 1), (0, 64, 32), (300, 33, 257)]
+OUTPUTS = {
+    "float": None,
+    "codes": OutputFormat(8, torch.tensor(0.021), torch.tensor(-9, dtype=torch.int32)),
+    "codes4": OutputFormat(4, torch.tensor(0.3), torch.tensor(2, dtype=torch.int32)),
+    "per column": "per column",
+}
+
+
+def linear_case(m, k, n, fmt="static", bits=8, activation=None, output=None, bias=True):
+    if output == "per column":
+        output = OutputFormat(8, torch.rand(n) * 0.05 + 0.01, torch.randint(-20, 20, (n,), dtype=torch.int32))
+    fmt = FORMATS[fmt]
+    params = LinearParams(codes(n, k, bits=bits), bits, (torch.rand(n) + 0.1) / k**0.5 / 2 ** (bits - 3),
+                          torch.randn(n) if bias else None, fmt)
+    q = codes(m, k, bits=fmt.bits)
+    x = QTensor(q, torch.rand(m, 1) * 0.05 + 0.01, 0) if fmt.dynamic else QTensor(q, fmt.scale, int(fmt.zero_point))
+    return LinearSpec(params, activation, output), x
+
+
+@on_gpu
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("fmt", ["static", "asymmetric", "dynamic"])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_is_exact_without_an_activation(shape, bits, fmt, output):
+    """float32 results and codes equal the reference's bit for bit: the accumulators are, and so is each rounding after."""
+    torch.manual_seed(0)
+    spec, x = linear_case(*shape, fmt=fmt, bits=bits, output=OUTPUTS[output])
+    want, got = (reference("linear", spec, x, dtype=torch.float32),
+                 cuda("linear", spec, to_device(x), dtype=torch.float32))
+    if output == "float":
+        assert torch.equal(got.cpu(), want)
+    else:
+        assert_same_codes(got, want)
+        assert torch.equal(got.scale.cpu(), want.scale)
+
+
+@on_gpu
+@pytest.mark.parametrize("output", ["float", "codes"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("fmt", ["asymmetric", "dynamic"])
+def test_linear_activations(fmt, activation, output):
+    torch.manual_seed(0)
+    spec, x = linear_case(100, 96, 200, fmt=fmt, activation=activation, output=OUTPUTS[output])
+    want, got = (reference("linear", spec, x, dtype=torch.float32),
+                 cuda("linear", spec, to_device(x), dtype=torch.float32))
+    if output == "float":
+        torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=2e-6)
+    else:
+        assert_same_codes(got, want, share=1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_linear_residual(dtype, inplace, bias):
+    torch.manual_seed(0)
+    spec, x = linear_case(60, 64, 48, fmt="asymmetric", bias=bias)
+    x = QTensor(x.codes.view(3, 20, 64), x.scale, x.zero_point)
+    residual = torch.randn(3, 20, 48).to(dtype)
+    want = reference("linear", spec, x, dtype=dtype, residual=residual)
+    got = cuda("linear", spec, to_device(x), dtype=dtype, residual=to_device(residual.clone()), inplace=inplace)
+    assert got.dtype == dtype and torch.equal(got.cpu(), want)
+
+
+@on_gpu
+def test_linear_takes_unsigned_codes_and_strided_ones():
+    torch.manual_seed(0)
+    spec, x = linear_case(40, 64, 48, fmt="asymmetric")
+    want = reference("linear", spec, x, dtype=torch.float32)
+    unsigned = QTensor(x.codes.view(torch.uint8) ^ 0x80, x.scale, x.zero_point + 128)
+    assert torch.equal(cuda("linear", spec, to_device(unsigned), dtype=torch.float32).cpu(), want)
+    wide = torch.zeros(40, 2, 64, dtype=torch.int8)
+    wide[:, 0] = x.codes
+    strided = QTensor(wide[:, 0], x.scale, x.zero_point)
+    assert torch.equal(cuda("linear", spec, to_device(strided), dtype=torch.float32).cpu(), want)
+
+
+@on_gpu
+@pytest.mark.parametrize("m", [256, 272, 273, 512 + 5, 3 * 256 + 16, 3 * 256 + 17])
+def test_linear_in_chunks(m, monkeypatch):
+    """Chunks of 256 rows, with leftovers around the 16 rows that the GEMM refuses; in place, where a row done twice would
+    show."""
+    torch.manual_seed(0)
+    monkeypatch.setattr(cuda_kernels, "ACCUMULATOR_BYTES", 1)
+    spec, x = linear_case(m, 40, 24, fmt="dynamic")
+    residual = torch.randn(m, 24)
+    want = reference("linear", spec, x, dtype=torch.float32, residual=residual)
+    got = cuda("linear", spec, to_device(x), dtype=torch.float32, residual=to_device(residual.clone()), inplace=True)
+    assert torch.equal(got.cpu(), want)
+
+
+@on_gpu
+def test_linear_accumulators_at_the_extremes():
+    """Every product is (−128)², the largest sum an int8 GEMM of this length can reach."""
+    q = torch.full((32, 4096), -128, dtype=torch.int8)
+    params = LinearParams(q[:16], 8, torch.ones(16), None, ActivationFormat(8, scale=1.0, zero_point=127))
+    got = cuda("linear", LinearSpec(params), to_device(QTensor(q, torch.tensor(1.0), 127)), dtype=torch.float32)
+    want = int_matmul(q, q[:16]) - 127 * q[:16].sum(1, dtype=torch.int32)
+    assert torch.equal(got.cpu(), want.float())
+
+
+@on_gpu
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_int4_weights_stay_packed(bits):
+    spec, _ = linear_case(1, 70, 37, bits=bits)
+    weight = dict(registered("linear"))["cuda"].pack(spec, DEVICE).weight
+    assert weight.dtype == torch.uint8 and weight.shape == (48, 40)
+
+
+# attention -----------------------------------------------------------------------------------------------------------
+
+def attention_case(b, n, h, d, zero=(0, 0, 0), p_bits=8, output=None, bits=8, spread=4.0):
+    """Logits of a standard deviation near `spread`, as trained ViTs have."""
+    sigma = 2 ** (bits - 1) / 3.5
+    scale = spread**0.5 / (sigma * d**0.25)
+    formats = [ActivationFormat(bits, scale=scale * d**0.25, zero_point=z) for z in zero]
+    params = AttentionParams(*formats, p_bits=p_bits)
+    qmin, qmax = int_range(bits)
+    qkv = (torch.randn(b, n, 3, h, d) * sigma + torch.tensor(zero, dtype=torch.float32)[:, None, None]).round()
+    return AttentionSpec(params, h, d, d**-0.5, output), qkv.clamp(qmin, qmax).to(torch.int8)
+
+
+def check_attention(spec, qkv, dtype=torch.float32, bias=None, mask=None):
+    want = reference("attention", spec, *qkv.unbind(2), dtype=dtype, bias=bias, mask=mask)
+    got = cuda("attention", spec, *to_device(qkv).unbind(2), dtype=dtype, bias=to_device(bias), mask=to_device(mask))
+    if spec.output is not None:
+        assert_same_codes(got, want, share=1e-3)
+        return got, want
+    assert got.dtype == dtype and got.shape == want.shape
+    got = got.cpu()
+    assert torch.isfinite(got).all()
+    # A probability at a rounding tie may move by one code; all else is float32 rounding, then the cast's.
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
+    assert error < {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
+    if dtype == torch.float32:
+        step = 2 * float(spec.params.v.scale) * 2 ** spec.params.v.bits / (2**spec.params.p_bits - 1)
+        off = (got - want).abs() > 1e-5 * want.abs() + 1e-6
+        assert off.float().mean() <= 1e-2 and (got - want).abs().max() <= step
+    return got, want
+
+
+@on_gpu
+@pytest.mark.parametrize("zero", [(0, 0, 0), (11, -5, 0), (-20, 9, 33)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 197, 3, 64), (3, 49, 2, 32), (1, 50, 2, 80), (2, 1, 1, 16), (1, 300, 1, 24),
+                                   (1, 577, 1, 128)], ids=str)
+def test_attention(shape, zero):
+    torch.manual_seed(0)
+    check_attention(*attention_case(*shape, zero=zero))
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("n", [65, 290])
+def test_attention_16_bit(n, dtype):
+    torch.manual_seed(0)
+    check_attention(*attention_case(2, n, 2, 64), dtype=dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("p_bits", [8, 7, 4])
+def test_attention_bits(bits, p_bits):
+    torch.manual_seed(0)
+    check_attention(*attention_case(2, 60, 2, 32, zero=(1, 2, 3), p_bits=p_bits, bits=bits))
+
+
+@on_gpu
+@pytest.mark.parametrize("per_column", [False, True])
+def test_attention_to_codes(per_column):
+    torch.manual_seed(0)
+    n = (64,) if per_column else ()
+    output = OutputFormat(8, torch.rand(n) * 0.01 + 0.01, torch.randint(-9, 9, n, dtype=torch.int32))
+    check_attention(*attention_case(2, 70, 2, 32, zero=(0, 0, 12), output=output))
+
+
+@on_gpu
+@pytest.mark.parametrize("n", [49, 64, 260])
+@pytest.mark.parametrize("which", ["bias", "mask", "both"])
+def test_attention_bias_and_mask(n, which):
+    torch.manual_seed(0)
+    spec, qkv = attention_case(6, n, 2, 32, zero=(7, 1, -3))
+    bias = torch.randn(2, n, n).half() if which != "mask" else None
+    mask = torch.where(torch.rand(3, n, n) < 0.4, -100.0, 0.0) if which != "bias" else None
+    check_attention(spec, qkv, bias=bias, mask=mask)
+
+
+@on_gpu
+@pytest.mark.parametrize("n", [40, 270])
+def test_attention_rows_masked_everywhere_are_zero(n):
+    torch.manual_seed(0)
+    spec, qkv = attention_case(2, n, 2, 32, zero=(3, 0, 5))
+    bias = torch.zeros(2, n, n)
+    bias[:, 3] = float("-inf")
+    bias[:, 4, 5:] = float("-inf")
+    got, _ = check_attention(spec, qkv, bias=bias)
+    assert (got[:, 3] == 0).all() and (got[:, 4] != 0).any()
+
+
+@on_gpu
+def test_attention_one_shared_bias_for_all_heads():
+    torch.manual_seed(0)
+    spec, qkv = attention_case(2, 40, 3, 32)
+    check_attention(spec, qkv, bias=torch.zeros(1, 40, 40).expand(3, 40, 40))
+
+
+@on_gpu
+@pytest.mark.parametrize("spread", [0.0, 100.0])
+def test_attention_flat_and_peaked(spread):
+    torch.manual_seed(0)
+    spec, qkv = attention_case(2, 197, 2, 64, spread=max(spread, 1e-3))
+    check_attention(spec, qkv if spread else torch.full_like(qkv, 5))
+
+
+# graphs, streams, what is refused --------------------------------------------------------------------------------------
+
+@on_gpu
+@pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_cuda_graph_captures_a_block(bits):
+    """LayerNorm, qkv, attention and proj with its residual, replayed on new data, equal the same calls made eagerly."""
+    torch.manual_seed(0)
+    b, n, h, d = 4, 197, 3, 64
+    c = h * d
+    attention_spec, _ = attention_case(1, 1, h, d)
+    heads_out = OutputFormat(8, torch.tensor(0.02), torch.tensor(4, dtype=torch.int32))
+    qkv_out = OutputFormat(8, attention_spec.params.q.scale, attention_spec.params.q.zero_point)
+    table = dict(registered("linear"))["cuda"], dict(registered("attention"))["cuda"], \
+        dict(registered("layer_norm_quantize"))["cuda"]
+    linear, attention, norm = table
+    fmt = ActivationFormat(8, scale=0.02, zero_point=4)
+
+    def layer(rows, columns, output):
+        params = LinearParams(codes(rows, columns, bits=bits), bits, torch.full((rows,), 0.5 / columns), torch.randn(rows), fmt)
+        return linear.pack(LinearSpec(params, None, output), DEVICE)
+
+    qkv, proj = layer(3 * c, c, qkv_out), layer(c, c, None)
+    softmax = attention.pack(AttentionSpec(attention_spec.params, h, d, d**-0.5, heads_out), DEVICE)
+    ln = norm.pack(LayerNormSpec(torch.ones(c), torch.zeros(c), 1e-6, fmt), DEVICE)
+
+    def block(x):
+        y = linear.run(qkv, norm.run(ln, x), dtype=torch.float16)
+        q, k, v = y.codes.view(b, n, 3, h, d).unbind(2)
+        return linear.run(proj, attention.run(softmax, q, k, v, dtype=torch.float16), dtype=torch.float16, residual=x)
+
+    x = torch.randn(b, n, c, device=DEVICE, dtype=torch.float16)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        block(x)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block(x)
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        assert torch.equal(y, block(x))
+
+
+def test_why_unavailable_names_what_is_missing(monkeypatch):
+    cuda_kernels.why_unavailable.cache_clear()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(cuda_kernels.importlib.util, "find_spec", lambda name: None)
+    spec, _ = linear_case(1, 8, 8)
+    for op, case in (("quantize", FORMATS["static"]), ("linear", spec), ("attention", attention_case(1, 2, 1, 16)[0]),
+                     ("layer_norm_quantize", LayerNormSpec(None, None, 1e-6, FORMATS["static"]))):
+        assert "triton is not installed" in dict(registered(op))["cuda"].supports(case)
+    monkeypatch.undo()
+    cuda_kernels.why_unavailable.cache_clear()
+
+
+def test_what_is_refused_says_why():
+    attention = dict(registered("attention"))["cuda"]
+    spec, _ = attention_case(1, 2, 1, 512)
+    assert "head_dim 512" in attention.supports(spec)
+    dynamic = FORMATS["dynamic"]
+    spec = AttentionSpec(AttentionParams(dynamic, dynamic, dynamic, 8), 1, 16, 0.25)
+    assert "dynamically" in attention.supports(spec)
+    assert "unsigned" in dict(registered("quantize"))["cuda"].supports(ActivationFormat(8, scale=1.0, signed=False))
+    spec, _ = linear_case(1, 8, 8, activation="silu")
+    assert "silu" in dict(registered("linear"))["cuda"].supports(spec)
+
+
+def test_the_command_line_report():
+    done = subprocess.run([sys.executable, "-m", "vitq.cuda"], capture_output=True, text=True, check=True)
+    assert "not built" in done.stdout and "cublaslt-int8+triton-epilogue" in done.stdout
+
+
+@pytest.mark.skipif(not HAS_TRITON or INTERPRETED or torch.cuda.is_available(), reason="triton without a GPU only")
+def test_under_the_interpreter():
+    """A few of the GPU tests on the CPU, so that a machine without a GPU still checks the arithmetic."""
+    chosen = "unpack or ties or extremes or unsigned or chunks or masked_everywhere or attention_to_codes or residual"
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen, __file__],
+                          env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]

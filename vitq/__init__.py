@@ -1,0 +1,41 @@
+"""vitq: post-training quantization of vision transformers that executes in int8 and int4.
+
+Importing it touches no GPU and imports no timm and no transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# name -> module that defines it; loaded on first use, so that `import vitq` stays light
+_PUBLIC = {
+    "convert": "vitq.conversion", "simulate": "vitq.conversion", "calibrate": "vitq.conversion", "explain": "vitq.conversion",
+    "Recipe": "vitq.recipe", "recipes": "vitq.recipe",
+    "Statistics": "vitq.calib.statistics",
+    "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
+    "UnsupportedModelError": "vitq.models",
+    "load_model": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
+    "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
+    "labels_match": "vitq.calib.data",
+    "linear_module": "vitq.conversion",
+}
+_MODULES = ("ops", "evaluate", "report", "formats")
+
+__all__ = [*_PUBLIC, *_MODULES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(f"vitq.{name}")
+    else:
+        raise AttributeError(f"module 'vitq' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,76 @@
+"""Choose scales, zero points and codes: statistics and weights in, a `Plan` out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from vitq.calib.runner import fingerprint, is_folded, specs
+from vitq.calib.solvers import SOLVERS
+from vitq.calib.statistics import Statistics
+from vitq.formats import ActivationFormat
+from vitq.models.sites import LinearSite, Prepared
+from vitq.plan import AttentionParams, LinearParams, Plan
+from vitq.quantizers.uniform import scale_and_zero
+from vitq.recipe import LayerSpec, QuantSpec, Recipe
+from vitq.transforms.layernorm_fold import fold
+
+
+@torch.no_grad()
+def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan:
+    """Fold, solve and choose formats, layer by layer. Changes `prepared.model` by the transforms only.
+
+    stats may be None for a recipe with no static operand. Raises ValueError naming the layer for NaN weights, and for
+    statistics that were collected on another model or without an operand that this recipe needs.
+    """
+    if stats is not None and stats.model != fingerprint(prepared.model):
+        raise ValueError(f"these statistics were collected on another model ({stats.model}, this one is "
+                         f"{fingerprint(prepared.model)}): calibrate again")
+    plan = Plan(recipe, specs(prepared, recipe))
+    solve = SOLVERS[recipe.solver]
+    for site in prepared.linears:
+        spec = plan.specs[site.name]
+        if spec.is_float:
+            continue
+        module = prepared.model.get_submodule(site.name)
+        input_format = _linear_input(prepared.model, site, spec, recipe, stats, plan)
+        try:
+            codes, scale = solve(module.weight.detach().flatten(1), spec.weight)
+        except ValueError as error:
+            raise ValueError(f"weight of {site.name!r}: {error}") from error
+        bias = None if module.bias is None else module.bias.detach().clone()
+        plan.layers[site.name] = LinearParams(codes, spec.weight.bits, scale, bias, input_format)
+    for site in prepared.attentions:
+        qk, pv = plan.specs[site.qk], plan.specs[site.pv]
+        if not qk.is_float:
+            plan.layers[site.name] = AttentionParams(
+                q=_format(stats, f"{site.qk}:input", qk.input), k=_format(stats, f"{site.qk}:other", qk.other),
+                v=_format(stats, f"{site.pv}:other", pv.other), p_bits=pv.input.bits)
+    return plan
+
+
+def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: Recipe, stats: Statistics | None,
+                  plan: Plan) -> ActivationFormat:
+    if spec.input.dynamic:
+        return ActivationFormat(spec.input.bits, dynamic=True)
+    if not is_folded(site, spec, recipe, model):
+        return _format(stats, f"{site.name}:input", spec.input)
+    # Where zeros are padded in after the norm only a scale may move: symmetric ranges give every channel zero point 0.
+    symmetric = spec.input.symmetric or site.zero_padded
+    lo, hi = _range(stats, f"{site.name}:input", spec.input, symmetric)
+    scale, zero_point = scale_and_zero(lo, hi, spec.input.bits, symmetric)
+    scale, zero_point = fold(model.get_submodule(site.norm), model.get_submodule(site.name), scale, zero_point)
+    plan.notes[site.name] = "LayerNorm fold" + (" of the scale only (windows are zero-padded)" if site.zero_padded else "")
+    return ActivationFormat(spec.input.bits, scale=scale, zero_point=zero_point)
+
+
+def _format(stats: Statistics | None, key: str, spec: QuantSpec) -> ActivationFormat:
+    lo, hi = _range(stats, key, spec, spec.symmetric)
+    scale, zero_point = scale_and_zero(lo, hi, spec.bits, spec.symmetric)
+    return ActivationFormat(spec.bits, scale=scale.reshape(()), zero_point=zero_point.reshape(()))
+
+
+def _range(stats: Statistics | None, key: str, spec: QuantSpec, symmetric: bool) -> tuple[Tensor, Tensor]:
+    if stats is None or key not in stats:
+        raise ValueError(f"no statistics for {key!r}: they were collected for another recipe; calibrate with this one")
+    return stats[key].range(spec.bits, symmetric, spec.observer)

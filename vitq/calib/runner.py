@@ -1,0 +1,172 @@
+"""Calibration: run images through the float model once and observe every operand that the recipe quantizes statically."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from vitq.calib.statistics import Histogram, Statistics
+from vitq.models.sites import LinearSite, Prepared
+from vitq.recipe import LayerSpec, QuantSpec, Recipe
+
+log = logging.getLogger("vitq")
+
+
+def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
+    """What the recipe asks of each linear and each attention matmul, by layer name."""
+    found = {site.name: recipe.resolve(site.role, site.name) for site in prepared.linears}
+    for site in prepared.attentions:
+        qk, pv = recipe.resolve("qk", site.qk), recipe.resolve("pv", site.pv)
+        if qk.is_float != pv.is_float:
+            raise ValueError(f"recipe {recipe.name!r} leaves {'q·k' if qk.is_float else 'p·v'} of {site.name!r} in float "
+                             "and quantizes the other: one kernel runs both, so give qk and pv both <= 8 bits or both 16")
+        found[site.qk], found[site.pv] = qk, pv
+    return found
+
+
+def is_folded(site: LinearSite, spec: LayerSpec, recipe: Recipe, model: nn.Module) -> bool:
+    """Whether the LayerNorm before this linear takes its per-channel scales (transform `layernorm_fold`)."""
+    if "layernorm_fold" not in recipe.transforms or site.norm is None or spec.is_float or spec.input.dynamic:
+        return False
+    norm, linear = model.get_submodule(site.norm), model.get_submodule(site.name)
+    return norm.weight is not None and norm.bias is not None and linear.bias is not None
+
+
+def images_of(batch: object) -> Tensor:
+    """The image tensor of a batch that is a tensor, an (images, labels …) sequence, or a dict with 'image(s)'."""
+    if isinstance(batch, dict):
+        batch = next((batch[key] for key in ("image", "images", "pixel_values") if key in batch), None)
+    elif isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise TypeError("calibration data must yield image batches: a tensor [B, C, H, W], an (images, labels) pair, or a "
+                        f"dict with 'image' or 'pixel_values'; got {type(batch).__name__}")
+    return batch
+
+
+def check_images(images: Tensor, model: nn.Module) -> None:
+    """Raises ValueError or TypeError unless `images` is a finite float batch of the size that `model` takes."""
+    embed = model.patch_embed
+    channels = getattr(model, "in_chans", None) or 3
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point and preprocessed as the model expects, got {images.dtype}: apply "
+                        "timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"images must have shape [batch, {channels}, height, width], got {list(images.shape)}")
+    size = getattr(embed, "img_size", None)
+    if size is not None and getattr(embed, "strict_img_size", True) and tuple(images.shape[2:]) != tuple(size):
+        raise ValueError(f"images must be {size[0]}x{size[1]} for this model, got {images.shape[2]}x{images.shape[3]}: resize "
+                         "them, or build the model with img_size=… or dynamic_img_size=True")
+    bad = ~torch.isfinite(images).flatten(1).all(dim=1)
+    if bad.any():
+        raise ValueError(f"image {int(bad.nonzero()[0])} of a batch holds NaN or infinite values")
+
+
+def limited(data: Iterable, limit: int) -> Iterator[Tensor]:
+    """Image batches of `data`, cut off after `limit` images."""
+    seen = 0
+    for batch in data:
+        images = images_of(batch)
+        images = images[: limit - seen]
+        seen += len(images)
+        if len(images):
+            yield images
+        if seen >= limit:
+            return
+
+
+@contextmanager
+def exact_float32() -> Iterator[None]:
+    """TF32 off inside: statistics must not depend on the GPU's reduced-precision modes."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
+            progress: Callable[[int], None] | None = None) -> Statistics:
+    """One streaming pass over at most `recipe.calib_size` images.
+
+    data: any iterable of image batches (see `images_of`), already preprocessed. progress is called with the number of
+    images of each batch. Memory does not grow with the number of images.
+    Raises ValueError for an empty or too small set, a wrong size, NaN or infinity in images or activations.
+    """
+    model = prepared.model
+    layer_specs = specs(prepared, recipe)
+    stats = Statistics(model=fingerprint(model))
+    handles = []
+
+    def observe(key: str, module: nn.Module, spec: QuantSpec, *, channels: int | None = None, at_input: bool) -> None:
+        if spec.bits == 16 or spec.dynamic:
+            return
+        stats[key] = Histogram(channels)
+        if at_input:
+            handles.append(module.register_forward_pre_hook(partial(_on_input, key, stats[key])))
+        else:
+            handles.append(module.register_forward_hook(partial(_on_output, key, stats[key])))
+
+    for site in prepared.linears:
+        spec, module = layer_specs[site.name], model.get_submodule(site.name)
+        folded = is_folded(site, spec, recipe, model)
+        observe(f"{site.name}:input", module, spec.input, channels=module.in_features if folded else None, at_input=True)
+    for site in prepared.attentions:
+        attn, qk, pv = model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv]
+        observe(f"{site.qk}:input", attn.tap_q, qk.input, at_input=False)
+        observe(f"{site.qk}:other", attn.tap_k, qk.other, at_input=False)
+        observe(f"{site.pv}:other", attn.tap_v, pv.other, at_input=False)
+
+    device = next(model.parameters()).device
+    try:
+        with torch.inference_mode(), exact_float32():
+            for images in limited(data, recipe.calib_size):
+                check_images(images, model)
+                model(images.to(device, torch.float32))
+                stats.samples += len(images)
+                if progress is not None:
+                    progress(len(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    check_sample_count(stats.samples, recipe)
+    return stats
+
+
+def check_sample_count(samples: int, recipe: Recipe) -> None:
+    """An empty or far too small set is an error; a small one a warning, since ranges from it are rough."""
+    least = max(1, recipe.calib_size // 16)
+    if samples < least:
+        raise ValueError(f"calibration data holds {samples} images: recipe {recipe.name!r} reads {recipe.calib_size} and "
+                         f"needs at least {least}; give more images, or lower calib_size")
+    if samples < recipe.calib_size:
+        log.warning("calibration data held %d images, recipe %r reads up to %d", samples, recipe.name, recipe.calib_size)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Class and parameter shapes of a prepared model: saved statistics fit another model with the same one only."""
+    import hashlib
+
+    shapes = ";".join(f"{name}{tuple(p.shape)}" for name, p in model.named_parameters())
+    return f"{type(model).__name__}:{hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+
+
+def _on_input(key: str, histogram: Histogram, module: nn.Module, args: tuple) -> None:
+    _update(key, histogram, args[0])
+
+
+def _on_output(key: str, histogram: Histogram, module: nn.Module, args: tuple, output: Tensor) -> None:
+    _update(key, histogram, output)
+
+
+def _update(key: str, histogram: Histogram, x: Tensor) -> None:
+    try:
+        histogram.update(x)
+    except ValueError as error:
+        raise ValueError(f"activation {key!r}: {error}") from error

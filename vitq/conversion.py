@@ -1,0 +1,185 @@
+"""convert, simulate, calibrate, explain: from a float model to one that executes in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+
+from vitq.calib.choose import choose
+from vitq.calib.runner import collect
+from vitq.calib.simulate import simulate as _simulate
+from vitq.calib.statistics import Statistics
+from vitq.models import Prepared, prepare
+from vitq.models.attention import RelativePositionBias
+from vitq.models.adapter import replace
+from vitq.nn.attention import QuantAttention
+from vitq.nn.block import QuantBlock, QuantMlp, QuantWindowBlock
+from vitq.nn.linear import QuantLinear, QuantPatchConv
+from vitq.nn.model import ModelInfo, cast_input, quantized_class
+from vitq.nn.packed import PackedModule, Row, link_all, pack_all
+from vitq.ops.dispatch import check_backend, default_dtype
+from vitq.plan import Plan
+from vitq.recipe import LayerSpec, Recipe
+
+_FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None,
+            backend: str = "auto", *, dtype: torch.dtype | None = None,
+            progress: Callable[[int], None] | None = None) -> nn.Module:
+    """A new model that executes in integers; the given one is not touched.
+
+    model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer.
+    recipe: a name from `vitq.recipes()`, a YAML path, or a Recipe. Default: `w8a8-dynamic` without calib, `w8a8` with.
+    calib: what a static recipe measures its activation ranges on: any iterable of image batches (tensors [B, C, H, W],
+        (images, labels) pairs, a DataLoader) preprocessed as the model expects, of which at most `recipe.calib_size`
+        images are read, or the `Statistics` that `vitq.calibrate` returned.
+    backend: auto (the device's own), reference, cpu or cuda.
+    dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
+        Logits are float32 always.
+    progress: called with the number of images of each calibration batch.
+
+    Raises ValueError (a static recipe without calib, unusable data, NaN weights, an unknown block, a bad recipe) or
+    TypeError, naming what was given and what to do.
+    """
+    recipe = _recipe(recipe, calib)
+    check_backend(backend)
+    prepared, plan = quantize(model, recipe, calib, progress=progress)
+    device = next(model.parameters()).device
+    dtype = _dtype(dtype, device)
+    converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
+    for name, params in plan.layers.items():
+        converted.get_submodule(name).set_params(params)
+    converted = converted.to(device)
+    link_all(converted)
+    pack_all(converted)
+    return converted
+
+
+def simulate(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None) -> nn.Module:
+    """The float32 model that `convert` with the same arguments must reproduce in integers, by fake quantization."""
+    prepared, plan = quantize(model, _recipe(recipe, calib), calib)
+    return _simulate(prepared, plan)
+
+
+def calibrate(model: nn.Module, recipe: str | Recipe = "w8a8", calib: Iterable = (), *,
+              progress: Callable[[int], None] | None = None) -> Statistics:
+    """Collect the statistics that `recipe` needs, once; `convert` and `simulate` take them in place of images."""
+    recipe = _recipe(recipe, calib)
+    return collect(prepare(model), recipe, calib, progress=progress)
+
+
+def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *,
+             progress: Callable[[int], None] | None = None) -> tuple[Prepared, Plan]:
+    """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
+    if recipe.is_static and calib is None:
+        raise ValueError(f"recipe {recipe.name!r} is static: give calib= (an iterable of preprocessed image batches, or the "
+                         "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
+    prepared = prepare(model)
+    for site in prepared.linears:
+        spec = recipe.resolve(site.role, site.name)
+        if site.role == "patch_embed" and not spec.is_float and spec.input.dynamic:
+            raise ValueError(f"recipe {recipe.name!r} asks for a dynamic input of {site.name!r}: a patch embedding reads "
+                             "pixels, which have no token yet; use a static input or bits: 16")
+    stats = calib if isinstance(calib, Statistics) else None
+    if stats is None and recipe.is_static:
+        stats = collect(prepared, recipe, calib, progress=progress)
+    return prepared, choose(prepared, recipe, stats)
+
+
+def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec], *, dtype: torch.dtype, backend: str,
+          notes: dict[str, str] | None = None) -> nn.Module:
+    """Swap the modules of `prepared.model` for integer ones, their buffers still empty (zeros and ones)."""
+    model = prepared.model
+    roles = {site.name: site.role for site in prepared.linears}
+    floats = {site.name: site.reason for site in prepared.floats}
+    for site in prepared.linears:
+        source, spec = model.get_submodule(site.name), layer_specs[site.name]
+        if spec.is_float:
+            floats[site.name] = "the recipe leaves it in float"
+        elif isinstance(source, nn.Conv2d):
+            replace(model, site.name, QuantPatchConv(source, spec, dtype=dtype, backend=backend))
+        else:
+            out = torch.float32 if site.role == "head" else dtype
+            replace(model, site.name, QuantLinear(source.in_features, source.out_features, spec, dtype=out, backend=backend))
+    for site in prepared.attentions:
+        replace(model, site.name, QuantAttention(model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv],
+                                                 dtype=dtype, backend=backend))
+    for site in prepared.mlps:
+        replace(model, site.name, QuantMlp(model.get_submodule(site.name), site.activation, backend=backend))
+    for site in prepared.blocks:
+        block = model.get_submodule(site.name)
+        linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
+        if all(isinstance(linear, QuantLinear) for linear in linears):
+            kind = QuantWindowBlock if site.kind == "window" else QuantBlock
+            replace(model, site.name, kind(block, backend=backend))
+        elif site.kind == "window":
+            raise ValueError(f"recipe {recipe.name!r} leaves a linear layer of {site.name!r} in float: a Swin block runs "
+                             "quantized as a whole or not at all; give its qkv, proj, fc1 and fc2 bits <= 8, or all 16")
+    _cast_rest(model, prepared, layer_specs, dtype)
+    model.__class__ = quantized_class(type(model))
+    model.vitq = ModelInfo(recipe, roles, dict(notes or {}), floats, dtype, backend)
+    return model
+
+
+def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
+    """What stays in float takes `dtype`; a float head stays float32, since it makes the logits."""
+    heads = [model.get_submodule(s.name) for s in prepared.linears if s.role == "head" and layer_specs[s.name].is_float]
+    for module in model.modules():
+        if isinstance(module, (PackedModule, RelativePositionBias)) or any(module is head for head in heads):
+            continue
+        for parameter in module.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtype)
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.to(dtype))
+    for head in heads:
+        head.register_forward_pre_hook(cast_input)
+    if not isinstance(getattr(model.patch_embed, "proj", None), QuantPatchConv) or hasattr(model.patch_embed, "backbone"):
+        model.patch_embed.register_forward_pre_hook(cast_input)
+
+
+def explain(model: nn.Module) -> list[Row]:
+    """One row a layer: role, format, the backend and kernel that run it, bytes, and why where it fell back.
+
+    Raises TypeError for a model that vitq did not convert.
+    """
+    info = model_info(model)
+    rows = []
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
+        elif isinstance(module, QuantAttention):
+            rows += module.rows(name)
+        elif name in info.floats:
+            own = [p for p in module.parameters() if not any(p is b for b in ())] if name else \
+                list(module.parameters(recurse=False))
+            size = sum(p.numel() * p.element_size() for p in own)
+            rows.append(Row(name or type(module).__name__, info.roles.get(name, "float"), str(info.dtype)[6:], "torch",
+                            "torch", size, info.floats[name]))
+    return rows
+
+
+def model_info(model: nn.Module) -> ModelInfo:
+    info = getattr(model, "vitq", None)
+    if not isinstance(info, ModelInfo):
+        raise TypeError(f"expected a model that vitq.convert or vitq.load returned, got {type(model).__name__}")
+    return info
+
+
+def _recipe(recipe: str | Recipe | None, calib: object) -> Recipe:
+    if recipe is None:
+        recipe = "w8a8-dynamic" if calib is None else "w8a8"
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.from_yaml(recipe)
+
+
+def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return default_dtype(device.type)
+    if dtype not in _FLOAT_DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(str(d) for d in _FLOAT_DTYPES)}, got {dtype}")
+    return dtype

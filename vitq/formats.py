@@ -1,0 +1,141 @@
+"""Number formats: integer ranges, packed int4, and tensors that carry their scale.
+
+The reference rounding of the whole package (see :mod:`vitq.quantizers.uniform`) is
+
+    codes = clamp(round(x.float() / scale) + zero_point, qmin, qmax)
+
+with ``torch.round`` (half to even) and a true float32 division. A multiplication by ``1 / scale`` gives other codes at ties, so no backend may
+use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Smallest range (largest absolute value, or hi - lo) from which a scale is made. A row of zeros then has a finite, positive scale and codes 0;
+# values this small are zero in every 16-bit format a model is stored in.
+RANGE_MIN = 1e-12
+
+
+def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
+    """Smallest and largest code of a ``bits``-wide integer: 8 -> (-128, 127), unsigned 8 -> (0, 255). ValueError unless bits is in 2..8."""
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"bits = {bits!r}: a quantized format has 2 to 8 bits (an integer)")
+    return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
+
+
+def pack_int4(codes: Tensor) -> Tensor:
+    """Pack int8 codes [..., K] with values in -8..7 into uint8 [..., ceil(K/2)].
+
+    Element 2i is the low nibble of byte i and 2i+1 the high one; an odd K is padded with code 0. TypeError for another dtype, ValueError for a
+    scalar or for values that four bits cannot hold.
+    """
+    if codes.dtype != torch.int8:
+        raise TypeError(f"pack_int4: codes are {codes.dtype}; give torch.int8")
+    if codes.dim() == 0:
+        raise ValueError("pack_int4: codes are a scalar; give at least one dimension")
+    if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
+        raise ValueError(f"pack_int4: codes are in {int(codes.min())}..{int(codes.max())}; int4 holds -8..7")
+    if codes.shape[-1] % 2:
+        codes = torch.nn.functional.pad(codes, (0, 1))
+    nibbles = codes.view(torch.uint8) if codes.is_contiguous() else codes.contiguous().view(torch.uint8)
+    return (nibbles[..., 0::2] & 0xF) | ((nibbles[..., 1::2] & 0xF) << 4)
+
+
+def unpack_int4(packed: Tensor, size: int) -> Tensor:
+    """Undo :func:`pack_int4`: uint8 [..., ceil(size/2)] -> int8 [..., size]. ValueError where ``size`` does not fit the packed tensor."""
+    if packed.dtype != torch.uint8:
+        raise TypeError(f"unpack_int4: packed is {packed.dtype}; give torch.uint8")
+    if packed.dim() == 0 or size < 0 or packed.shape[-1] != (size + 1) // 2:
+        raise ValueError(f"unpack_int4: packed has shape {tuple(packed.shape)}; {size} codes need a last dimension of {(size + 1) // 2}")
+    low = packed & 0xF
+    high = packed >> 4
+    nibbles = torch.stack((low, high), dim=-1).flatten(-2).view(torch.int8)
+    # (n ^ 8) - 8 extends the sign of a nibble: 0..7 stay, 8..15 become -8..-1.
+    return ((nibbles ^ 8) - 8)[..., :size].contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class QTensor:
+    """Integer codes and what turns them back into numbers: ``(codes - zero_point) * scale``.
+
+    codes: int8, or uint8 whose codes are the signed ones + 128 with ``zero_point`` shifted alike. scale: float32, broadcastable to codes (a
+    scalar, or one a row [..., 1]). zero_point: one integer.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: int = 0
+
+    def __post_init__(self) -> None:
+        if self.codes.dtype not in (torch.int8, torch.uint8):
+            raise TypeError(f"QTensor: codes are {self.codes.dtype}; give torch.int8 or torch.uint8")
+        if self.scale.dtype != torch.float32:
+            raise TypeError(f"QTensor: scale is {self.scale.dtype}; give torch.float32")
+        # A scale may not enlarge the tensor: broadcasting must give the codes' own shape.
+        sizes = zip(reversed(self.scale.shape), reversed(self.codes.shape))
+        if self.scale.dim() > self.codes.dim() or any(s not in (1, c) for s, c in sizes):
+            raise ValueError(
+                f"QTensor: scale of shape {tuple(self.scale.shape)} does not broadcast to codes of shape {tuple(self.codes.shape)}; "
+                "give a scalar or one scale a row [..., 1]"
+            )
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The numbers, computed in float32 and cast last."""
+        return ((self.codes.float() - self.zero_point) * self.scale).to(dtype)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+
+@dataclass(frozen=True, eq=False)
+class ActivationFormat:
+    """How one activation operand is quantized, once chosen. Simulation and executed modules both read this.
+
+    static: ``scale`` and ``zero_point`` are given (numbers or 0-d tensors) and kept as 0-d float32 and 0-d int32 tensors. dynamic: one
+    symmetric scale a token, found at run time, so both are None. ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
+    """
+
+    bits: int
+    dynamic: bool = False
+    scale: float | Tensor | None = None
+    zero_point: int | Tensor | None = None
+    signed: bool = True
+
+    def __post_init__(self) -> None:
+        int_range(self.bits, self.signed)
+        if self.dynamic:
+            if self.scale is not None or self.zero_point is not None:
+                raise ValueError("ActivationFormat: a dynamic format finds its scale at run time; leave scale and zero_point out")
+            return
+        if self.scale is None:
+            raise ValueError("ActivationFormat: a static format needs a scale; calibrate, or choose dynamic=True")
+        scale = torch.as_tensor(self.scale).detach().to(torch.float32)
+        zero_point = torch.as_tensor(0 if self.zero_point is None else self.zero_point).detach()
+        if scale.numel() != 1 or zero_point.numel() != 1:
+            raise ValueError(f"ActivationFormat: scale has {scale.numel()} and zero_point {zero_point.numel()} elements; static formats are per tensor")
+        if not (torch.isfinite(scale).all() and (scale > 0).all()):
+            raise ValueError(f"ActivationFormat: scale = {scale.item()}; it must be finite and above 0")
+        if zero_point.is_floating_point():
+            raise TypeError(f"ActivationFormat: zero_point is {zero_point.dtype}; give an integer")
+        zero = int(zero_point.item())
+        if not self.qmin <= zero <= self.qmax:
+            raise ValueError(f"ActivationFormat: zero_point = {zero}; {self.bits} bits allow {self.qmin}..{self.qmax}")
+        object.__setattr__(self, "scale", scale.reshape(()))
+        object.__setattr__(self, "zero_point", zero_point.to(torch.int32).reshape(()))
+
+    @property
+    def qmin(self) -> int:
+        return int_range(self.bits, self.signed)[0]
+
+    @property
+    def qmax(self) -> int:
+        return int_range(self.bits, self.signed)[1]

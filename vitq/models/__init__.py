@@ -1,0 +1,50 @@
+"""Adapters: the only model-specific knowledge. They know timm and nothing of quantization."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from vitq.models.adapter import UnsupportedModelError, check_covered, check_weights
+from vitq.models.sites import Prepared
+
+__all__ = ["Prepared", "UnsupportedModelError", "prepare"]
+
+
+def _adapters() -> dict[type, object]:
+    from timm.models.deit import VisionTransformerDistilled
+    from timm.models.swin_transformer import SwinTransformer
+    from timm.models.vision_transformer import VisionTransformer
+
+    from vitq.models import swin, vit
+
+    return {VisionTransformer: vit.fill, VisionTransformerDistilled: vit.fill, SwinTransformer: swin.fill}
+
+
+def prepare(model: nn.Module, *, check: bool = True) -> Prepared:
+    """A canonical float32 copy of `model` with its sites listed; the given model is not touched.
+
+    check: False skips the search for NaN, for a model built without its weights.
+    Raises TypeError for what is not a module, ValueError for NaN or infinite weights, and UnsupportedModelError (a
+    ValueError) naming the module or attribute that no adapter knows.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if getattr(model, "vitq", None) is not None:
+        raise ValueError("the model is already quantized: give the float model to vitq.convert")
+    adapters = _adapters()
+    fill = adapters.get(type(model))
+    if fill is None:
+        known = ", ".join(sorted(t.__name__ for t in adapters))
+        raise UnsupportedModelError(f"vitq has no adapter for {type(model).__module__}.{type(model).__name__}; "
+                                    f"known: {known} (timm)")
+    if check:
+        check_weights(model)
+    with torch.no_grad():
+        clone = copy.deepcopy(model).to(torch.float32).eval().requires_grad_(False)
+        prepared = Prepared(clone)
+        fill(prepared)
+    check_covered(prepared)
+    return prepared

@@ -1,0 +1,82 @@
+"""What an adapter finds in a model: named places that can be quantized, in the field's own roles.
+
+`sites` know nothing of quantization. A name is the dotted module name in the source model; it is what recipes match,
+what statistics are keyed by and what `vitq.explain` prints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LinearSite:
+    """An `nn.Linear` (or a patch-embedding `nn.Conv2d` whose stride is its kernel).
+
+    norm: the LayerNorm whose output feeds this linear and nothing else, so that a per-channel scale and shift can be
+        moved from the one into the other; None where there is none.
+    zero_padded: zeros are inserted between norm and linear (Swin pads incomplete windows), so a shift folded into the
+        norm would turn them into something else; a scale may still be folded.
+    """
+
+    name: str
+    role: str
+    norm: str | None = None
+    zero_padded: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """A `TappedAttention`: its two matmuls are the layers `NAME.qk` and `NAME.pv`."""
+
+    name: str
+
+    @property
+    def qk(self) -> str:
+        return f"{self.name}.qk"
+
+    @property
+    def pv(self) -> str:
+        return f"{self.name}.pv"
+
+
+@dataclass(frozen=True)
+class MlpSite:
+    """fc1 -> activation -> fc2 with nothing in between. `activation` is gelu, gelu_tanh, relu, or None if unknown."""
+
+    name: str
+    activation: str | None
+
+
+@dataclass(frozen=True)
+class BlockSite:
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), with both norms plain LayerNorms. `kind`: 'plain' or 'window'."""
+
+    name: str
+    kind: str = "plain"
+
+
+@dataclass(frozen=True)
+class FloatSite:
+    """A part with weights that stays in float on purpose, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class Prepared:
+    """A float copy of the source model in canonical form, and the sites found in it.
+
+    Canonical: eval mode, float32, attention replaced by `TappedAttention`, LayerScale folded into the linear before it.
+    Its output equals the source model's up to float rounding.
+    """
+
+    model: nn.Module
+    linears: list[LinearSite] = field(default_factory=list)
+    attentions: list[AttentionSite] = field(default_factory=list)
+    mlps: list[MlpSite] = field(default_factory=list)
+    blocks: list[BlockSite] = field(default_factory=list)
+    floats: list[FloatSite] = field(default_factory=list)

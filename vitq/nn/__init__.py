@@ -1,0 +1,1 @@
+"""Modules of a converted model: they hold packed buffers and call ops."""

@@ -1,0 +1,104 @@
+"""attention: softmax(scale·(q − zq)(k − zk)ᵀ·sq·sk + bias)(v − zv)·sv on int8 codes, in one op.
+
+Probabilities are requantized between the two matmuls: with e = exp(logit − row maximum), the unsigned code is
+round(e·P), P = 2^p_bits − 1, and the row is divided by P·Σe at the end. So the largest probability of each row uses the
+top code, and 1/197 does not vanish, which a fixed scale of 1/P would let happen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitq.cpu import loader
+from vitq.formats import QTensor
+from vitq.ops.common import OutputFormat, requantize
+from vitq.ops.dispatch import register
+from vitq.plan import AttentionParams
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """scale: the softmax scale (head_dim^-0.5 as a rule); output: None for a float result."""
+
+    params: AttentionParams
+    num_heads: int
+    head_dim: int
+    scale: float
+    output: OutputFormat | None = None
+
+
+def window_bias(bias: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
+    """bias [H, N, N] and mask [W, N, N] (row b uses mask[b % W]) as one float32 tensor [batch or 1, H or 1, N, N]."""
+    total = None if bias is None else bias.float().unsqueeze(0)
+    if mask is not None:
+        expanded = mask.float().unsqueeze(1).repeat(batch // mask.shape[0], 1, 1, 1)
+        total = expanded if total is None else total + expanded
+    return total
+
+
+@register("attention", "reference")
+class ReferenceAttention:
+    name = "torch-int32"
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        return None
+
+    def pack(self, spec: AttentionSpec, device) -> AttentionSpec:
+        return spec
+
+    def run(self, packed: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype,
+            bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | QTensor:
+        """q, k, v int8 [B, N, H, D]; bias [H, N, N]; mask [W, N, N] -> [B, N, H·D]."""
+        params, (b, n, h, d) = packed.params, q.shape
+        q, k, v = ((t.transpose(1, 2).double() - f.zero_point.to(t.device))
+                   for t, f in ((q, params.q), (k, params.k), (v, params.v)))
+        # float64 holds every accumulator exactly, so this is the int32 result
+        acc = (q @ k.transpose(-2, -1)).float()
+        logits = acc * (params.q.scale * params.k.scale * packed.scale).to(acc.device)
+        extra = window_bias(bias, mask, b)
+        if extra is not None:
+            logits = logits + extra
+        top = 2.0**params.p_bits - 1
+        maximum = logits.amax(dim=-1, keepdim=True)
+        e = torch.exp(logits - torch.where(torch.isinf(maximum), torch.zeros_like(maximum), maximum))
+        total = e.sum(dim=-1, keepdim=True)
+        acc = (torch.round(e * top).double() @ v).float()
+        y = torch.where(total > 0, acc * (params.v.scale.to(acc.device) / (top * total)), torch.zeros_like(acc))
+        y = y.transpose(1, 2).reshape(b, n, h * d)
+        return y.to(dtype) if packed.output is None else requantize(y, packed.output)
+
+
+@register("attention", "cpu")
+class CpuAttention:
+    name = "c-vnni"
+
+    def supports(self, spec: AttentionSpec) -> str | None:
+        from vitq.cpu.kernels import MAX_HEAD_DIM
+
+        if spec.head_dim > MAX_HEAD_DIM:
+            return f"head_dim {spec.head_dim} is above {MAX_HEAD_DIM}"
+        return loader.why_unavailable()
+
+    def pack(self, spec: AttentionSpec, device) -> tuple:
+        params, output = spec.params, {}
+        if spec.output is not None:
+            from vitq.formats import int_range
+
+            qmin, qmax = int_range(spec.output.bits)
+            output = dict(out_scale=float(spec.output.scale), out_zero_point=int(spec.output.zero_point), out_qmin=qmin,
+                          out_qmax=qmax)
+        constants = dict(qk_scale=float(params.q.scale * params.k.scale * spec.scale), v_scale=float(params.v.scale),
+                         q_zero_point=int(params.q.zero_point), k_zero_point=int(params.k.zero_point),
+                         v_zero_point=int(params.v.zero_point), p_bits=params.p_bits, **output)
+        return spec, constants
+
+    def run(self, packed: tuple, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
+            mask: Tensor | None = None) -> Tensor | QTensor:
+        from vitq.cpu import kernels
+
+        spec, constants = packed
+        y = kernels.attention_int8(q, k, v, bias=bias, mask=mask, out_dtype=dtype, **constants)
+        return y if spec.output is None else QTensor(y, spec.output.scale, spec.output.zero_point + 128)

@@ -1,0 +1,56 @@
+"""Small pieces that every op's reference shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq.formats import ActivationFormat, QTensor, int_range
+
+
+@dataclass(frozen=True)
+class OutputFormat:
+    """Requantize an op's result: code = clamp(round(y / scale) + zero_point).
+
+    scale, zero_point: float32 and int32, [] or one per output column [N]. signed_only: the consumer takes int8 codes;
+    otherwise a backend may hand over uint8 codes (signed + 128), whichever its next kernel reads best.
+    """
+
+    bits: int
+    scale: Tensor
+    zero_point: Tensor
+    signed_only: bool = False
+
+    @classmethod
+    def of(cls, fmt: ActivationFormat) -> OutputFormat | None:
+        """The format in which a static consumer wants its input; None for a dynamic one, which quantizes itself."""
+        return None if fmt.dynamic else cls(fmt.bits, fmt.scale, fmt.zero_point)
+
+
+def activate(y: Tensor, activation: str | None) -> Tensor:
+    if activation is None:
+        return y
+    if activation == "relu":
+        return F.relu(y)
+    return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
+
+
+def requantize(y: Tensor, output: OutputFormat) -> QTensor:
+    """float32 [..., N] -> int8 codes, by the package's one rounding rule."""
+    qmin, qmax = int_range(output.bits)
+    scale, zero_point = output.scale.to(y.device), output.zero_point.to(y.device)
+    codes = torch.clamp(torch.round(y / scale) + zero_point, qmin, qmax).to(torch.int8)
+    return QTensor(codes, scale, zero_point)
+
+
+def signed(x: QTensor) -> Tensor:
+    """int8 codes of a QTensor that may hold uint8 ones (signed + 128)."""
+    return (x.codes ^ 0x80).view(torch.int8) if x.codes.dtype == torch.uint8 else x.codes
+
+
+def unsigned(x: QTensor) -> Tensor:
+    """uint8 codes (signed + 128) of a QTensor that may hold int8 ones."""
+    return x.codes if x.codes.dtype == torch.uint8 else x.codes.view(torch.uint8) ^ 0x80

@@ -1,0 +1,1 @@
+"""Quantizers: pure functions that choose a range, quantize and dequantize."""

@@ -1,0 +1,237 @@
+"""Recipes: how each layer of a model is quantized, as data. Frozen dataclasses <-> YAML, every key checked; no model and no torch needed.
+
+A recipe is a list of rules over defaults. Rules merge field by field and later ones win. A rule that changes ``dynamic`` also resets the operand's
+``granularity`` and ``symmetric`` to what suits the new value, unless it gives them itself. ``bits: 16`` leaves an operand in floating point.
+
+An operand belongs to a role: linear layers have ``weight`` and ``input``; ``qk`` has ``input`` (q) and ``other`` (k); ``pv`` has ``input`` (the
+softmax probabilities: unsigned, one scale a row, so that code 0 is probability 0) and ``other`` (v).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from vitq import recipe_checks as checks
+from vitq.recipe_checks import FLOAT_BITS, LINEAR_ROLES, MATMUL_ROLES, OPERANDS, ROLES, SCHEMA, operands
+from vitq.recipe_files import parse_override, read_recipe, recipe_files
+
+__all__ = ["FLOAT_BITS", "LINEAR_ROLES", "MATMUL_ROLES", "OPERANDS", "ROLES", "SCHEMA", "LayerSpec", "QuantSpec", "Recipe", "Rule", "default_spec",
+           "operands", "recipes"]
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one operand is quantized. ``bits`` is 2..8, or 16 for floating point (the other fields then say nothing)."""
+
+    bits: int = 8
+    symmetric: bool = True
+    granularity: str = "per_tensor"
+    dynamic: bool = False
+    observer: str = "mse"
+
+    def __post_init__(self) -> None:
+        checks.check_fields({f.name: getattr(self, f.name) for f in fields(self)}, "QuantSpec")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What :meth:`Recipe.resolve` returns: the operands of one layer. Linear layers have no ``other``, attention matmuls no ``weight``."""
+
+    weight: QuantSpec | None
+    input: QuantSpec
+    other: QuantSpec | None
+
+    @property
+    def is_float(self) -> bool:
+        """True where any operand is left in 16 bits: the whole layer then runs in floating point."""
+        return any(spec is not None and spec.bits == FLOAT_BITS for spec in (self.weight, self.input, self.other))
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Fields to set for some layers: those of any of ``roles`` whose name matches any of ``names`` (fnmatch). Neither given: every layer."""
+
+    roles: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    weight: Mapping[str, Any] = field(default_factory=dict)
+    input: Mapping[str, Any] = field(default_factory=dict)
+    other: Mapping[str, Any] = field(default_factory=dict)
+
+    def check(self, key: str) -> None:
+        """ValueError or TypeError, with ``key`` before the field's name, for what no recipe may say."""
+        checks.check_rule(self.roles, self.names, {operand: getattr(self, operand) for operand in OPERANDS}, key)
+
+    def matches(self, role: str, name: str | None) -> bool:
+        """Whether the rule holds for a layer; ``name=None`` asks about any layer of the role, which a rule by name does not reach."""
+        by_name = not self.names or (name is not None and any(fnmatchcase(name, pattern) for pattern in self.names))
+        return by_name and (not self.roles or role in self.roles)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The given keys only, as YAML has them."""
+        data: dict[str, Any] = {key: list(getattr(self, key)) for key in ("roles", "names") if getattr(self, key)}
+        data.update({key: dict(getattr(self, key)) for key in OPERANDS if getattr(self, key)})
+        return data
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named way to quantize a model. Building one checks everything that can be known without the model; a mistake is a ValueError or TypeError
+    that names the key (``rules[2].weight.bits``), what was given and what is allowed."""
+
+    name: str
+    description: str = ""
+    schema: int = SCHEMA
+    calib_size: int = 128
+    transforms: tuple[str, ...] = ()
+    solver: str = "rtn"
+    rules: tuple[Rule, ...] = ()
+
+    def __post_init__(self) -> None:
+        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.solver)
+        for i, rule in enumerate(checks.as_tuple(self.rules, "rules")):
+            checks.check_type(rule, Rule, f"rules[{i}]", "a Rule (Recipe.from_dict takes plain mappings)")
+            rule.check(f"rules[{i}]")
+        for role in ROLES:
+            self._resolve(role, None, self.rules)
+        for i, rule in enumerate(self.rules):
+            if rule.names:
+                self._check_named(i, rule)
+
+    def _check_named(self, index: int, rule: Rule) -> None:
+        # Which roles the pattern will meet is known only with the model; a rule that is wrong for all it could meet is a mistake now.
+        given = {operand for operand in OPERANDS if getattr(rule, operand)}
+        roles = [role for role in rule.roles or ROLES if given <= set(operands(role))]
+        problem: ValueError | None = None
+        for role in roles:
+            try:
+                self._resolve(role, None, self.rules[:index] + (replace(rule, names=()),))
+                return
+            except ValueError as error:
+                problem = problem or error
+        if problem is not None:
+            raise problem
+
+    def resolve(self, role: str, name: str | None = None) -> LayerSpec:
+        """The operands of layer ``name`` with that role. ValueError where the rules that meet there do not go together."""
+        checks.check_choice(role, ROLES, "role")
+        return self._resolve(role, name, self.rules)
+
+    def _resolve(self, role: str, name: str | None, rules: tuple[Rule, ...]) -> LayerSpec:
+        specs: dict[str, QuantSpec | None] = dict.fromkeys(OPERANDS)
+        sources: dict[tuple[str, str], str] = {}
+        for operand in operands(role):
+            spec = default_spec(role, operand)
+            for i, rule in enumerate(rules):
+                given = getattr(rule, operand)
+                if given and rule.matches(role, name):
+                    dynamic = given.get("dynamic", spec.dynamic)
+                    if dynamic != spec.dynamic:
+                        spec = replace(spec, symmetric=dynamic or default_spec(role, operand).symmetric,
+                                       granularity="per_token" if dynamic else "per_tensor")
+                    spec = replace(spec, **given)
+                    sources.update({(operand, key): f"rules[{i}].{operand}.{key}" for key in given})
+            specs[operand] = spec
+        checks.check_layer(role if name is None else f"{name} ({role})", role, specs, sources)
+        return LayerSpec(**specs)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether calibration data is needed: some layer's activations have a static scale. A rule by name counts as if its layers exist."""
+        named = [i for i, rule in enumerate(self.rules) if rule.names]
+        for kept in [set(named), set()] + [{i} for i in named]:
+            rules = tuple(replace(rule, names=()) for i, rule in enumerate(self.rules) if not rule.names or i in kept)
+            for role in ROLES:
+                try:
+                    layer = self._resolve(role, None, rules)
+                except ValueError:
+                    continue  # rules by name that never meet on one layer
+                if not layer.is_float and any(s is not None and not s.dynamic for s in (layer.input, layer.other)):
+                    return True
+        return False
+
+    @classmethod
+    def from_yaml(cls, path_or_name: str | Path) -> Recipe:
+        """Read a YAML file, or a shipped recipe by its name (see :func:`recipes`)."""
+        data, source = read_recipe(path_or_name)
+        try:
+            return cls.from_dict(data)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"recipe {source}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Build from the mapping a YAML file holds; unknown keys are refused with the nearest known one."""
+        checks.check_type(data, Mapping, "recipe", "a mapping of keys")
+        # before the keys: a newer schema may well have keys unknown here
+        checks.check_schema(data.get("schema", SCHEMA))
+        checks.check_keys(data, [f.name for f in fields(cls)], "")
+        if "name" not in data:
+            raise ValueError("name: missing; give the recipe a name")
+        values = dict(data)
+        for key in ("transforms", "rules"):
+            values[key] = checks.as_tuple(values.get(key, ()), key)
+        values["rules"] = tuple(_rule(rule, f"rules[{i}]") for i, rule in enumerate(values["rules"]))
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and dicts; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""
+        data = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {**data, "transforms": list(self.transforms), "rules": [rule.to_dict() for rule in self.rules]}
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    def with_overrides(self, overrides: Iterable[str]) -> Recipe:
+        """A copy with ``key=value`` settings applied in order (``--set``); :func:`vitq.recipe_files.parse_override` lists the keys."""
+        items = list(overrides)
+        changes: dict[str, Any] = {}
+        rules = self.rules
+        for item in items:
+            try:
+                key, value = parse_override(item)
+                if key == "rule":
+                    where = f"rules[{len(rules)}]"
+                    rules = (*rules, _rule(value, where))
+                    rules[-1].check(where)
+                else:
+                    changes[key] = checks.as_tuple(value, key) if key == "transforms" else value
+                    replace(self, **{key: changes[key]})
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"override {item!r}: {error}") from error
+        try:
+            # All at once: head.weight.bits=16 is complete only with head.input.bits=16.
+            return replace(self, rules=rules, **changes)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"override {', '.join(map(repr, items))}: {error}") from error
+
+
+def _rule(data: Any, key: str) -> Rule:
+    checks.check_type(data, Mapping, key, "a mapping of roles, names, weight, input, other")
+    checks.check_keys(data, [f.name for f in fields(Rule)], key)
+    values = {name: checks.as_tuple(data[name], f"{key}.{name}") for name in ("roles", "names") if name in data}
+    for operand in OPERANDS:
+        if operand in data:
+            checks.check_type(data[operand], Mapping, f"{key}.{operand}", "a mapping such as {bits: 8}")
+            values[operand] = dict(data[operand])
+    return Rule(**values)
+
+
+def default_spec(role: str, operand: str) -> QuantSpec:
+    """What an operand is before any rule: 8 bits, static (the probabilities of pv: dynamic)."""
+    if operand == "weight":
+        return QuantSpec(granularity="per_channel")
+    if (role, operand) == ("pv", "input"):
+        return QuantSpec(granularity="per_token", dynamic=True, observer="minmax")
+    return QuantSpec(symmetric=role in MATMUL_ROLES)
+
+
+def recipes() -> dict[str, str]:
+    """Name -> description of each shipped recipe."""
+    return {name: Recipe.from_yaml(path).description for name, path in recipe_files().items()}

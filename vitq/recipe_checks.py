@@ -1,0 +1,154 @@
+"""What a recipe may hold, and the checks behind :mod:`vitq.recipe`. Each message names the key, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+SCHEMA = 1
+ROLES = ("patch_embed", "qkv", "proj", "fc1", "fc2", "reduction", "head", "qk", "pv", "pool")
+MATMUL_ROLES = ("qk", "pv")
+LINEAR_ROLES = tuple(role for role in ROLES if role not in MATMUL_ROLES)
+OPERANDS = ("weight", "input", "other")
+FLOAT_BITS = 16
+TRANSFORMS = ("layernorm_fold",)
+SOLVERS = ("rtn",)
+GRANULARITIES = ("per_tensor", "per_channel", "per_token")
+OBSERVERS = ("minmax", "percentile", "mse")
+
+
+def operands(role: str) -> tuple[str, str]:
+    """The operands a role has: weight and input, or input and other for the attention matmuls."""
+    return ("input", "other") if role in MATMUL_ROLES else ("weight", "input")
+
+
+def check_type(value: Any, kind: type | tuple[type, ...], key: str, allowed: str) -> None:
+    # bool is an int in Python, never in a recipe
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+        raise TypeError(f"{key}: {value!r} is {type(value).__name__}; give {allowed}")
+
+
+def check_choice(value: Any, choices: Iterable[str], key: str) -> None:
+    choices = list(choices)
+    check_type(value, str, key, f"one of {', '.join(choices)}")
+    if value not in choices:
+        raise ValueError(f"{key}: {value!r} is not known; allowed: {', '.join(choices)}{closest(value, choices)}")
+
+
+def closest(value: str, choices: Iterable[str]) -> str:
+    near = difflib.get_close_matches(value, list(choices), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_keys(data: Mapping[Any, Any], known: Iterable[str], key: str) -> None:
+    known = list(known)
+    for name in data:
+        if name not in known:
+            where = f"{key}.{name}" if key else str(name)
+            raise ValueError(f"{where}: unknown key; allowed: {', '.join(known)}{closest(str(name), known)}")
+
+
+def check_schema(schema: Any) -> None:
+    check_type(schema, int, "schema", f"an integer up to {SCHEMA}")
+    if not 1 <= schema <= SCHEMA:
+        raise ValueError(f"schema: {schema}; this vitq knows 1 to {SCHEMA}: a newer recipe needs a newer vitq")
+
+
+def as_tuple(value: Any, key: str) -> tuple[Any, ...]:
+    check_type(value, (list, tuple), key, "a list")
+    return tuple(value)
+
+
+def _check_bits(value: Any, key: str) -> None:
+    check_type(value, int, key, "an integer, 2 to 8, or 16 for floating point")
+    if not 2 <= value <= 8 and value != FLOAT_BITS:
+        raise ValueError(f"{key}: {value}; allowed: 2 to 8, or 16 (left in floating point)")
+
+
+FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
+    "bits": _check_bits,
+    "symmetric": lambda value, key: check_type(value, bool, key, "true or false"),
+    "granularity": lambda value, key: check_choice(value, GRANULARITIES, key),
+    "dynamic": lambda value, key: check_type(value, bool, key, "true or false"),
+    "observer": lambda value, key: check_choice(value, OBSERVERS, key),
+}
+
+
+def check_fields(given: Any, key: str) -> None:
+    """``given``: the fields one rule sets for one operand."""
+    check_type(given, Mapping, key, f"a mapping of {', '.join(FIELD_CHECKS)}")
+    check_keys(given, FIELD_CHECKS, key)
+    for name, value in given.items():
+        FIELD_CHECKS[name](value, f"{key}.{name}")
+
+
+def check_header(name: Any, description: Any, schema: Any, calib_size: Any, transforms: Any, solver: Any) -> None:
+    """The top-level keys of a recipe but its rules."""
+    check_type(name, str, "name", "a string")
+    if not name:
+        raise ValueError("name: empty; give the recipe a name")
+    check_type(description, str, "description", "a string")
+    check_schema(schema)
+    check_type(calib_size, int, "calib_size", "an integer, at least 1")
+    if calib_size < 1:
+        raise ValueError(f"calib_size: {calib_size}; allowed: 1 or more samples")
+    for i, transform in enumerate(as_tuple(transforms, "transforms")):
+        check_choice(transform, TRANSFORMS, f"transforms[{i}]")
+    if len(set(transforms)) != len(transforms):
+        raise ValueError(f"transforms: {', '.join(transforms)}; give each one once")
+    check_choice(solver, SOLVERS, "solver")
+
+
+def check_rule(roles: tuple[Any, ...], names: tuple[Any, ...], given: Mapping[str, Any], key: str) -> None:
+    """One rule: ``given`` maps each operand to the fields it sets (an operand without any is an empty mapping)."""
+    for i, role in enumerate(roles):
+        check_choice(role, ROLES, f"{key}.roles[{i}]")
+    for i, name in enumerate(names):
+        check_type(name, str, f"{key}.names[{i}]", "a layer name or a pattern such as 'blocks.0.*'")
+        if not name:
+            raise ValueError(f"{key}.names[{i}]: empty; give a layer name or a pattern such as 'blocks.0.*'")
+    for operand in OPERANDS:
+        check_fields(given[operand], f"{key}.{operand}")
+        for role in roles:
+            if given[operand] and operand not in operands(role):
+                raise ValueError(f"{key}.{operand}: {role} has no such operand; it has {' and '.join(operands(role))}")
+    if not any(given[operand] for operand in OPERANDS):
+        raise ValueError(f"{key}: sets nothing; give at least one of {', '.join(OPERANDS)}")
+
+
+def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mapping[tuple[str, str], str]) -> None:
+    """The merged operands of one layer. ``sources`` says which key gave a field: (operand, field) -> 'rules[2].weight.bits'."""
+
+    def refuse(operand: str, name: str, allowed: str) -> None:
+        where = sources.get((operand, name), f"{role}.{operand}.{name}")
+        value = getattr(specs[operand], name)
+        given = str(value).lower() if isinstance(value, bool) else repr(value)
+        raise ValueError(f"{where}: {given} for the {operand} of {layer}; {allowed}")
+
+    for operand in operands(role):
+        spec = specs[operand]
+        if spec.bits == FLOAT_BITS:
+            continue
+        if operand == "weight":
+            if spec.dynamic:
+                refuse(operand, "dynamic", "weights are static: false")
+            if spec.granularity == "per_token":
+                refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor")
+            if not spec.symmetric:
+                refuse(operand, "symmetric", "allowed for weights: true")
+            continue
+        if (role, operand) == ("pv", "input") and not spec.dynamic:
+            refuse(operand, "dynamic", "attention probabilities have one dynamic scale a row: true (roles: [...] limits a rule to other layers)")
+        if (role, operand) == ("pv", "other") and spec.dynamic:
+            refuse(operand, "dynamic", "the tokens of v are summed over, so one scale a token cannot be applied: false")
+        wanted = "per_token" if spec.dynamic else "per_tensor"
+        if spec.granularity != wanted:
+            refuse(operand, "granularity", f"allowed for {'dynamic' if spec.dynamic else 'static'} activations: {wanted}"
+                   + ("" if spec.dynamic else " (per_token needs dynamic: true)"))
+        if not spec.symmetric and (spec.dynamic or role in MATMUL_ROLES):
+            refuse(operand, "symmetric", f"allowed for {'dynamic activations' if spec.dynamic else 'attention operands'}: true")
+    if role not in MATMUL_ROLES and (specs["weight"].bits == FLOAT_BITS) != (specs["input"].bits == FLOAT_BITS):
+        odd, fine = ("input", "weight") if specs["input"].bits == FLOAT_BITS else ("weight", "input")
+        refuse(odd, "bits", f"its {fine} has {specs[fine].bits}, and a layer with one operand in floating point is not executed yet; "
+               f"give both 16, or both 2 to 8")

@@ -1,0 +1,280 @@
+"""What a run found, for people and programs: text tables, JSON, TensorBoard, plots, sizes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vitq.calib.histogram import Histogram
+from vitq.calib.statistics import Statistics
+from vitq.evaluate import Evaluation, LayerError, Timing
+from vitq.nn.linear import QuantLinear
+from vitq.nn.packed import Row
+
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+# Where a block's layers stand in the order of execution; the rest keeps the order of its names.
+_IN_BLOCK = ("qkv", "pv", "proj", "fc1", "fc2", "block", "reduction")
+
+
+# --- text and JSON ------------------------------------------------------------------------------------------------
+
+def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Plain aligned text: numbers to the right, the rest to the left. None prints as '-'."""
+    cells = [["-" if value is None else str(value) for value in row] for row in rows]
+    for row in cells:
+        if len(row) != len(headers):
+            raise ValueError(f"a row has {len(row)} cells, the table {len(headers)} columns: {row}")
+    widths = [max(map(len, column)) for column in zip(headers, *cells)]
+    right = [bool(cells) and all(_NUMBER.match(row[i]) for row in cells) for i in range(len(headers))]
+
+    def line(values: Sequence[str]) -> str:
+        return "  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right)).rstrip()
+
+    return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+_NUMBER = re.compile(r"(-|[-+]?(\d[\d,]*(\.\d+)?|inf|nan)( ?(%|x|ms|dB|MB|MiB))?)\Z")
+
+
+def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write `data` as strict JSON, whole or not at all; see `to_json`."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(to_json(data) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def to_json(data: Any) -> str:
+    """JSON text. Infinity and NaN, which JSON lacks, become the strings "inf", "-inf" and "nan"; named tuples become
+    objects."""
+    return json.dumps(_plain(data), indent=2, allow_nan=False, ensure_ascii=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif hasattr(value, "__dataclass_fields__"):
+        value = {name: getattr(value, name) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, (os.PathLike, torch.dtype, torch.device)) else value
+
+
+def accuracy(evaluation: Evaluation, class_names: Sequence[str] = ()) -> dict[str, Any]:
+    """Top-1, top-5 and, by class name, recall and support."""
+    names = {c: class_names[c] if c < len(class_names) else str(c) for c in evaluation.per_class}
+    return {"top1": evaluation.top1, "top5": evaluation.top5,
+            "per_class": {names[c]: {"recall": recall, "images": evaluation.support[c]}
+                          for c, recall in evaluation.per_class.items()}}
+
+
+def kernel_summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """`vitq.explain`'s rows, counted by role, format and kernel; `notes` are the reasons of all, each once."""
+    groups: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        key = row.role, row.format, row.backend, row.kernel
+        group = groups.setdefault(key, {"role": row.role, "format": row.format, "backend": row.backend,
+                                        "kernel": row.kernel, "count": 0, "bytes": 0, "notes": []})
+        group["count"] += 1
+        group["bytes"] += row.bytes
+        group["notes"] += [note for note in row.note.split("; ") if note and note not in group["notes"]]
+    return list(groups.values())
+
+
+# --- sizes --------------------------------------------------------------------------------------------------------
+
+class Sizes(NamedTuple):
+    """Bytes of the float model as one float32 safetensors file, of the checkpoint folder, and their ratio."""
+
+    fp32_bytes: int
+    checkpoint_bytes: int
+    ratio: float
+
+
+def sizes(model: nn.Module, folder: str | os.PathLike[str]) -> Sizes:
+    """Compare the float `model` as a file with every file of `folder`. FileNotFoundError without the folder."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no such folder: {folder}")
+    saved = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    whole = safetensors_bytes(model.state_dict())
+    return Sizes(whole, saved, saved / whole)
+
+
+def safetensors_bytes(state: Mapping[str, Tensor]) -> int:
+    """Size of the safetensors file of `state` with its floating tensors in float32, without writing it."""
+    header: dict[str, Any] = {}
+    offset = 0
+    for name, tensor in sorted(state.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
+        dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+        end = offset + tensor.numel() * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + text + -text % 8 + offset
+
+
+# --- TensorBoard --------------------------------------------------------------------------------------------------
+
+def write_tensorboard(folder: str | os.PathLike[str], scalars: Mapping[str, float | None], *,
+                      model: nn.Module | None = None, statistics: Statistics | None = None,
+                      layer_errors: Sequence[LayerError] = ()) -> Path:
+    """Write one run of TensorBoard events to `folder` and return it.
+
+    scalars: by tag; None is left out. model: a converted one, whose layers' weight codes and weight scales become
+    histograms. statistics: of the calibration; each operand's activations become a histogram (of the largest absolute
+    value of each channel where it was observed by channel). layer_errors: one curve a role, over the depth.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(folder)
+    with SummaryWriter(str(folder)) as writer:
+        for tag, value in scalars.items():
+            if value is not None and math.isfinite(value):
+                writer.add_scalar(tag, value, 0)
+        depth: dict[str, int] = {}
+        for layer, role, sqnr in sorted(layer_errors, key=_execution_order):
+            if math.isfinite(sqnr):
+                writer.add_scalar(f"layer_sqnr_db/{role}", sqnr, depth.get(role, 0))
+            depth[role] = depth.get(role, 0) + 1
+        for name, module in [] if model is None else model.named_modules():
+            if isinstance(module, QuantLinear):
+                writer.add_histogram(f"weight_codes/{name}", module.codes().cpu().float(), 0)
+                writer.add_histogram(f"weight_scale/{name}", module.weight_scale.cpu(), 0)
+        for key in statistics or ():
+            _add_activations(writer, f"activations/{key.replace(':', '_')}", statistics[key])
+    return folder
+
+
+def _add_activations(writer: Any, tag: str, seen: Histogram) -> None:
+    if seen.channels is not None:
+        writer.add_histogram(f"{tag}_channel_amax", torch.maximum(seen.min.abs(), seen.max.abs()), 0)
+        return
+    counts = seen.counts[0].double()
+    top = 2.0 ** int(seen.exponent[0])
+    edges = torch.linspace(-top, top, seen.bins + 1, dtype=torch.float64)
+    centres = (edges[1:] + edges[:-1]) / 2
+    # TensorBoard draws a few dozen buckets: merge, and leave out the empty ends.
+    merged = counts.view(-1, max(1, seen.bins // 128)).sum(1)
+    limits = edges[1:].view(len(merged), -1)[:, -1]
+    used = merged.nonzero().flatten()
+    if not len(used):
+        return
+    part = slice(max(0, int(used[0]) - 1), int(used[-1]) + 1)
+    writer.add_histogram_raw(tag, min=float(seen.min[0]), max=float(seen.max[0]), num=float(counts.sum()),
+                             sum=float((counts * centres).sum()), sum_squares=float((counts * centres.square()).sum()),
+                             bucket_limits=limits[part].tolist(), bucket_counts=merged[part].tolist(), global_step=0)
+
+
+# --- plots --------------------------------------------------------------------------------------------------------
+
+def plot_layer_error(path: str | os.PathLike[str], rows: Sequence[LayerError], title: str = "") -> Path:
+    """A PNG with one bar a layer, in the order of execution: its output's SQNR in dB, coloured by role."""
+    if not rows:
+        raise ValueError("there are no layers to plot")
+    rows = sorted(rows, key=_execution_order)
+    roles = list(dict.fromkeys(sorted((row[1] for row in rows), key=_role_order)))
+    figure, axes = _figure(9, 1.6 + 0.17 * len(rows))
+    colours = dict(zip(roles, _colours(len(roles))))
+    values = [row[2] for row in rows]
+    finite = [v for v in values if math.isfinite(v)]
+    most = max(finite, default=1.0)
+    places = range(len(rows))
+    axes.barh(places, [v if math.isfinite(v) else most for v in values], color=[colours[row[1]] for row in rows], height=0.8)
+    for place, value in zip(places, values):
+        text = f"{value:.1f}" if math.isfinite(value) else "exact" if value > 0 else "lost"
+        axes.text(max(value if math.isfinite(value) else most, 0), place, f" {text}", va="center", fontsize=6)
+    axes.set_yticks(places, [f"{name}  (block)" if role == "block" else name for name, role, _ in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.06)
+    axes.set_xlabel("SQNR of the layer's output against float32, end to end (dB; higher is better)")
+    axes.set_title(title or "Error by layer", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    handles = [axes.barh(0, 0, color=colours[role], label=role) for role in roles]
+    axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.0), fontsize=8, frameon=False)
+    return _save(figure, path)
+
+
+def plot_benchmark(path: str | os.PathLike[str], groups: Mapping[str, Mapping[str, Timing | None]],
+                   unit: str = "ms a batch", title: str = "") -> Path:
+    """A PNG with one group of bars a model: the median time of each way to run it, with p10..p90 as a whisker."""
+    bars = [(group, name, timing) for group, cases in groups.items() for name, timing in cases.items() if timing is not None]
+    if not bars:
+        raise ValueError("there are no timings to plot")
+    names = list(dict.fromkeys(name for _, name, _ in bars))
+    colours = dict(zip(names, _colours(len(names))))
+    figure, axes = _figure(9, 1.4 + 0.32 * len(bars) + 0.3 * len(groups))
+    place, ticks, longest = 0.0, [], max(timing.p90 for *_, timing in bars)
+    for group in groups:
+        for name, timing in [(n, t) for g, n, t in bars if g == group]:
+            whisker = [[max(0.0, timing.median_ms - timing.p10)], [max(0.0, timing.p90 - timing.median_ms)]]
+            axes.barh(place, timing.median_ms, xerr=whisker, color=colours[name], height=0.8,
+                      error_kw={"elinewidth": 0.8, "capsize": 2})
+            axes.text(timing.p90 + 0.01 * longest, place, f"{timing.median_ms:.3g}", va="center", fontsize=8)
+            ticks.append((place, f"{group}  {name}" if len(groups) > 1 else name))
+            place += 1
+        place += 0.6
+    axes.set_yticks([p for p, _ in ticks], [label for _, label in ticks], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.08)
+    axes.set_xlabel(f"{unit} (median, whiskers p10 to p90; lower is better)")
+    axes.set_title(title or "Speed", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return _save(figure, path)
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    # Figure and not pyplot: no display, no global state, and a caller's own backend stays as it is.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _colours(count: int) -> list[Any]:
+    from matplotlib import colormaps
+
+    palette = colormaps["tab10" if count <= 10 else "tab20"]
+    return [palette(i % palette.N) for i in range(count)]
+
+
+def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
+    path = Path(path)
+    figure.savefig(path, dpi=120, format="png")
+    return path
+
+
+def _role_order(role: str) -> tuple[int, str]:
+    order = ("patch_embed", *_IN_BLOCK, "pool", "head")
+    return (order.index(role) if role in order else len(order), role)
+
+
+def _execution_order(row: Sequence[Any]) -> tuple:
+    """Sort key: the stem, then blocks by number and by what they do inside, then pooling and head."""
+    name, role = row[0], row[1]
+    stage = 0 if role == "patch_embed" else 3 if role == "head" else 2 if role == "pool" else 1
+    numbers = [int(n) for n in re.findall(r"(?<=\.)\d+", f".{name}")]
+    if role == "reduction":  # at the start of its stage
+        numbers += [-1]
+    inside = _IN_BLOCK.index(role) if role in _IN_BLOCK else len(_IN_BLOCK)
+    return stage, numbers, inside, name
