@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vitq.calib.choose import choose
+from vitq.calib.choose import choose, linear_params, observed_format
 from vitq.calib.runner import collect
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
+from vitq.formats import ActivationFormat
 from vitq.models import Prepared, prepare
 from vitq.models.attention import RelativePositionBias
 from vitq.models.adapter import replace
@@ -141,6 +142,27 @@ def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, Laye
         model.patch_embed.register_forward_pre_hook(cast_input)
 
 
+def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", sample: Tensor | None = None, *,
+                  role: str = "fc1", backend: str = "auto", dtype: torch.dtype | None = None) -> nn.Module:
+    """One `nn.Linear` as an integer module by the rules that `recipe` has for `role`: [..., K] float -> [..., N] float.
+
+    sample: activations [..., K] that a static recipe measures its range on. Raises ValueError if a static recipe gets none.
+    """
+    recipe = _recipe(recipe, sample)
+    spec = recipe.resolve(role, role)
+    if spec.is_float:
+        raise ValueError(f"recipe {recipe.name!r} leaves role {role!r} in float")
+    module = QuantLinear(linear.in_features, linear.out_features, spec, dtype=_dtype(dtype, linear.weight.device),
+                         backend=backend)
+    fmt = ActivationFormat(spec.input.bits, dynamic=True)
+    if not spec.input.dynamic:
+        if sample is None:
+            raise ValueError(f"recipe {recipe.name!r} is static: give sample=, activations to measure the range on")
+        fmt = observed_format(sample, spec.input)
+    module.set_params(linear_params(linear, spec, recipe.solver, fmt))
+    return module.to(linear.weight.device)
+
+
 def explain(model: nn.Module) -> list[Row]:
     """One row a layer: role, format, the backend and kernel that run it, bytes, and why where it fell back.
 
@@ -154,8 +176,7 @@ def explain(model: nn.Module) -> list[Row]:
         elif isinstance(module, QuantAttention):
             rows += module.rows(name)
         elif name in info.floats:
-            own = [p for p in module.parameters() if not any(p is b for b in ())] if name else \
-                list(module.parameters(recurse=False))
+            own = module.parameters(recurse=bool(name))  # the root row is for its own tokens and embeddings
             size = sum(p.numel() * p.element_size() for p in own)
             rows.append(Row(name or type(module).__name__, info.roles.get(name, "float"), str(info.dtype)[6:], "torch",
                             "torch", size, info.floats[name]))

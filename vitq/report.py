@@ -97,6 +97,44 @@ def kernel_summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], most_classes: int = 20) -> str:
+    """Figures of `accuracy`, a column a model, in percent; recalls by class where there are at most `most_classes`."""
+    models = list(accuracies)
+
+    def percent(value: float | None) -> str | None:
+        return None if value is None else f"{100 * value:.2f}"
+
+    rows = [(name, None, *(percent(accuracies[m][name]) for m in models)) for name in ("top1", "top5")
+            if any(accuracies[m][name] is not None for m in models)]
+    classes = accuracies[models[0]]["per_class"]
+    if len(classes) <= most_classes:
+        rows += [(f"recall {c}", of["images"], *(percent(accuracies[m]["per_class"][c]["recall"]) for m in models))
+                 for c, of in classes.items()]
+    return table(("percent", "images", *models), rows)
+
+
+def kernel_table(summary: Iterable[Mapping[str, Any]]) -> str:
+    """`kernel_summary` as text."""
+    columns = ("role", "format", "backend", "kernel", "count", "bytes", "notes")
+    return table(columns, [[*(group[c] for c in columns[:-1]), "; ".join(group["notes"])] for group in summary])
+
+
+def layer_table(rows: Iterable[Row]) -> str:
+    """`vitq.explain`'s rows as text."""
+    columns = ("layer", "role", "format", "backend", "kernel", "bytes", "note")
+    return table(columns, [[getattr(row, column) for column in columns] for row in rows])
+
+
+def scalars(report: Mapping[str, Any]) -> dict[str, float | None]:
+    """The numbers of a report of tools/quantize_vit.py that TensorBoard should draw, by tag."""
+    found = {f"accuracy/{model}_{key}": figures[key] for model, figures in (report.get("accuracy") or {}).items()
+             for key in ("top1", "top5")}
+    found |= {f"ms_per_image/{name}": case["ms_per_image"] for name, case in report["speed"]["models"].items()}
+    agreement, size = report["agreement"], report["size"]
+    return {**found, "agreement/equal": agreement.equal, "agreement/logits_sqnr_db": agreement.sqnr_db,
+            "size/checkpoint_bytes": size.checkpoint_bytes, "size/ratio_to_fp32": size.ratio}
+
+
 # --- sizes --------------------------------------------------------------------------------------------------------
 
 class Sizes(NamedTuple):
@@ -135,7 +173,7 @@ def safetensors_bytes(state: Mapping[str, Tensor]) -> int:
 def write_tensorboard(folder: str | os.PathLike[str], scalars: Mapping[str, float | None], *,
                       model: nn.Module | None = None, statistics: Statistics | None = None,
                       layer_errors: Sequence[LayerError] = ()) -> Path:
-    """Write one run of TensorBoard events to `folder` and return it.
+    """Write one run of TensorBoard events to `folder`, in place of an earlier run's, and return it.
 
     scalars: by tag; None is left out. model: a converted one, whose layers' weight codes and weight scales become
     histograms. statistics: of the calibration; each operand's activations become a histogram (of the largest absolute
@@ -144,6 +182,8 @@ def write_tensorboard(folder: str | os.PathLike[str], scalars: Mapping[str, floa
     from torch.utils.tensorboard import SummaryWriter
 
     folder = Path(folder)
+    for old in folder.glob("events.out.tfevents.*"):  # two runs in one folder are drawn as one
+        old.unlink()
     with SummaryWriter(str(folder)) as writer:
         for tag, value in scalars.items():
             if value is not None and math.isfinite(value):

@@ -12,6 +12,15 @@ from vitq.quantizers.uniform import (
 from vitq.recipe import QuantSpec
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    # Thousands of small tensor operations: threads cost more than they give, above all on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def samples():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(16, 33, generator=generator)
@@ -160,10 +169,10 @@ def test_weight_per_tensor_and_chunks(observer):
 
 
 def test_weight_memory_is_bounded():
-    weight = torch.randn(4096, 4096)
+    weight = torch.randn(2048, 2048)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     weight_range(weight, QuantSpec(bits=4, granularity="per_channel"))
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 200
+    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 < 50
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from vitq.calib.runner import fingerprint, is_folded, specs
 from vitq.calib.solvers import SOLVERS
-from vitq.calib.statistics import Statistics
+from vitq.calib.statistics import Histogram, Statistics
 from vitq.formats import ActivationFormat
 from vitq.models.sites import LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
@@ -27,7 +27,6 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan
         raise ValueError(f"these statistics were collected on another model ({stats.model}, this one is "
                          f"{fingerprint(prepared.model)}): calibrate again")
     plan = Plan(recipe, specs(prepared, recipe))
-    solve = SOLVERS[recipe.solver]
     for site in prepared.linears:
         spec = plan.specs[site.name]
         if spec.is_float:
@@ -35,11 +34,9 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan
         module = prepared.model.get_submodule(site.name)
         input_format = _linear_input(prepared.model, site, spec, recipe, stats, plan)
         try:
-            codes, scale = solve(module.weight.detach().flatten(1), spec.weight)
+            plan.layers[site.name] = linear_params(module, spec, recipe.solver, input_format)
         except ValueError as error:
             raise ValueError(f"weight of {site.name!r}: {error}") from error
-        bias = None if module.bias is None else module.bias.detach().clone()
-        plan.layers[site.name] = LinearParams(codes, spec.weight.bits, scale, bias, input_format)
     for site in prepared.attentions:
         qk, pv = plan.specs[site.qk], plan.specs[site.pv]
         if not qk.is_float:
@@ -47,6 +44,20 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan
                 q=_format(stats, f"{site.qk}:input", qk.input), k=_format(stats, f"{site.qk}:other", qk.other),
                 v=_format(stats, f"{site.pv}:other", pv.other), p_bits=pv.input.bits)
     return plan
+
+
+def linear_params(module: nn.Module, spec: LayerSpec, solver: str, input_format: ActivationFormat) -> LinearParams:
+    """Codes of one linear (or patch convolution) by the named solver. Raises ValueError for NaN or infinite weights."""
+    codes, scale = SOLVERS[solver](module.weight.detach().float().flatten(1), spec.weight)
+    bias = None if module.bias is None else module.bias.detach().float().clone()
+    return LinearParams(codes, spec.weight.bits, scale, bias, input_format)
+
+
+def observed_format(sample: Tensor, spec: QuantSpec) -> ActivationFormat:
+    """The static format that `spec` chooses for activations like `sample`."""
+    histogram = Histogram()
+    histogram.update(sample)
+    return _per_tensor(histogram, spec)
 
 
 def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: Recipe, stats: Statistics | None,
@@ -57,7 +68,8 @@ def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: R
         return _format(stats, f"{site.name}:input", spec.input)
     # Where zeros are padded in after the norm only a scale may move: symmetric ranges give every channel zero point 0.
     symmetric = spec.input.symmetric or site.zero_padded
-    lo, hi = _range(stats, f"{site.name}:input", spec.input, symmetric)
+    channels = model.get_submodule(site.name).in_features
+    lo, hi = _histogram(stats, f"{site.name}:input", channels).range(spec.input.bits, symmetric, spec.input.observer)
     scale, zero_point = scale_and_zero(lo, hi, spec.input.bits, symmetric)
     scale, zero_point = fold(model.get_submodule(site.norm), model.get_submodule(site.name), scale, zero_point)
     plan.notes[site.name] = "LayerNorm fold" + (" of the scale only (windows are zero-padded)" if site.zero_padded else "")
@@ -65,12 +77,16 @@ def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: R
 
 
 def _format(stats: Statistics | None, key: str, spec: QuantSpec) -> ActivationFormat:
-    lo, hi = _range(stats, key, spec, spec.symmetric)
+    return _per_tensor(_histogram(stats, key, None), spec)
+
+
+def _per_tensor(histogram: Histogram, spec: QuantSpec) -> ActivationFormat:
+    lo, hi = histogram.range(spec.bits, spec.symmetric, spec.observer)
     scale, zero_point = scale_and_zero(lo, hi, spec.bits, spec.symmetric)
-    return ActivationFormat(spec.bits, scale=scale.reshape(()), zero_point=zero_point.reshape(()))
+    return ActivationFormat(spec.bits, scale=scale, zero_point=zero_point)
 
 
-def _range(stats: Statistics | None, key: str, spec: QuantSpec, symmetric: bool) -> tuple[Tensor, Tensor]:
-    if stats is None or key not in stats:
-        raise ValueError(f"no statistics for {key!r}: they were collected for another recipe; calibrate with this one")
-    return stats[key].range(spec.bits, symmetric, spec.observer)
+def _histogram(stats: Statistics | None, key: str, channels: int | None) -> Histogram:
+    if stats is None or key not in stats or stats[key].channels != channels:
+        raise ValueError(f"no fitting statistics for {key!r}: they were collected for another recipe; calibrate with this one")
+    return stats[key]

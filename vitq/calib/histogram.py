@@ -135,16 +135,20 @@ class Histogram:
         if p == 1.0:
             return self.min.double(), self.max.double()
         edges, below = self._edges(), self.counts.cumsum(1).double()
-        last = below[:, -1:] - 1
+        last = self.count - 1
 
-        def at(q: float) -> Tensor:
-            rank = q * last
-            bucket = torch.searchsorted(below, rank, right=True)
+        def element(rank: int) -> Tensor:
+            # The element of that rank, were its bucket's elements evenly spread.
+            bucket = torch.searchsorted(below, below.new_full((below.shape[0], 1), rank), right=True)
             inside = self.counts.gather(1, bucket).double()
             before = below.gather(1, bucket) - inside
             left, right = edges.gather(1, bucket), edges.gather(1, bucket + 1)
-            value = left + (right - left) * ((rank - before + 0.5) / inside).clamp_max(1.0)
+            value = left + (right - left) * ((rank - before + 0.5) / inside)
             return value[:, 0].clamp(self.min.double(), self.max.double())
+
+        def at(q: float) -> Tensor:
+            rank = q * last
+            return torch.lerp(element(int(rank)), element(min(int(rank) + 1, last)), rank - int(rank))
 
         return at(1.0 - p), at(p)
 

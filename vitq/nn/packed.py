@@ -48,9 +48,9 @@ class PackedModule(nn.Module):
 
     def packed(self) -> dict[str, tuple[dispatch.Choice, Any]]:
         if self._packed is None:
-            device = self.device()
-            packed = {}
-            for op, spec in self.cases().items():
+            cases, packed = self.cases(), {}
+            device = self.device() if cases else None
+            for op, spec in cases.items():
                 choice = dispatch.choose(op, self.backend, spec, device)
                 packed[op] = choice, choice.kernel.pack(spec, device)
             self._packed = packed

@@ -93,12 +93,13 @@ class CpuAttention:
         constants = dict(qk_scale=float(params.q.scale * params.k.scale * spec.scale), v_scale=float(params.v.scale),
                          q_zero_point=int(params.q.zero_point), k_zero_point=int(params.k.zero_point),
                          v_zero_point=int(params.v.zero_point), p_bits=params.p_bits, **output)
-        return spec, constants
+        return spec, constants, 0 if spec.output is None else int(spec.output.zero_point) + 128
 
     def run(self, packed: tuple, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
             mask: Tensor | None = None) -> Tensor | QTensor:
         from vitq.cpu import kernels
 
-        spec, constants = packed
-        y = kernels.attention_int8(q, k, v, bias=bias, mask=mask, out_dtype=dtype, **constants)
-        return y if spec.output is None else QTensor(y, spec.output.scale, spec.output.zero_point + 128)
+        spec, constants, handed_on = packed
+        written = torch.float32 if dtype == torch.float16 else dtype  # the C kernel writes no float16
+        y = kernels.attention_int8(q, k, v, bias=bias, mask=mask, out_dtype=written, **constants)
+        return y.to(dtype) if spec.output is None else QTensor(y, spec.output.scale, handed_on)

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitq.cpu import loader
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
-from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device
+from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device, readable
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class CpuLayerNorm:
     def run(self, packed: tuple, x: Tensor) -> QTensor:
         from vitq.cpu import kernels
 
-        spec, fmt, scale, zero_point = packed
-        codes, row_scale = kernels.layer_norm_quantize(x, spec.weight, spec.bias, spec.eps, scale, zero_point,
+        spec, fmt, scale, zero_point, handed_on = packed
+        codes, row_scale = kernels.layer_norm_quantize(readable(x), spec.weight, spec.bias, spec.eps, scale, zero_point,
                                                        fmt.qmin, fmt.qmax)
-        return QTensor(codes, fmt.scale, fmt.zero_point + 128) if row_scale is None else QTensor(codes, row_scale, 128)
+        return QTensor(codes, fmt.scale if row_scale is None else row_scale, handed_on)
 
 
 @register("layer_norm_quantize", "reference")

@@ -57,9 +57,9 @@ class ReferenceLinear:
         if params.bias is not None:
             y = y + params.bias
         y = activate(y, spec.activation)
-        if spec.output is not None:
-            return requantize(y, spec.output)
-        return (y if residual is None else y + residual.float()).to(dtype)
+        if residual is not None:
+            y = y + residual.float()
+        return y.to(dtype) if spec.output is None else requantize(y, spec.output)
 
 
 @register("linear", "cpu")
@@ -72,6 +72,8 @@ class OneDnnLinear:
     def supports(self, spec: LinearSpec) -> str | None:
         if cpu_int8_isa() is None:
             return "this CPU has neither AMX nor AVX512-VNNI"
+        if spec.activation is not None and spec.output is not None and spec.output.scale.ndim:
+            return "an activation before a per-column output format"
         return None
 
     def pack(self, spec: LinearSpec, device) -> tuple:
@@ -80,7 +82,12 @@ class OneDnnLinear:
         row_sums = params.codes.sum(dim=1, dtype=torch.int64).double()
         scale = params.weight_scale.double()
         bias = torch.zeros(n, dtype=torch.float64) if params.bias is None else params.bias.double()
-        out_scale, out_zero, tail = 1.0, 0, None
+        out_scale, out_zero, tail, handed_on, limits = 1.0, 0, None, 0, None
+        shift = 0 if spec.output is None or spec.output.signed_only else 128
+        if spec.output is not None:
+            handed_on = spec.output.zero_point + shift
+            if spec.output.bits < 8:  # oneDNN saturates to 8 bits; narrower codes are clamped afterwards
+                limits = tuple(limit + shift for limit in int_range(spec.output.bits))
         if params.input.dynamic:
             # The row scale multiplies after the GEMM, so only the shift is folded in here, and the bias is added last.
             tail = bias.float()
@@ -92,14 +99,14 @@ class OneDnnLinear:
                 scale, bias = scale / spec.output.scale.double(), bias / spec.output.scale.double()
                 bias = bias + spec.output.zero_point.double()
             elif spec.output is not None:
-                shift = 0 if spec.output.signed_only else 128
                 out_scale, out_zero = float(spec.output.scale), int(spec.output.zero_point) + shift
         weight = torch.ops.onednn.qlinear_prepack(params.codes.contiguous(), None)
-        return spec, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale, out_zero, tail
+        return (spec, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale, out_zero, tail,
+                handed_on, limits)
 
     def run(self, packed: tuple, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False) -> Tensor | QTensor:
-        spec, weight, scale, zeros, bias, out_scale, out_zero, tail = packed
+        spec, weight, scale, zeros, bias, out_scale, out_zero, tail, handed_on, limits = packed
         codes = unsigned(x)
         if tail is not None:
             return self._dynamic(packed, x, codes, dtype, residual)
@@ -108,7 +115,9 @@ class OneDnnLinear:
             kind = torch.int8 if spec.output.signed_only else torch.uint8
             y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, out_scale, out_zero, kind,
                                                    post, [], algorithm)
-            return _clamped(y, spec.output)
+            if limits is not None:
+                y.clamp_(*limits)
+            return QTensor(y, spec.output.scale, handed_on)
         if residual is None:
             return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, dtype, post, [],
                                                       algorithm)
@@ -117,7 +126,7 @@ class OneDnnLinear:
                                                          dtype, 1.0, 0, "sum" if inplace else "add", 1.0, "none", [], "")
 
     def _dynamic(self, packed: tuple, x: QTensor, codes: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        spec, weight, scale, zeros, bias, _, _, tail = packed
+        spec, weight, scale, zeros, bias, _, _, tail, _, _ = packed
         y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, torch.float32, "none",
                                                [], "")
         y = activate(torch.addcmul(tail, y, x.scale), spec.activation)
@@ -128,11 +137,3 @@ class OneDnnLinear:
 
 _ONEDNN_ACTIVATIONS = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
-
-def _clamped(codes: Tensor, output: OutputFormat) -> QTensor:
-    """oneDNN saturates to 8 bits; narrower codes are clamped here."""
-    shift = 0 if output.signed_only else 128
-    if output.bits < 8:
-        qmin, qmax = int_range(output.bits)
-        codes = codes.clamp_(qmin + shift, qmax + shift)
-    return QTensor(codes, output.scale, output.zero_point + shift)

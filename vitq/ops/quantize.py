@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from vitq.cpu import loader
@@ -23,9 +24,9 @@ class CpuQuantize:
     def run(self, packed: tuple, x: Tensor) -> QTensor:
         from vitq.cpu import kernels
 
-        fmt, scale, zero_point = packed
-        codes, row_scale = kernels.quantize_rows(x, scale, zero_point, fmt.qmin, fmt.qmax)
-        return QTensor(codes, fmt.scale, fmt.zero_point + 128) if row_scale is None else QTensor(codes, row_scale, 128)
+        fmt, scale, zero_point, handed_on = packed
+        codes, row_scale = kernels.quantize_rows(readable(x), scale, zero_point, fmt.qmin, fmt.qmax)
+        return QTensor(codes, fmt.scale if row_scale is None else row_scale, handed_on)
 
 
 @register("quantize", "reference")
@@ -46,14 +47,22 @@ class ReferenceQuantize:
         return QTensor(codes, packed.scale, packed.zero_point)
 
 
+def readable(x: Tensor) -> Tensor:
+    """x as the C kernels read it: float32 or bfloat16, with a last dimension of unit stride."""
+    if x.dtype == torch.float16:
+        x = x.float()
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def on_device(fmt: ActivationFormat, device) -> ActivationFormat:
     if fmt.dynamic:
         return fmt
     return ActivationFormat(fmt.bits, scale=fmt.scale.to(device), zero_point=fmt.zero_point.to(device))
 
 
-def cpu_constants(fmt: ActivationFormat) -> tuple[ActivationFormat, float | None, int]:
-    """Scale and zero point as the plain numbers that a C call takes."""
+def cpu_constants(fmt: ActivationFormat) -> tuple[ActivationFormat, float | None, int, int]:
+    """Scale and zero point as the plain numbers that a C call takes, and the zero point of the uint8 codes it returns."""
     if fmt.dynamic:
-        return fmt, None, 0
-    return fmt, float(fmt.scale), int(fmt.zero_point)
+        return fmt, None, 0, 128
+    zero_point = int(fmt.zero_point)
+    return fmt, float(fmt.scale), zero_point, zero_point + 128

@@ -67,25 +67,21 @@ def _finite(maximum):
 
 
 @triton.jit
-def _weigh(logit, maximum, v, key, n_keys, v_token, column, inside_d, c, acc, total, v_sum, p_sum,
-           SCALED: tl.constexpr, P_BITS: tl.constexpr, HAS_V_ZERO: tl.constexpr):
-    """Add one block of keys: exponentials into total, codes times values into acc, and the sums that its offsets need."""
-    if SCALED:
-        e = tl.exp2(logit - maximum[:, None])
-    else:
-        e = tl.exp2(tl.fma(logit, c, -(maximum * c)[:, None]))
-    total += tl.sum(e, axis=1)
+def _weigh(logit, maximum, v, key, n_keys, v_token, column, inside_d, c, acc, SCALED: tl.constexpr,
+           P_BITS: tl.constexpr):
+    """One block of keys: codes times values added to acc; the sums of its exponentials and, for the offsets, of its
+    values and codes."""
+    difference = logit - maximum[:, None]
+    if not SCALED:
+        difference = difference * c  # of integers, so exact up to here however large the logits are
+    e = tl.exp2(difference)
     # The rounding trick of common.rint; the integer then sits in the low bits of the float, offset included.
     OFFSET: tl.constexpr = 128 if P_BITS == 8 else 0
     p = (e * (2.0**P_BITS - 1.0) + (12582912.0 - OFFSET)).to(tl.int32, bitcast=True).to(tl.int8)
     codes = tl.load(v + key[:, None] * v_token + column[None, :], mask=(key < n_keys)[:, None] & inside_d[None, :],
                     other=0)
     acc = tl.dot(p, codes, acc, out_dtype=tl.int32)
-    if P_BITS == 8:
-        v_sum += tl.sum(codes.to(tl.int32), axis=0)
-    if HAS_V_ZERO:
-        p_sum += tl.sum(p.to(tl.int32) + OFFSET, axis=1)
-    return acc, total, v_sum, p_sum
+    return acc, tl.sum(e, axis=1), tl.sum(codes.to(tl.int32), axis=0), tl.sum(p.to(tl.int32) + OFFSET, axis=1)
 
 
 @triton.jit(do_not_specialize=["q_zero", "v_zero"])
@@ -116,15 +112,12 @@ def _attention(q, k, v, out, bias, mask, out_scale, out_zero, q_batch, q_token, 
     if HAS_MASK:
         mask_rows = mask + (batch % windows) * mask_window + row[:, None] * mask_token
     acc = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.int32)
-    total = tl.zeros([BLOCK_M], dtype=tl.float32)
-    v_sum = tl.zeros([BLOCK_D], dtype=tl.int32)
-    p_sum = tl.zeros([BLOCK_M], dtype=tl.int32)
     key = tl.arange(0, BLOCK_N)
     if ONE_BLOCK:
         logit = _logits(query, k, bias_rows, mask_rows, key, n_keys, k_token, column, inside_d, in_row, c, q_zero, HAS_BIAS,
                         HAS_MASK, HAS_Q_ZERO)
         acc, total, v_sum, p_sum = _weigh(logit, _finite(tl.max(logit, axis=1)), v, key, n_keys, v_token, column, inside_d,
-                                          c, acc, total, v_sum, p_sum, SCALED, P_BITS, HAS_V_ZERO)
+                                          c, acc, SCALED, P_BITS)
     else:
         maximum = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
         for start in range(0, n_keys, BLOCK_N):
@@ -132,11 +125,17 @@ def _attention(q, k, v, out, bias, mask, out_scale, out_zero, q_batch, q_token, 
                             q_zero, HAS_BIAS, HAS_MASK, HAS_Q_ZERO)
             maximum = tl.maximum(maximum, tl.max(logit, axis=1))
         maximum = _finite(maximum)
+        total = tl.zeros([BLOCK_M], dtype=tl.float32)
+        v_sum = tl.zeros([BLOCK_D], dtype=tl.int32)
+        p_sum = tl.zeros([BLOCK_M], dtype=tl.int32)
         for start in range(0, n_keys, BLOCK_N):
             logit = _logits(query, k, bias_rows, mask_rows, start + key, n_keys, k_token, column, inside_d, in_row, c,
                             q_zero, HAS_BIAS, HAS_MASK, HAS_Q_ZERO)
-            acc, total, v_sum, p_sum = _weigh(logit, maximum, v, start + key, n_keys, v_token, column, inside_d, c, acc,
-                                              total, v_sum, p_sum, SCALED, P_BITS, HAS_V_ZERO)
+            acc, e_sum, values, codes = _weigh(logit, maximum, v, start + key, n_keys, v_token, column, inside_d, c, acc,
+                                               SCALED, P_BITS)
+            total += e_sum
+            v_sum += values
+            p_sum += codes
 
     if P_BITS == 8:
         acc += (v_sum * 128)[None, :]
@@ -190,9 +189,12 @@ def attention(constants: Constants, q: Tensor, k: Tensor, v: Tensor, dtype: torc
 
 def tile(n_queries: int, n_keys: int) -> tuple[int, int, int]:
     """(BLOCK_M, BLOCK_N, warps), a function of the shape alone so that equal calls give equal bits."""
-    block_m = 64
-    block_n = power_of_2(n_keys, 32) if n_keys <= ONE_BLOCK else 64
-    return block_m, block_n, 4
+    if n_keys > ONE_BLOCK:
+        return 64, 64, 4
+    # Measured on an H200: at 197 keys, 131 µs with 32 rows against 163 with 64, for DeiT-S at batch 200; at 49 keys the
+    # other way round.
+    block_n = power_of_2(n_keys, 32)
+    return 32 if block_n > 128 else 64, block_n, 4
 
 
 def _padded(x: Tensor, width: int) -> Tensor:

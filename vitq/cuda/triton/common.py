@@ -24,8 +24,8 @@ def to_codes(x, scale, zero_point, qmin, qmax):
 
     scale broadcasts to x and is far smaller than it (one value, a row's or a column's), so its correctly rounded
     reciprocal is cheap. Two corrections of x · (1 / scale) by its exact remainder then give the correctly rounded
-    quotient (Markstein 1990), in 5 operations where `div.rn` takes a slow path for special cases: on an H200 the requantized
-    attention ran in 169 µs with div.rn against 122 µs without any division.
+    quotient (Markstein 1990), in 5 operations where `div.rn` also branches for special cases: on an H200, LayerNorm and
+    quantize of 39400 x 384 takes 27 µs so and 38 µs with div.rn, fc1 with GELU and codes 278 and 338.
     """
     inverse = tl.div_rn(1.0, scale)
     # Far outside of any code range already, and nothing below can overflow.

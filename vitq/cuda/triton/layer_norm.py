@@ -11,7 +11,7 @@ from vitq.cuda.triton.common import on_device, power_of_2, rows, to_codes
 from vitq.formats import RANGE_MIN, ActivationFormat
 
 WIDEST = 32768  # one row stays in one program's registers
-ELEMENTS = 2048  # of the rows that one program takes where they are short
+ELEMENTS = 4096  # of the rows that one program takes where they are short
 
 
 @triton.jit(do_not_specialize=["m"])  # batch sizes come and go, kernels should not

@@ -12,7 +12,7 @@ from vitq.formats import RANGE_MIN, int_range
 
 # Floats of one row that a program keeps in registers: 128 a thread with 8 warps. Longer rows are read twice.
 ROW_IN_REGISTERS = 32768
-ELEMENTS = 2048  # that one program takes where rows do not say otherwise
+ELEMENTS = 4096  # that one program takes where rows do not say otherwise
 
 
 @triton.jit

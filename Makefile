@@ -1,0 +1,50 @@
+# make demo      quantize DeiT-S on the demo photographs, from nothing: environment, install, run
+# make test      all tests that need no GPU            make test-gpu   those that do
+# make clean     remove the environment and what was built or written
+#
+# PYTHON=python3.12   the interpreter the environment is made from
+# VENV=path           where the environment is (an existing one is used as it is)
+# PIP_ARGS=...        for pip install, for instance --extra-index-url https://download.pytorch.org/whl/cpu
+# TEST_ARGS=...       for pytest, for instance "-k recipe -x"
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+TEST_ARGS ?=
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.vitq-installed
+
+# Two processes of one thread each finish sooner than one of two threads: most tests are small. Threads that wait without
+# spinning leave the cores to whoever has work.
+WORKERS ?= 2
+TEST_ENV = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
+
+.PHONY: all venv install demo test test-gpu clean
+
+all: install
+
+venv: $(BIN)/python
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+install: $(STAMP)
+
+# An editable install: Python files and recipes are read from here; it is made again when what is compiled or required changes.
+$(STAMP): pyproject.toml setup.py vitq/cpu/build.py $(wildcard vitq/cpu/csrc/*) | $(BIN)/python
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[test,demo]'
+	touch $@
+
+demo: install
+	$(BIN)/python tools/quantize_vit.py --model deit_s --weights demo --data demo
+
+test: install
+	$(TEST_ENV) $(BIN)/python -m pytest -m 'not gpu' -n $(WORKERS) --dist loadgroup $(TEST_ARGS)
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+clean:
+	rm -rf .venv build dist vitq.egg-info vitq-out .pytest_cache
+	rm -f vitq/cpu/_kernels*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

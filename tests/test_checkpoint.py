@@ -1,0 +1,223 @@
+"""vitq.save and vitq.load: bit-identical, strict, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import build, convert, images, quick
+
+import vitq
+from vitq import checkpoint
+
+
+@pytest.fixture(scope="module")
+def model():
+    return convert(build(depth=2), quick("w4a8"))
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    return vitq.save(model, tmp_path / "ckpt")
+
+
+def _depth(saved_model):
+    return {"model_kwargs": {"depth": 2}}
+
+
+@pytest.fixture(autouse=True)
+def _kwargs(model):
+    model.vitq.source = _depth(model)
+
+
+@pytest.mark.parametrize("name, kwargs, recipe", [
+    ("deit_tiny_patch16_224", {"depth": 2}, "w8a8"), ("deit_tiny_patch16_224", {"depth": 2}, "w8a8-dynamic"),
+    ("deit_tiny_patch16_224", {"depth": 2, "img_size": 160}, "w4a4"),
+    ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1), "img_size": 192}, "w4a4"),
+    ("vit_base_patch16_siglip_224", {"depth": 1}, "w4a8"), ("deit_tiny_distilled_patch16_224", {"depth": 1}, "w8a8"),
+])
+def test_reloads_bit_identically(name: str, kwargs: dict, recipe: str, tmp_path) -> None:
+    source = build(name, num_classes=7, **kwargs)
+    model = convert(source, quick(recipe))
+    record = {"name": name, "weights": "random:0", "model_kwargs": {k: v for k, v in kwargs.items() if k != "img_size"}}
+    loaded = vitq.load(vitq.save(model, tmp_path / "c", source=record))
+    assert torch.equal(loaded(images(source)), model(images(source)))
+    assert loaded.vitq.source["weights"] == "random:0" and loaded.vitq.recipe == model.vitq.recipe
+    assert loaded.pretrained_cfg["mean"] is not None and loaded.num_classes == 7
+    assert [(r.layer, r.kernel, r.note) for r in vitq.explain(loaded)] == \
+        [(r.layer, r.kernel, r.note) for r in vitq.explain(model)]
+
+
+def test_no_pickle_and_small(saved) -> None:
+    assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "vitq.json"]
+    header = json.loads((saved / "vitq.json").read_text())
+    assert header["schema"] == checkpoint.SCHEMA and header["recipe"]["name"] == "w4a8"
+    floats = sum(p.numel() * 4 for p in build(depth=2).parameters())
+    assert (saved / "model.safetensors").stat().st_size < 0.35 * floats
+
+
+def test_other_dtype(saved) -> None:
+    x = images(build(depth=2))
+    a, b = vitq.load(saved, dtype=torch.float32)(x), vitq.load(saved, backend="reference", dtype=torch.float32)(x)
+    assert torch.allclose(a, b, atol=0.1)
+
+
+# Damage ---------------------------------------------------------------------------------------------------------------
+
+
+def _rewrite_header(saved, **changes) -> None:
+    header = json.loads((saved / "vitq.json").read_text())
+    (saved / "vitq.json").write_text(json.dumps({**header, **changes}))
+
+
+def test_truncated(saved) -> None:
+    path = saved / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(vitq.CheckpointError, match="damaged or cut short"):
+        vitq.load(saved)
+
+
+@pytest.mark.parametrize("where", [0.3, 0.9])
+def test_flipped_bit(saved, where: float) -> None:
+    path = saved / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * where)] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(vitq.CheckpointError, match="SHA-256"):
+        vitq.load(saved)
+
+
+def test_changed_header(saved) -> None:
+    _rewrite_header(saved, dtype="float16")
+    with pytest.raises(vitq.CheckpointError, match="SHA-256"):
+        vitq.load(saved)
+    (saved / "vitq.json").write_text('{"schema": 1')
+    with pytest.raises(vitq.CheckpointError, match="damaged"):
+        vitq.load(saved)
+    (saved / "vitq.json").write_text('{"schema": 1}')
+    with pytest.raises(vitq.CheckpointError, match="lacks"):
+        vitq.load(saved)
+
+
+def _resign(saved, tensors=None, **changes) -> None:
+    """Change a checkpoint and sign it again, so that the checks behind the hash are reached."""
+    header = {**json.loads((saved / "vitq.json").read_text()), **changes}
+    header.pop("sha256")
+    tensors = tensors if tensors is not None else safetensors.torch.load_file(saved / "model.safetensors")
+    safetensors.torch.save_file(tensors, saved / "model.safetensors")
+    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint._digest(header, tensors)}))
+
+
+def test_missing_tensor(saved) -> None:
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    del tensors["blocks.0.attn.qkv.qweight"]
+    _resign(saved, tensors)
+    with pytest.raises(vitq.CheckpointError, match="missing tensors blocks.0.attn.qkv.qweight"):
+        vitq.load(saved)
+
+
+def test_unexpected_tensor_and_wrong_shape(saved) -> None:
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    _resign(saved, {**tensors, "extra": torch.zeros(1)})
+    with pytest.raises(vitq.CheckpointError, match="unexpected extra"):
+        vitq.load(saved)
+    _resign(saved, {**tensors, "head.bias": torch.zeros(3)})
+    with pytest.raises(vitq.CheckpointError, match="'head.bias' is"):
+        vitq.load(saved)
+
+
+def test_newer_schema(saved) -> None:
+    _rewrite_header(saved, schema=99)
+    with pytest.raises(vitq.CheckpointError, match="schema 99.*upgrade"):
+        vitq.load(saved)
+
+
+def test_for_another_model(saved) -> None:
+    _resign(saved, architecture="deit_small_patch16_224")
+    with pytest.raises(vitq.CheckpointError, match="deit_small_patch16_224"):
+        vitq.load(saved)
+    _resign(saved, architecture="no_such_model")
+    with pytest.raises(vitq.CheckpointError, match="no model 'no_such_model'"):
+        vitq.load(saved)
+
+
+def test_missing_parts(saved, tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="vitq.json is missing"):
+        vitq.load(tmp_path / "nowhere")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(vitq.CheckpointError, match="incomplete"):
+        vitq.load(saved)
+
+
+# Writing --------------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_save_keeps_the_old_checkpoint(model, saved, monkeypatch) -> None:
+    x = images(build(depth=2))
+    before = vitq.load(saved)(x)
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        vitq.save(model, saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["ckpt"], "nothing half-written"
+    assert torch.equal(vitq.load(saved)(x), before)
+
+
+def test_full_disk(model, saved, monkeypatch) -> None:
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(vitq.CheckpointError, match="No space left"):
+        vitq.save(model, saved)
+    vitq.load(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["ckpt"]
+
+
+def test_saving_again_replaces(model, saved) -> None:
+    other = convert(build(depth=2, seed=9), quick("w4a8"))
+    vitq.save(other, saved, source=_depth(other))
+    x = images(build(depth=2))
+    assert torch.equal(vitq.load(saved)(x), other(x)) and not torch.equal(other(x), model(x))
+    assert [p.name for p in saved.parent.iterdir()] == ["ckpt"]
+
+
+def test_folder_of_something_else(model, tmp_path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(vitq.CheckpointError, match="holds other files"):
+        vitq.save(model, tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(vitq.CheckpointError, match="is a file"):
+        vitq.save(model, tmp_path / "file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_unwritable_folder(model, tmp_path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    with pytest.raises(vitq.CheckpointError, match="cannot write"):
+        vitq.save(model, tmp_path / "c")
+
+
+def test_unwritable_parent(model, tmp_path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(vitq.CheckpointError, match="cannot write"):
+        vitq.save(model, tmp_path / "file" / "c")
+
+
+def test_a_model_that_could_not_be_rebuilt_is_not_written(tmp_path) -> None:
+    model = convert(build(depth=1), quick("w8a8"))
+    with pytest.raises(vitq.CheckpointError, match="model_kwargs"):
+        vitq.save(model, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_unconverted_model(tmp_path) -> None:
+    with pytest.raises(TypeError, match="vitq.convert"):
+        vitq.save(build(depth=1), tmp_path / "c")

@@ -1,0 +1,353 @@
+"""vitq.convert: what it promises of its result, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import torch
+from helpers import build, convert, images, quick, sqnr
+from torch.utils.data import DataLoader, TensorDataset
+
+import vitq
+from vitq.formats import QTensor
+
+DEPTH = {"depth": 2}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build(**DEPTH)
+
+
+@pytest.fixture(scope="module")
+def static(model):
+    return convert(model, quick("w8a8"))
+
+
+# What runs is what was simulated -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a8", "w4a8"])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_execution_equals_simulation(name: str, recipe: str, backend: str) -> None:
+    model = build(name, **(DEPTH if "deit" in name else {"depths": (1, 1, 2, 1)}))
+    chosen = quick(recipe)
+    statistics = vitq.calibrate(model, chosen, [images(model, 4, seed=2)]) if chosen.is_static else None
+    executed = vitq.convert(model, chosen, statistics, backend, dtype=torch.float32)
+    x = images(model)
+    assert sqnr(vitq.simulate(model, chosen, statistics)(x), executed(x)) > 35
+
+
+def test_w4a4_equals_its_simulation_block_by_block() -> None:
+    model, recipe = build(depth=4), quick("w4a4")
+    statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)])
+    executed, simulated = (f(model, recipe, statistics) for f in (
+        lambda *a: vitq.convert(*a, dtype=torch.float32), vitq.simulate))
+    seen = []
+    for block in simulated.blocks:
+        block.register_forward_hook(lambda module, args, output: seen.append((args[0].clone(), output.clone())))
+    simulated(images(model))
+    for (x, y), block in zip(seen, executed.blocks, strict=True):
+        assert sqnr(y, block(x)) > 40
+
+
+def test_backends_agree_and_repeat(model) -> None:
+    recipe, x = quick("w8a8"), images(model)
+    statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)])
+    runs = {b: vitq.convert(model, recipe, statistics, b, dtype=torch.float32) for b in ("reference", "cpu")}
+    assert sqnr(runs["reference"](x), runs["cpu"](x)) > 40
+    again = vitq.convert(model, recipe, statistics, "cpu", dtype=torch.float32)
+    assert torch.equal(again(x), runs["cpu"](x)) and torch.equal(again(x), again(x))
+
+
+def test_batches_do_not_change_an_image(static, model) -> None:
+    x = images(model, 5)
+    assert torch.equal(static(x)[:1], static(x[:1]))
+
+
+@pytest.mark.parametrize("classes", [1, 3, 10, 37])
+def test_odd_heads_take_the_fast_path(classes: int) -> None:
+    model = build(num_classes=classes, depth=1)
+    converted = convert(model, quick("w8a8"), backend="cpu")
+    row = next(r for r in vitq.explain(converted) if r.role == "head")
+    assert row.backend == "cpu" or "neither AMX nor AVX512-VNNI" in row.note
+    assert sqnr(model(images(model)), converted(images(model))) > 20
+
+
+# timm's surface -------------------------------------------------------------------------------------------------------
+
+
+def test_source_is_untouched() -> None:
+    model = build(**DEPTH)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    kinds = [type(m) for m in model.modules()]
+    convert(model, quick("w8a8"))
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_timm_surface(model, static) -> None:
+    x = images(model)
+    assert static.num_classes == model.num_classes and static.pretrained_cfg == model.pretrained_cfg
+    features = static.forward_features(x)
+    assert features.shape == model.forward_features(x).shape
+    assert torch.equal(static.forward_head(features), static(x))
+    final, kept = static.forward_intermediates(x)
+    reference, expected = model.forward_intermediates(x)
+    assert [k.shape for k in kept] == [e.shape for e in expected]
+    # a fused block may overwrite its own temporaries, never what a caller kept
+    assert all(sqnr(e, k.float()) > 25 for k, e in zip(kept, expected))
+    assert isinstance(static, type(model))
+
+
+def test_swin_surface() -> None:
+    model = build("swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1))
+    converted = convert(model, quick("w8a8"))
+    x = images(model)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert all(sqnr(e, k.float()) > 20 for k, e in zip(converted.forward_intermediates(x, intermediates_only=True), expected))
+
+
+def test_no_head_gives_features() -> None:
+    model = build(num_classes=0, depth=1)
+    converted = convert(model, quick("w8a8"))
+    assert converted(images(model)).dtype == torch.float32
+    assert sqnr(model(images(model)), converted(images(model))) > 20
+
+
+def test_dynamic_image_size() -> None:
+    model = build("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+    converted = convert(model, quick("w8a8"))
+    x = torch.randn(1, 3, 160, 192, generator=torch.Generator().manual_seed(3))
+    assert sqnr(model(x), converted(x)) > 20
+
+
+def test_swin_of_any_size_pads_with_the_code_of_zero() -> None:
+    model = build("swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), strict_img_size=False)
+    converted = convert(model, quick("w8a8"), dtype=torch.float32)
+    x = torch.randn(1, 3, 200, 248, generator=torch.Generator().manual_seed(3))
+    assert sqnr(model(x), converted(x)) > 20
+
+
+def test_attention_masks(model) -> None:
+    """Against the simulation: a mask that calibration did not see moves activations out of their ranges in both."""
+    x, recipe = images(model), quick("w8a8")
+    statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)])
+    static, simulated = vitq.convert(model, recipe, statistics, dtype=torch.float32), vitq.simulate(model, recipe, statistics)
+    n = model.pos_embed.shape[1]
+    keep = torch.ones(n, n, dtype=torch.bool)
+    keep[:, n // 2:] = False
+    for kwargs in ({"attn_mask": keep}, {"is_causal": True}):
+        assert sqnr(simulated(x, **kwargs), static(x, **kwargs)) > 35
+        assert sqnr(simulated(x), static(x, **kwargs)) < 30, "the mask must change the result"
+    with pytest.raises(ValueError, match="differs between heads"):
+        static(x, attn_mask=torch.zeros(2, 3, n, n))
+
+
+def test_copies_and_state_dict(model, static) -> None:
+    x = images(model)
+    y = static(x)
+    clone = copy.deepcopy(static)
+    assert torch.equal(clone(x), y)
+    other = convert(build(seed=5, **DEPTH), quick("w8a8"))
+    assert not torch.equal(other(x), y)
+    other.load_state_dict(static.state_dict())
+    assert torch.equal(other(x), y), "packed weights must follow load_state_dict"
+    assert torch.equal(static.to("cpu")(x), y) and torch.equal(static.eval()(x), y)
+
+
+@pytest.mark.parametrize("act", [lambda m: m.half(), lambda m: m.train(), lambda m: m.to(torch.float16), lambda m: m.bfloat16(),
+                                 lambda m: m.double(), lambda m: m.float()])
+def test_refuses_what_integers_cannot_follow(static, act) -> None:
+    with pytest.raises(RuntimeError, match="quantized model"):
+        act(static)
+
+
+def test_refuses_pickle(static, tmp_path) -> None:
+    with pytest.raises(TypeError, match="vitq.save"):
+        torch.save(static, tmp_path / "model.pt")
+
+
+# Calibration data -----------------------------------------------------------------------------------------------------
+
+
+def test_every_form_of_calibration_data_gives_the_same_model(model) -> None:
+    recipe, x = quick("w8a8"), images(model, 4, seed=2)
+    labels = torch.zeros(4, dtype=torch.long)
+    forms = [[x], [x[:2], x[2:]], [(x, labels)], [{"image": x}], DataLoader(TensorDataset(x, labels), batch_size=3),
+             (batch for batch in [x]), vitq.calibrate(model, recipe, [x])]
+    expected = vitq.convert(model, recipe, [x]).state_dict()
+    for form in forms:
+        found = vitq.convert(model, recipe, form).state_dict()
+        assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_reads_no_more_than_calib_size(model) -> None:
+    read = []
+
+    def data():
+        for i in range(100):
+            read.append(i)
+            yield images(model, 2, seed=i)
+
+    statistics = vitq.calibrate(model, quick("w8a8", calib_size=5), data())
+    assert statistics.samples == 5 and len(read) == 3
+
+
+def test_saved_statistics(model, tmp_path) -> None:
+    recipe = quick("w8a8")
+    statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)])
+    statistics.save(tmp_path / "stats.safetensors")
+    loaded = vitq.Statistics.load(tmp_path / "stats.safetensors")
+    a, b = (vitq.convert(model, recipe, s).state_dict() for s in (statistics, loaded))
+    assert all(torch.equal(a[k], v) for k, v in b.items())
+    with pytest.raises(ValueError, match="another model"):
+        vitq.convert(build(depth=1), recipe, loaded)
+    with pytest.raises(ValueError, match="another recipe"):
+        vitq.convert(model, quick("w8a8", "transforms=[]"), loaded)
+
+
+def test_bad_calibration_data(model) -> None:
+    recipe = quick("w8a8", calib_size=64)
+    good = images(model, 4)
+    nan = good.clone()
+    nan[1, 0, 3, 3] = float("nan")
+    for data, error, match in [
+        ([], ValueError, "holds 0 images"),
+        ([good[:3]], ValueError, "needs at least 4"),
+        ([nan], ValueError, "image 1 of a batch holds NaN"),
+        ([good[:, :1]], ValueError, r"\[batch, 3, height, width\]"),
+        ([good[..., :100]], ValueError, "must be 224x224"),
+        ([(good * 255).to(torch.uint8)], TypeError, "must be floating point"),
+        (["image.png"], TypeError, "image batches"),
+        ([good[0]], ValueError, r"\[batch, 3, height, width\]"),
+    ]:
+        with pytest.raises(error, match=match):
+            vitq.convert(model, recipe, data)
+
+
+# Refusals -------------------------------------------------------------------------------------------------------------
+
+
+def test_static_recipe_without_data_names_the_dynamic_one(model) -> None:
+    with pytest.raises(ValueError, match="w8a8-dynamic"):
+        vitq.convert(model, "w8a8")
+
+
+def test_one_argument_is_dynamic(model) -> None:
+    converted = vitq.convert(model)
+    assert converted.vitq.recipe.name == "w8a8-dynamic"
+    assert sqnr(model(images(model)), converted(images(model))) > 20
+
+
+def test_default_recipe_with_data_is_static(model) -> None:
+    with pytest.raises(ValueError, match="w8a8"):
+        vitq.convert(model, calib=[images(model, 4)])  # fewer than 128/16
+
+
+def test_damaged_weights_are_named() -> None:
+    model = build(depth=1)
+    model.blocks[0].mlp.fc1.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=re.escape("'blocks.0.mlp.fc1.weight' holds 1 NaN")):
+        vitq.convert(model)
+
+
+def test_overflowing_activations_are_named() -> None:
+    model = build(depth=1)
+    model.blocks[0].mlp.fc1.weight.mul_(1e38)
+    with pytest.raises(ValueError, match=re.escape("activation 'blocks.0.mlp.fc2:input'")):
+        convert(model, quick("w8a8"))
+
+
+def test_unknown_parts_are_refused_by_name() -> None:
+    import timm
+
+    with pytest.raises(vitq.UnsupportedModelError, match="no adapter for timm.models.resnet.ResNet"):
+        vitq.convert(timm.create_model("resnet18"))
+    model = build(depth=1)
+    model.blocks[0].attn = torch.nn.MultiheadAttention(192, 3)
+    with pytest.raises(vitq.UnsupportedModelError, match=re.escape("'blocks.0.attn' (MultiheadAttention)")):
+        vitq.convert(model)
+    model = build(depth=1)
+    model.extra = torch.nn.Linear(4, 4)
+    with pytest.raises(vitq.UnsupportedModelError, match=re.escape("'extra' (Linear")):
+        vitq.convert(model)
+
+
+@pytest.mark.parametrize("kwargs, match", [
+    ({"backend": "tpu"}, "backend must be one of"), ({"dtype": torch.int8}, "dtype must be one of"),
+    ({"recipe": "w9a9"}, "w8a8"),
+])
+def test_bad_arguments(model, kwargs: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        vitq.convert(model, **kwargs)
+
+
+def test_not_a_model_and_twice(static) -> None:
+    with pytest.raises(TypeError, match="torch.nn.Module"):
+        vitq.convert("deit_small_patch16_224")
+    with pytest.raises(ValueError, match="already quantized"):
+        vitq.convert(static)
+    with pytest.raises(TypeError, match="vitq.convert"):
+        vitq.explain(build(depth=1))
+
+
+# Recipes reach the layers ---------------------------------------------------------------------------------------------
+
+
+def test_layers_left_in_float(model) -> None:
+    recipe = quick("w8a8", "head.bits=16", "patch_embed.bits=16", "qk.bits=16", "pv.bits=16", "name:blocks.1.mlp.*.bits=16")
+    converted = convert(model, recipe)
+    rows = {row.layer: row for row in vitq.explain(converted)}
+    for name in ("head", "patch_embed.proj", "blocks.1.mlp.fc1", "blocks.1.mlp.fc2"):
+        assert rows[name].kernel == "torch" and "leaves it in float" in rows[name].note
+    assert rows["blocks.0.attn.qk"].kernel == "sdpa"
+    assert rows["blocks.0.mlp.fc1"].format.startswith("W8A8")
+    assert converted(images(model)).dtype == torch.float32
+    assert sqnr(model(images(model)), converted(images(model))) > 20
+
+
+def test_half_an_attention_is_refused(model) -> None:
+    with pytest.raises(ValueError, match="qk and pv both"):
+        convert(model, quick("w8a8", "qk.bits=16"))
+
+
+def test_explain_rows(model) -> None:
+    rows = vitq.explain(convert(model, quick("w4a8"), backend="reference"))
+    roles = {row.role for row in rows}
+    assert {"patch_embed", "qkv", "qk", "pv", "proj", "fc1", "fc2", "head"} <= roles
+    assert all(row.backend == "reference" for row in rows if row.kernel != "torch")
+    fc1 = next(row for row in rows if row.layer == "blocks.0.mlp.fc1")
+    assert fc1.bytes < 192 * 768 and "packed int4" in fc1.note and "LayerNorm fold" in fc1.note
+
+
+def test_fallback_is_said(model, monkeypatch) -> None:
+    from vitq.ops import linear
+
+    monkeypatch.setattr(linear, "cpu_int8_isa", lambda: None)
+    row = next(r for r in vitq.explain(convert(model, quick("w8a8"))) if r.role == "fc1")
+    assert row.backend == "reference" and "neither AMX nor AVX512-VNNI" in row.note
+
+
+def test_linear_module() -> None:
+    linear = torch.nn.Linear(40, 24)
+    x = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(0))
+    for recipe, floor in (("w8a8-dynamic", 35), ("w8a8", 33), ("w4a8", 14)):
+        module = vitq.linear_module(linear, recipe, x, dtype=torch.float32)
+        assert sqnr(linear(x), module(x)) > floor
+    with pytest.raises(ValueError, match="sample="):
+        vitq.linear_module(linear, "w8a8")
+
+
+def test_blocks_hand_over_codes(static) -> None:
+    """Nothing in float between norm and fc2 of a fused block."""
+    seen = {}
+    block = static.blocks[0]
+    for name in ("norm1", "attn.qkv", "norm2", "mlp.fc1"):
+        block.get_submodule(name).register_forward_hook(lambda m, a, o, name=name: seen.__setitem__(name, type(o)))
+    static(torch.zeros(1, 3, 224, 224))
+    assert set(seen.values()) == {QTensor} and len(seen) == 4

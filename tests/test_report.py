@@ -1,0 +1,110 @@
+"""vitq.report: tables, strict JSON, sizes to the byte, events that read back, plots that are pictures."""
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from vitq import report
+from vitq.calib.histogram import Histogram
+from vitq.calib.statistics import Statistics
+from vitq.evaluate import LayerError, Timing, score
+from vitq.nn.packed import Row
+
+
+def test_table_aligns():
+    text = report.table(("name", "ms"), [("a", "1.5"), ("longer", None), ("b", "100.25")])
+    assert text.splitlines() == ["name        ms", "------  ------", "a          1.5", "longer       -", "b       100.25"]
+    assert report.table(("a",), []) == "a\n-"
+    with pytest.raises(ValueError, match="2 cells.*1 columns"):
+        report.table(("a",), [(1, 2)])
+
+
+def test_json_is_strict_and_whole(tmp_path):
+    path = tmp_path / "r.json"
+    report.write_json(path, {"db": math.inf, "bad": math.nan, "row": LayerError("a", "qkv", 1.0), "t": Timing(1, 1, 2, 1.0),
+                             "path": tmp_path, "dtype": torch.bfloat16, 3: (1, None, True)})
+    data = json.loads(path.read_text(), parse_constant=lambda c: pytest.fail(f"{c} is not JSON"))
+    assert data["db"] == "inf" and float(data["db"]) == math.inf and data["bad"] == "nan"
+    assert data["row"] == {"layer": "a", "role": "qkv", "sqnr_db": 1.0} and data["t"]["p90"] == 2
+    assert data["dtype"] == "torch.bfloat16" and data["3"] == [1, None, True]
+    with pytest.raises(TypeError):
+        report.write_json(path, {"x": object()})
+    assert json.loads(path.read_text()) == data and [p.name for p in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_accuracy_by_class_name():
+    e = score(torch.eye(3)[[0, 1, 2, 0]], torch.tensor([0, 1, 2, 2]))
+    figures = report.accuracy(e, ("ant", "bee", "cat"))
+    assert figures["top1"] == 0.75 and figures["per_class"]["cat"] == {"recall": 0.5, "images": 2}
+    text = report.accuracy_table({"float": figures, "quantized": figures})
+    assert "75.00" in text and "recall cat" in text and "top5" not in text
+    assert "recall" not in report.accuracy_table({"float": figures}, most_classes=2)
+
+
+def test_kernels_are_counted_and_reasons_kept_once():
+    rows = [Row("b.0.qkv", "qkv", "W8A8", "cpu", "k", 10, "fell back: x; fold"), Row("b.1.qkv", "qkv", "W8A8", "cpu", "k", 5, "fold"),
+            Row("head", "head", "W8A8", "reference", "torch", 1)]
+    groups = report.kernel_summary(rows)
+    assert [(g["role"], g["count"], g["bytes"], g["notes"]) for g in groups] == \
+        [("qkv", 2, 15, ["fell back: x", "fold"]), ("head", 1, 1, [])]
+    assert "fell back: x; fold" in report.kernel_table(groups)
+    assert len(report.layer_table(rows).splitlines()) == 5
+
+
+def test_sizes_are_those_of_the_files(tmp_path):
+    model = nn.Sequential(nn.Linear(7, 5), nn.BatchNorm1d(5))
+    save_file(model.state_dict(), tmp_path / "float.safetensors")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / "a").write_bytes(bytes(100))
+    (folder / "b").write_bytes(bytes(20))
+    size = report.sizes(model.bfloat16(), folder)  # counted as float32 whatever it is now
+    assert size.checkpoint_bytes == 120 and size.fp32_bytes == (tmp_path / "float.safetensors").stat().st_size
+    assert size.ratio == 120 / size.fp32_bytes
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        report.sizes(model, tmp_path / "none")
+
+
+ROWS = [LayerError("blocks.10.attn.qkv", "qkv", 20.0), LayerError("head", "head", 30.0), LayerError("blocks.2.mlp.fc1", "fc1", 25.0),
+        LayerError("patch_embed.proj", "patch_embed", math.inf), LayerError("blocks.2", "block", 35.0),
+        LayerError("blocks.2.attn.qkv", "qkv", 21.0)]
+
+
+def test_tensorboard_reads_back(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    stats = Statistics()
+    stats["b:input"], stats["a:input"] = Histogram(), Histogram(4)
+    x = torch.randn(100, 4, generator=torch.Generator().manual_seed(0))
+    stats["b:input"].update(x)
+    stats["a:input"].update(x)
+    for value in (1.0, 2.0):  # the second run takes the place of the first
+        report.write_tensorboard(tmp_path / "tb", {"top1": value, "none": None, "inf": math.inf}, statistics=stats, layer_errors=ROWS)
+    events = accumulator.EventAccumulator(str(tmp_path / "tb"), size_guidance={accumulator.SCALARS: 0}).Reload()
+    tags = events.Tags()
+    assert [e.value for e in events.Scalars("top1")] == [2.0] and "none" not in tags["scalars"] and "inf" not in tags["scalars"]
+    assert [(e.step, e.value) for e in events.Scalars("layer_sqnr_db/qkv")] == [(0, 21.0), (1, 20.0)]
+    drawn = events.Histograms("activations/b_input")[0].histogram_value
+    assert drawn.num == 400 and sum(drawn.bucket) == 400 and drawn.min == float(x.min()) and drawn.max == float(x.max())
+    assert drawn.bucket_limit[-1] >= drawn.max and "activations/a_input_channel_amax" in tags["histograms"]
+
+
+def test_layers_are_drawn_in_the_order_they_run():
+    ordered = [r.layer for r in sorted(ROWS, key=report._execution_order)]
+    assert ordered == ["patch_embed.proj", "blocks.2.attn.qkv", "blocks.2.mlp.fc1", "blocks.2", "blocks.10.attn.qkv", "head"]
+
+
+def test_plots_are_pictures(tmp_path):
+    timing = Timing(10.0, 9.0, 12.0, 0.3)
+    paths = [report.plot_layer_error(tmp_path / "a.png", ROWS), report.plot_layer_error(tmp_path / "b.png", ROWS[:1], "one"),
+             report.plot_benchmark(tmp_path / "c.png", {"m": {"float32": timing, "failed": None}, "n": {"w8a8": timing}})]
+    for path in paths:
+        with Image.open(path) as image:
+            assert image.format == "PNG" and image.width > 600 and len(image.convert("RGB").getcolors(1 << 20)) > 3
+    with pytest.raises(ValueError, match="no layers"):
+        report.plot_layer_error(tmp_path / "d.png", [])
+    with pytest.raises(ValueError, match="no timings"):
+        report.plot_benchmark(tmp_path / "d.png", {"m": {"a": None}})
