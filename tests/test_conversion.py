@@ -333,6 +333,14 @@ def test_fallback_is_said(model, monkeypatch) -> None:
     assert row.backend == "reference" and "neither AMX nor AVX512-VNNI" in row.note
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic"])
+def test_every_float_dtype_runs(model, recipe: str, dtype: torch.dtype) -> None:
+    converted = convert(model, quick(recipe), dtype=dtype)
+    assert converted.pos_embed.dtype == dtype and converted.head.weight_scale.dtype == torch.float32
+    assert sqnr(model(images(model)), converted(images(model))) > 20
+
+
 def test_linear_module() -> None:
     linear = torch.nn.Linear(40, 24)
     x = torch.randn(3, 7, 40, generator=torch.Generator().manual_seed(0))

@@ -391,7 +391,8 @@ def cuda_graph(fn: Callable[[Tensor], Any], images: Tensor, warmup: int = 3) -> 
         torch.cuda.synchronize(images.device)
         return fn, str(error).splitlines()[0]
 
-    def replay(_: Tensor) -> Any:
+    def replay(_: Tensor, kept: tuple = (fn, images)) -> Any:
+        # A graph holds addresses only: `kept` keeps the model's weights and the input alive as long as it is.
         graph.replay()
         return output
 

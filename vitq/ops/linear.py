@@ -118,6 +118,9 @@ class OneDnnLinear:
             if limits is not None:
                 y.clamp_(*limits)
             return QTensor(y, spec.output.scale, handed_on)
+        if dtype == torch.float16:  # which oneDNN does not write
+            y = self.run(packed, x, dtype=torch.float32, residual=None if residual is None else residual.float())
+            return y.to(dtype)
         if residual is None:
             return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, dtype, post, [],
                                                       algorithm)

@@ -30,6 +30,7 @@ def fold(norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tenso
                          f"got {list(scale.shape)}, {list(zero_point.shape)} and {linear.in_features}")
     if norm.weight is None or norm.bias is None or linear.bias is None:
         raise ValueError("fold needs a norm with weight and bias, and a linear with bias")
+    scale, zero_point = scale.to(linear.weight.device), zero_point.to(linear.weight.device)
     scale = scale.double().clamp_min(float(scale.double().mean()) * _SCALE_FLOOR)
     z = zero_point.double()
     target_scale = scale.mean().float()  # rounded to float32 first: the quantizer will divide by this very number
