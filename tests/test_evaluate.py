@@ -167,7 +167,10 @@ def test_timing():
     assert 5 <= t.p10 <= t.median_ms <= t.p90 and t.spread == pytest.approx((t.p90 - t.p10) / t.median_ms)
     order = []
     time_models({"a": (lambda _: order.append("a"), x), "b": (lambda _: order.append("b"), x)}, repeats=2, warmup=1)
-    assert "".join(order) == "ababab"  # in turn, after a warm-up of each
+    assert "".join(order) == "ab" + "aaa" + "bbb"  # a warm-up of each, then turns that open with an untimed call
+    order.clear()
+    time_models({"a": (lambda _: order.append("a"), x), "b": (lambda _: order.append("b"), x)}, repeats=5, warmup=0)
+    assert "".join(order) == "aaaaa" + "bbbbb" + "aa" + "bb"  # four timed calls, then the fifth
     with pytest.raises(ValueError, match="repeats"):
         time_model(lambda _: None, x, repeats=0)
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vitq.calib.data import DEMO_CLASSES, demo_split  # noqa: E402
+from vitq import DEMO_CLASSES, demo_split  # noqa: E402
 
 
 @dataclass(frozen=True)

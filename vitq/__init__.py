@@ -18,7 +18,7 @@ _PUBLIC = {
     "UnsupportedModelError": "vitq.models",
     "load_model": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
-    "labels_match": "vitq.calib.data",
+    "labels_match": "vitq.calib.data", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
     "linear_module": "vitq.conversion",
 }
 _MODULES = ("ops", "evaluate", "report", "formats")

@@ -19,6 +19,7 @@ from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock, QuantMlp, QuantWindowBlock
 from vitq.nn.linear import QuantLinear, QuantPatchConv
 from vitq.nn.model import ModelInfo, cast_input, quantized_class
+from vitq.nn.norm import QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, link_all, pack_all
 from vitq.ops.dispatch import check_backend, default_dtype
 from vitq.plan import Plan
@@ -175,6 +176,8 @@ def explain(model: nn.Module) -> list[Row]:
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
         elif isinstance(module, QuantAttention):
             rows += module.rows(name)
+        elif isinstance(module, QuantLayerNorm):
+            rows.append(module.row(name))
         elif name in info.floats:
             own = module.parameters(recurse=bool(name))  # the root row is for its own tokens and embeddings
             size = sum(p.numel() * p.element_size() for p in own)

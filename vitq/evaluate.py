@@ -306,6 +306,8 @@ def _watch_attend(name: str, module: QuantAttention, add: Callable[..., None], s
     stack.callback(module.__dict__.pop, "attend")
 
 
+TURN = 4  # timed calls of one case before the next has its turn
+
 # --- time ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -325,7 +327,11 @@ def time_model(fn: Callable[[Tensor], Any], images: Tensor, repeats: int = 20, w
 
 def time_models(cases: Mapping[str, tuple[Callable[[Tensor], Any], Tensor]], repeats: int = 20,
                 warmup: int = 3) -> dict[str, Timing]:
-    """Time several calls in turn, so that a machine that slows down or is shared slows all of them alike."""
+    """Time several calls in turns of `TURN`, so that a machine that slows down or is shared slows all of them alike.
+
+    Each turn opens with an untimed call: it refills the caches and the allocator after the case before, so that what is
+    timed is each model running on its own, as it would in use.
+    """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -333,9 +339,11 @@ def time_models(cases: Mapping[str, tuple[Callable[[Tensor], Any], Tensor]], rep
         for fn, images in cases.values():
             for _ in range(warmup):
                 fn(images)
-        for _ in range(repeats):
+        for done in range(0, repeats, TURN):
             for name, (fn, images) in cases.items():
-                times[name].append(_time_once(fn, images))
+                if len(cases) > 1:
+                    fn(images)
+                times[name] += [_time_once(fn, images) for _ in range(min(TURN, repeats - done))]
     return {name: _timing(values) for name, values in times.items()}
 
 

@@ -73,11 +73,12 @@ class QuantLinear(PackedModule):
         return self.call("linear", x, dtype=self.dtype, residual=residual, inplace=inplace)
 
     def row(self, layer: str, role: str, note: str = "") -> Row:
-        choice = self.packed()["linear"][0]
+        choice, quantize = self.packed()["linear"][0], self.packed()["quantize"][0]
         storage = ""
         if self.weight_bits <= 4 and choice.backend != "cuda":
             storage = "packed int4 in the file, widened to int8 here"
-        notes = [note, storage, choice.reason and f"fell back: {choice.reason}"]
+        notes = [note, storage, choice.reason and f"fell back: {choice.reason}",
+                 quantize.reason and f"a float input is quantized by {quantize.kernel.name}: {quantize.reason}"]
         kind = "dynamic per token" if self.dynamic else "static per tensor"
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
                    self.own_bytes(), "; ".join(n for n in notes if n))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.formats import ActivationFormat, QTensor
-from vitq.nn.packed import PackedModule
+from vitq.nn.packed import PackedModule, Row
 from vitq.ops.layer_norm import LayerNormSpec
 
 
@@ -31,3 +31,9 @@ class QuantLayerNorm(PackedModule):
 
     def forward(self, x: Tensor) -> QTensor:
         return self.call("layer_norm_quantize", x)
+
+    def row(self, layer: str) -> Row:
+        choice, fmt = self.packed()["layer_norm_quantize"][0], self._output
+        kind = "dynamic per token" if fmt.dynamic else "static per tensor"
+        return Row(layer, "norm", f"float -> A{fmt.bits} {kind}", choice.backend, choice.kernel.name, self.own_bytes(),
+                   f"fell back: {choice.reason}" if choice.reason else "")
