@@ -210,7 +210,11 @@ def test_without_a_hub_nothing_is_made_up(no_hub, name, weights):
 
 
 def test_a_hub_that_never_answers_is_given_up(no_hub, monkeypatch):
-    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: time.sleep(30))
+    def never(request, timeout):
+        time.sleep(30)
+        raise OSError("too late")
+
+    monkeypatch.setattr(urllib.request, "urlopen", never)
     monkeypatch.setattr(zoo, "HUB_TIMEOUT_S", 0.5)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="no answer from"):
