@@ -63,7 +63,7 @@ def shape(layer: str, size: int, dim: int) -> tuple[int, int]:
 
 
 def run(args: argparse.Namespace) -> int:
-    device = pick_device(args.device)
+    device = vitq.pick_device(args.device)
     on_cpu = device.type == "cpu"
     seq_len = args.seq_len if args.seq_len is not None else 128 if on_cpu else 2048
     repeats = args.repeats if args.repeats is not None else 30 if on_cpu else 200
@@ -134,17 +134,6 @@ def build(args: argparse.Namespace, linear: nn.Linear, x: torch.Tensor) -> tuple
 
     cases["vitq.ops W8A8"], notes["vitq.ops W8A8"] = (functional, x.to(dtype)), "quantize, int_matmul, dequantize; dynamic"
     return cases, notes
-
-
-def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 if __name__ == "__main__":

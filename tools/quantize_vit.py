@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     torch.manual_seed(args.seed)
     overrides = args.set + ([f"calib_size={args.calib_size}"] if args.calib_size is not None else [])
     recipe = vitq.Recipe.from_yaml(args.recipe).with_overrides(overrides)
-    device = pick_device(args.device)
+    device = vitq.pick_device(args.device)
     output = args.output or Path("vitq-out") / f"{args.model.replace('/', '_')}-{recipe.name}"
     with writable(output):
         loaded, data = load(args, device, console)
@@ -109,17 +109,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(vitq.report.to_json(report))
     return 0 if same else 1
-
-
-def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 @contextlib.contextmanager

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     torch.manual_seed(args.seed)
-    device = pick_device(args.device)
+    device = vitq.pick_device(args.device)
     on_cpu = device.type == "cpu"
     batch = args.val_batchsize if args.val_batchsize is not None else 8 if on_cpu else 200
     repeats = args.repeats if args.repeats is not None else 15 if on_cpu else 50
@@ -88,17 +88,6 @@ def names(text: str) -> list[str]:
     if not found:
         raise ValueError("give at least one model and one recipe, with commas in between")
     return found
-
-
-def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.device, batch: int, repeats: int) -> dict:

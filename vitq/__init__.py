@@ -19,7 +19,7 @@ _PUBLIC = {
     "load_model": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
     "labels_match": "vitq.calib.data", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
-    "linear_module": "vitq.conversion",
+    "linear_module": "vitq.conversion", "pick_device": "vitq.ops.dispatch",
 }
 _MODULES = ("ops", "evaluate", "report", "formats")
 

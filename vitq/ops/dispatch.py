@@ -115,3 +115,16 @@ def default_dtype(device_type: str) -> torch.dtype:
     if device_type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device that a command line names; cuda where there is one if it names none. Raises ValueError if it cannot be used."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}; give cpu, or cuda where there is a "
+                         "GPU") from error
+    return device
