@@ -112,10 +112,14 @@ def _resign(saved, tensors=None, **changes) -> None:
     (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint._digest(header, tensors)}))
 
 
-def test_missing_tensor(saved) -> None:
+@pytest.mark.parametrize("signed", [True, False])
+def test_missing_tensor(saved, signed: bool) -> None:
     tensors = safetensors.torch.load_file(saved / "model.safetensors")
     del tensors["blocks.0.attn.qkv.qweight"]
-    _resign(saved, tensors)
+    if signed:
+        _resign(saved, tensors)
+    else:
+        safetensors.torch.save_file(tensors, saved / "model.safetensors")
     with pytest.raises(vitq.CheckpointError, match="missing tensors blocks.0.attn.qkv.qweight"):
         vitq.load(saved)
 
@@ -216,6 +220,70 @@ def test_a_model_that_could_not_be_rebuilt_is_not_written(tmp_path) -> None:
     with pytest.raises(vitq.CheckpointError, match="model_kwargs"):
         vitq.save(model, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("change", ["heads", "eps", "activation"])
+def test_a_model_with_the_same_shapes_is_told_apart(change: str, tmp_path) -> None:
+    """Nothing of the tensors' names or shapes tells these apart; only the logits do."""
+    source = build("vit_tiny_patch16_224", depth=1, **({"num_heads": 6} if change == "heads" else {}))
+    if change == "eps":
+        source.blocks[0].norm1.eps = 0.1
+    elif change == "activation":
+        source.blocks[0].mlp.act = torch.nn.SiLU()
+    model = convert(source, quick("w8a8"))
+    with pytest.raises(vitq.CheckpointError, match="logits differ"):
+        vitq.save(model, tmp_path / "c", source={"model_kwargs": {"depth": 1}})
+    assert not list(tmp_path.iterdir())
+    if change == "heads":
+        loaded = vitq.load(vitq.save(model, tmp_path / "c", source={"model_kwargs": {"depth": 1, "num_heads": 6}}))
+        assert torch.equal(loaded(images(source)), model(images(source)))
+
+
+def test_interrupt_between_the_two_renames_keeps_the_old_checkpoint(model, saved, monkeypatch) -> None:
+    rename, calls = os.rename, []
+
+    def interrupted(a, b):
+        calls.append(a)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        vitq.save(model, saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["ckpt"]
+    vitq.load(saved)
+
+
+def test_other_files_beside_a_checkpoint_are_kept(model, saved) -> None:
+    (saved / "my_notes.txt").write_text("mine")
+    with pytest.raises(vitq.CheckpointError, match="my_notes.txt"):
+        vitq.save(model, saved)
+    assert (saved / "my_notes.txt").exists()
+
+
+def test_through_a_link_and_readable_by_others(model, tmp_path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    vitq.save(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and vitq.load(tmp_path / "real") is not None
+    modes = {stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "real").iterdir()}
+    assert len(modes) == 1
+
+
+def test_where_the_model_came_from_is_recorded(saved) -> None:
+    header = json.loads((saved / "vitq.json").read_text())
+    assert header["source"]["name"].startswith("deit_tiny_patch16_224") and header["source"]["data_config"]["input_size"] == [3, 224, 224]
+    assert header["calibration"] == {"images": 4}
+
+
+def test_bad_load_arguments(saved) -> None:
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        vitq.load(saved, dtype=torch.int8)
+    with pytest.raises(ValueError, match="cannot run on cpu"):
+        vitq.load(saved, backend="cuda")
+    with pytest.raises(ValueError, match="give cpu, or cuda"):
+        vitq.load(saved, device="meta")
 
 
 def test_unconverted_model(tmp_path) -> None:

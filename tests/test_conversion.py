@@ -6,6 +6,7 @@ import copy
 import re
 
 import pytest
+import timm
 import torch
 from helpers import build, convert, images, quick, sqnr
 from torch.utils.data import DataLoader, TensorDataset
@@ -121,6 +122,8 @@ def test_no_head_gives_features() -> None:
 
 def test_dynamic_image_size() -> None:
     model = build("vit_tiny_patch16_224", depth=2, dynamic_img_size=True)
+    with pytest.raises(ValueError, match="multiple of the patch size"):
+        vitq.convert(model, quick("w8a8"), torch.zeros(4, 3, 150, 150))
     converted = convert(model, quick("w8a8"))
     x = torch.randn(1, 3, 160, 192, generator=torch.Generator().manual_seed(3))
     assert sqnr(model(x), converted(x)) > 20
@@ -144,8 +147,9 @@ def test_attention_masks(model) -> None:
     for kwargs in ({"attn_mask": keep}, {"is_causal": True}):
         assert sqnr(simulated(x, **kwargs), static(x, **kwargs)) > 35
         assert sqnr(simulated(x), static(x, **kwargs)) < 30, "the mask must change the result"
-    with pytest.raises(ValueError, match="differs between heads"):
-        static(x, attn_mask=torch.zeros(2, 3, n, n))
+    for shape in ((2, 3, n, n), (3, n, n)):
+        with pytest.raises(ValueError, match="differs between heads"):
+            static(x, attn_mask=torch.zeros(shape))
 
 
 def test_copies_and_state_dict(model, static) -> None:
@@ -161,7 +165,8 @@ def test_copies_and_state_dict(model, static) -> None:
 
 
 @pytest.mark.parametrize("act", [lambda m: m.half(), lambda m: m.train(), lambda m: m.to(torch.float16), lambda m: m.bfloat16(),
-                                 lambda m: m.double(), lambda m: m.float()])
+                                 lambda m: m.double(), lambda m: m.float(), lambda m: m.type(torch.float16),
+                                 lambda m: m.blocks.half()])
 def test_refuses_what_integers_cannot_follow(static, act) -> None:
     with pytest.raises(RuntimeError, match="quantized model"):
         act(static)
@@ -178,7 +183,7 @@ def test_refuses_pickle(static, tmp_path) -> None:
 def test_every_form_of_calibration_data_gives_the_same_model(model) -> None:
     recipe, x = quick("w8a8"), images(model, 4, seed=2)
     labels = torch.zeros(4, dtype=torch.long)
-    forms = [[x], [x[:2], x[2:]], [(x, labels)], [{"image": x}], DataLoader(TensorDataset(x, labels), batch_size=3),
+    forms = [x, [x], [x[:2], x[2:]], [(x, labels)], [{"image": x}], DataLoader(TensorDataset(x, labels), batch_size=3),
              (batch for batch in [x]), vitq.calibrate(model, recipe, [x])]
     expected = vitq.convert(model, recipe, [x]).state_dict()
     for form in forms:
@@ -207,6 +212,8 @@ def test_saved_statistics(model, tmp_path) -> None:
     assert all(torch.equal(a[k], v) for k, v in b.items())
     with pytest.raises(ValueError, match="another model"):
         vitq.convert(build(depth=1), recipe, loaded)
+    with pytest.raises(ValueError, match="other weights"):
+        vitq.convert(build(seed=3, **DEPTH), recipe, loaded)
     with pytest.raises(ValueError, match="another recipe"):
         vitq.convert(model, quick("w8a8", "transforms=[]"), loaded)
 
@@ -264,8 +271,6 @@ def test_overflowing_activations_are_named() -> None:
 
 
 def test_unknown_parts_are_refused_by_name() -> None:
-    import timm
-
     with pytest.raises(vitq.UnsupportedModelError, match="no adapter for timm.models.resnet.ResNet"):
         vitq.convert(timm.create_model("resnet18"))
     model = build(depth=1)
@@ -276,6 +281,54 @@ def test_unknown_parts_are_refused_by_name() -> None:
     model.extra = torch.nn.Linear(4, 4)
     with pytest.raises(vitq.UnsupportedModelError, match=re.escape("'extra' (Linear")):
         vitq.convert(model)
+
+
+def test_what_a_swap_would_lose_is_refused() -> None:
+    class Attention(timm.layers.Attention):
+        """Shares timm's name and computes something else."""
+
+    class LoraLinear(torch.nn.Linear):
+        pass
+
+    def changed(change):
+        model = build(depth=1)
+        change(model.blocks[0])
+        return model
+
+    def other_class(module, cls):
+        module.__class__ = cls
+
+    for change, match in [
+        (lambda b: other_class(b.attn, Attention), "attention 'blocks.0.attn'"),
+        (lambda b: other_class(b.mlp.fc1, LoraLinear), "LoraLinear, which may compute"),
+        (lambda b: torch.nn.utils.parametrizations.weight_norm(b.mlp.fc1), "parametrized"),
+        (lambda b: setattr(b.attn, "extra", torch.nn.Linear(4, 4)), "blocks.0.attn.extra"),
+        (lambda b: b.attn.register_forward_hook(lambda m, a, o: o * 0), "forward hooks"),
+        (lambda b: setattr(b, "norm1", type("NormMixer", (torch.nn.Linear,), {})(192, 192)), "NormMixer"),
+    ]:
+        with pytest.raises(vitq.UnsupportedModelError, match=match):
+            vitq.convert(changed(change))
+
+
+def test_broken_images_give_nan_like_the_float_model(static, model) -> None:
+    x = images(model, 3)
+    x[1, 0, 5, 5] = float("nan")
+    y = static(x)
+    assert torch.isnan(y[1]).all() and torch.isfinite(y[[0, 2]]).all()
+    assert torch.equal(y[[0, 2]], static(x[[0, 2]]))
+    with pytest.raises(TypeError, match="preprocessed"):
+        static((x * 255).to(torch.uint8))
+    assert static(images(model).double()).dtype == torch.float32
+
+
+def test_name_patterns_that_match_nothing(model) -> None:
+    with pytest.raises(ValueError, match=re.escape("'blocsk.0.*' matches no layer")):
+        vitq.convert(model, quick("w8a8-dynamic", "name:blocsk.0.*.bits=16"))
+
+
+def test_explicit_backend_of_another_device(model) -> None:
+    with pytest.raises(ValueError, match="cannot run on cpu"):
+        vitq.convert(model, backend="cuda")
 
 
 @pytest.mark.parametrize("kwargs, match", [

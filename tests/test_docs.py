@@ -23,14 +23,15 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch):
-    """timm.create_model gives two blocks with random weights, whatever is asked for."""
-    create = timm.create_model
+    """timm.create_model and vitq.load_model give two blocks with random weights, whatever is asked for."""
+    create, load = timm.create_model, vitq.load_model
 
     def create_shallow(name: str, pretrained: bool = False, **kwargs):
         torch.manual_seed(0)
         return create(name, pretrained=False, **{"depth": 2, **kwargs})
 
     monkeypatch.setattr(timm, "create_model", create_shallow)
+    monkeypatch.setattr(vitq, "load_model", lambda name, weights="auto": load(name, "random"))
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)

@@ -82,6 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
+    for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")
     torch.manual_seed(args.seed)
     overrides = args.set + ([f"calib_size={args.calib_size}"] if args.calib_size is not None else [])
     recipe = vitq.Recipe.from_yaml(args.recipe).with_overrides(overrides)
@@ -114,7 +117,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 @contextlib.contextmanager
 def writable(output: Path):
     """Fails before any work where `output` cannot be written; leaves no empty folder behind if the work fails."""
-    new, target = not output.exists(), output / "checkpoint"
+    target, made = output / "checkpoint", [folder for folder in (output, *output.parents) if not folder.exists()]
     try:
         output.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=output).close()
@@ -125,9 +128,9 @@ def writable(output: Path):
     try:
         yield
     except BaseException:
-        if new:
-            with contextlib.suppress(OSError):
-                output.rmdir()
+        with contextlib.suppress(OSError):  # what is not empty stays
+            for folder in made:
+                folder.rmdir()
         raise
 
 
@@ -140,7 +143,7 @@ def load(args, device: torch.device, console: Console):
     for note in loaded.notes:
         console.note(note)
     loaded.model.to(device)
-    data = vitq.open_images(args.data or "demo", vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable)
+    data = vitq.open_images("demo" if args.data is None else args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable)
     console.result(f"model {loaded.name} ({loaded.weights}) on {device}, images from {data.name}")
     return loaded, data
 

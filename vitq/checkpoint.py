@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 import vitq
 from vitq.calib.runner import specs
-from vitq.conversion import build, model_info
+from vitq.conversion import build, float_dtype, model_info
 from vitq.models import prepare
 from vitq.nn.packed import link_all, pack_all
-from vitq.ops.dispatch import check_backend, default_dtype
+from vitq.ops.dispatch import check_backend, pick_device
 from vitq.recipe import Recipe
 
 SCHEMA = 1
@@ -52,12 +52,12 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
     import timm
 
     info = model_info(model)
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # through a link, so that a rename does not replace the link
     _check_target(folder)
-    source = dict(source if source is not None else info.source)
-    kwargs = {**_model_kwargs(model), **source.get("model_kwargs", {})}
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    architecture = cfg.get("architecture") or source.get("name", "").split(".")[0]
+    source = {**_known_source(model, cfg), **info.source, **(source or {})}
+    kwargs = {**_model_kwargs(model), **source.get("model_kwargs", {})}
+    architecture = cfg.get("architecture") or source["name"].split(".")[0]
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     header = {
         "schema": SCHEMA, "vitq_version": vitq.__version__, "timm_version": timm.__version__,
@@ -65,7 +65,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
         "recipe": info.recipe.to_dict(), "dtype": str(info.dtype)[6:], "device": _device(model).type,
         "backend": info.backend, "calibration": info.calibration, "notes": info.notes,
     }
-    _check_rebuilds(header, tensors)
+    _check_rebuilds(header, tensors, model)
     header["sha256"] = _digest(header, tensors)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -75,6 +75,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
     try:
         save_file(tensors, temporary / TENSORS)
         (temporary / HEADER).write_text(json.dumps(header, indent=1, sort_keys=True) + "\n")
+        shutil.copymode(temporary / HEADER, temporary / TENSORS)  # safetensors and mkdtemp write for the owner alone
         temporary.chmod(0o755)
         _replace_folder(temporary, folder)
     except OSError as error:
@@ -93,19 +94,20 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
     Raises FileNotFoundError if there is no checkpoint, CheckpointError if it is damaged, incomplete, of a newer schema,
     or does not fit the model it names.
     """
-    check_backend(backend)
-    folder, device = Path(folder), torch.device(device or "cpu")
+    folder, device = Path(folder), pick_device(str(device or "cpu"))
+    check_backend(backend, device)
     header = _read_header(folder)
     tensors = _read_tensors(folder)
-    if _digest({k: v for k, v in header.items() if k != "sha256"}, tensors) != header["sha256"]:
-        raise CheckpointError(f"{folder} is damaged: its content does not match its SHA-256; save or copy it again")
     saved = _DTYPES.get(header["dtype"])
     if saved is None:
         raise CheckpointError(f"{folder / HEADER}: dtype must be one of {', '.join(_DTYPES)}, got {header['dtype']!r}")
-    if dtype is None:
-        dtype = saved if header["device"] == device.type else default_dtype(device.type)
-    model = _skeleton(header, dtype, backend)
+    if dtype is None and header["device"] == device.type:
+        dtype = saved
+    model = _skeleton(header, float_dtype(dtype, device), backend)
+    # First what is missing, by name; then the hash, which tells no more than that something changed.
     _check_same(folder, header, model.state_dict(), tensors)
+    if _digest({k: v for k, v in header.items() if k != "sha256"}, tensors) != header["sha256"]:
+        raise CheckpointError(f"{folder} is damaged: its content does not match its SHA-256; save or copy it again")
     model.load_state_dict(tensors, strict=True)
     model.vitq.source, model.vitq.calibration, model.vitq.notes = header["source"], header["calibration"], header["notes"]
     model = model.to(device)
@@ -118,7 +120,10 @@ def _skeleton(header: dict[str, Any], dtype: torch.dtype, backend: str) -> nn.Mo
     """The converted model with empty buffers. Raises CheckpointError naming what does not fit."""
     import timm
 
-    recipe = Recipe.from_dict(header["recipe"])
+    try:
+        recipe = Recipe.from_dict(header["recipe"])
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"the checkpoint's recipe is damaged: {error}") from error
     if not timm.is_model(header["architecture"]):
         raise CheckpointError(f"timm {timm.__version__} has no model {header['architecture']!r}; the checkpoint was written "
                               f"with timm {header.get('timm_version')}")
@@ -153,13 +158,23 @@ def _model_kwargs(model: nn.Module) -> dict[str, Any]:
     return kwargs
 
 
-def _check_rebuilds(header: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """A checkpoint that could not be loaded must not be written."""
+def _check_rebuilds(header: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> None:
+    """A checkpoint that would load as another model must not be written: build it, and compare shapes and logits.
+
+    Shapes alone do not tell: the number of heads, an epsilon or an activation changes none of them.
+    """
     if not header["architecture"]:
         raise CheckpointError("the model does not name its timm architecture; give source={'name': 'deit_small_patch16_224'}")
     skeleton = _skeleton(header, _DTYPES[header["dtype"]], header["backend"])
     try:
         _check_same(Path("this model"), header, skeleton.state_dict(), tensors)
+        skeleton.load_state_dict(tensors)
+        device = _device(model)
+        size = getattr(model.patch_embed, "img_size", None) or (224, 224)
+        x = torch.randn(1, getattr(model, "in_chans", None) or 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.inference_mode():
+            if not torch.equal(skeleton.to(device)(x), model(x)):
+                raise CheckpointError("the tensors fit, but its logits differ (number of heads, activation, epsilon …)")
     except CheckpointError as error:
         raise CheckpointError(f"timm.create_model({header['architecture']!r}, **{header['model_kwargs']}) builds another "
                               f"model than the one to be saved: {error}. Give the arguments it was built with: "
@@ -222,8 +237,10 @@ def _digest(header: dict[str, Any], tensors: dict[str, Tensor]) -> str:
 def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / HEADER).exists():
-        raise CheckpointError(f"{folder} holds other files and no vitq checkpoint; give an empty or new folder")
+    others = sorted({p.name for p in folder.iterdir()} - {HEADER, TENSORS}) if folder.is_dir() else []
+    if others:
+        raise CheckpointError(f"{folder} holds other files ({_some(others)}), which a checkpoint would replace; give an empty "
+                              "or new folder")
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
@@ -232,14 +249,27 @@ def _replace_folder(new: Path, folder: Path) -> None:
         os.rename(new, folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / "was")
+    was = old / "was"
     try:
+        os.rename(folder, was)
         os.rename(new, folder)
-    except OSError:
-        os.rename(old / "was", folder)
+    except BaseException:  # an interrupt too: the old checkpoint goes back before anything is removed
+        if was.exists() and not folder.exists():
+            os.rename(was, folder)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _known_source(model: nn.Module, cfg: dict[str, Any]) -> dict[str, Any]:
+    """What a timm model itself tells of where it came from."""
+    from timm.data import resolve_model_data_config
+
+    tag = cfg.get("tag")
+    name = f"{cfg.get('architecture') or ''}{'.' + tag if tag else ''}"
+    return {"name": name, "weights": f"timm:{tag}" if tag else "unknown", "class_names": None,
+            "data_config": _jsonable(resolve_model_data_config(model))}
 
 
 def _jsonable(value: Any) -> Any:

@@ -50,10 +50,12 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     check_backend(backend)
     prepared, plan = quantize(model, recipe, calib, progress=progress)
     device = next(model.parameters()).device
-    dtype = _dtype(dtype, device)
+    check_backend(backend, device)
+    dtype = float_dtype(dtype, device)
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     for name, params in plan.layers.items():
         converted.get_submodule(name).set_params(params)
+    converted.vitq.calibration = {"images": plan.samples}
     converted = converted.to(device)
     link_all(converted)
     pack_all(converted)
@@ -153,7 +155,7 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     spec = recipe.resolve(role, role)
     if spec.is_float:
         raise ValueError(f"recipe {recipe.name!r} leaves role {role!r} in float")
-    module = QuantLinear(linear.in_features, linear.out_features, spec, dtype=_dtype(dtype, linear.weight.device),
+    module = QuantLinear(linear.in_features, linear.out_features, spec, dtype=float_dtype(dtype, linear.weight.device),
                          backend=backend)
     fmt = ActivationFormat(spec.input.bits, dynamic=True)
     if not spec.input.dynamic:
@@ -201,7 +203,8 @@ def _recipe(recipe: str | Recipe | None, calib: object) -> Recipe:
     return Recipe.from_yaml(recipe)
 
 
-def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+def float_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """What stays in float on `device`, by default or as asked for. Raises ValueError for what is not a 16- or 32-bit float."""
     if dtype is None:
         return default_dtype(device.type)
     if dtype not in _FLOAT_DTYPES:

@@ -37,9 +37,10 @@ class AttentionParams:
 
 @dataclass
 class Plan:
-    """specs: what the recipe asks of every layer; layers: what was chosen for those it quantizes."""
+    """specs: what the recipe asks of every layer; layers: what was chosen for those it quantizes, and from how many images."""
 
     recipe: Recipe
     specs: dict[str, LayerSpec] = field(default_factory=dict)
     layers: dict[str, LinearParams | AttentionParams] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
+    samples: int = 0

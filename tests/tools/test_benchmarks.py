@@ -49,7 +49,7 @@ def test_a_failing_compiler_is_a_row_that_says_so(capsys, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     (["--recipes", "w3"], "w3"), (["--model", "deit_q"], "unknown model"), (["--model", ","], "at least one model"),
     (["--val-batchsize", "0"], "--val-batchsize must be at least 1"), (["--json", "no/such/x.json"], "no folder no/such"),
-    (["--device", "nothing"], "--device nothing")])
+    (["--device", "nothing"], "device 'nothing' cannot be used")])
 def test_mistakes_of_vit_benchmark(args, message, capsys):
     assert vit.main([*SMALL, "--no-compile", *args]) == 2
     err = capsys.readouterr().err

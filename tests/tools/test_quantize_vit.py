@@ -151,7 +151,7 @@ def test_a_checkpoint_that_differs_is_exit_code_1(folder, tmp_path, monkeypatch)
     (["--model", "deit_q"], "unknown model 'deit_q'.*deit_t"), (["--recipe", "w3a3"], "w3a3.*shipped: .*w8a8"),
     (["--set", "head.bit=4"], "head.bit: unknown key.*bits"), (["--set", "head.weight.bits=9"], "9"), (["--calib-size", "0"], "calib_size"),
     (["--weights", "nothing.safetensors"], "no such file of weights"), (["--data", "no/such/folder"], "no such folder: no/such/folder"),
-    (["--device", "nothing"], "--device nothing cannot be used"), (["--batch-size", "0"], "batch_size must be at least 1"),
+    (["--device", "nothing"], "device .nothing. cannot be used"), (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--model", "resnet18"], "no adapter for.*ResNet"), (["--limit", "0"], "limit must be at least 1")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, tmp_path):
     output = tmp_path / "o"

@@ -24,9 +24,9 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan
     statistics that were collected on another model or without an operand that this recipe needs.
     """
     if stats is not None and stats.model != fingerprint(prepared.model):
-        raise ValueError(f"these statistics were collected on another model ({stats.model}, this one is "
+        raise ValueError(f"these statistics were collected on another model or other weights ({stats.model}, this one is "
                          f"{fingerprint(prepared.model)}): calibrate again")
-    plan = Plan(recipe, specs(prepared, recipe))
+    plan = Plan(recipe, specs(prepared, recipe), samples=0 if stats is None else stats.samples)
     for site in prepared.linears:
         spec = plan.specs[site.name]
         if spec.is_float:

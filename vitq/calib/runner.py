@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fnmatch
+import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +22,11 @@ log = logging.getLogger("vitq")
 def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
     """What the recipe asks of each linear and each attention matmul, by layer name."""
     found = {site.name: recipe.resolve(site.role, site.name) for site in prepared.linears}
+    layers = [*found, *(name for site in prepared.attentions for name in (site.qk, site.pv))]
+    for pattern in (pattern for rule in recipe.rules for pattern in rule.names):
+        if not fnmatch.filter(layers, pattern):
+            raise ValueError(f"recipe {recipe.name!r}: the name pattern {pattern!r} matches no layer; the model's are "
+                             f"{', '.join(layers[:3])}, …")
     for site in prepared.attentions:
         qk, pv = recipe.resolve("qk", site.qk), recipe.resolve("pv", site.pv)
         if qk.is_float != pv.is_float:
@@ -57,19 +64,26 @@ def check_images(images: Tensor, model: nn.Module) -> None:
         raise TypeError(f"images must be floating point and preprocessed as the model expects, got {images.dtype}: apply "
                         "timm.data.create_transform(**timm.data.resolve_model_data_config(model))")
     if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(f"images must have shape [batch, {channels}, height, width], got {list(images.shape)}")
+        raise ValueError(f"images must have shape [batch, {channels}, height, width], got {list(images.shape)}: give batches, "
+                         "for a dataset of single images vitq.batches(dataset, 32)")
     size = getattr(embed, "img_size", None)
     if size is not None and getattr(embed, "strict_img_size", True) and tuple(images.shape[2:]) != tuple(size):
         raise ValueError(f"images must be {size[0]}x{size[1]} for this model, got {images.shape[2]}x{images.shape[3]}: resize "
                          "them, or build the model with img_size=… or dynamic_img_size=True")
+    patch = getattr(embed, "patch_size", None)
+    if patch and not getattr(embed, "dynamic_img_pad", False) and not hasattr(embed, "backbone") and size is not None \
+            and not getattr(embed, "strict_img_size", True) and any(s % p for s, p in zip(images.shape[2:], patch)):
+        raise ValueError(f"images must be a multiple of the patch size {patch[0]}x{patch[1]}, got {images.shape[2]}x"
+                         f"{images.shape[3]}: resize them")
     bad = ~torch.isfinite(images).flatten(1).all(dim=1)
     if bad.any():
         raise ValueError(f"image {int(bad.nonzero()[0])} of a batch holds NaN or infinite values")
 
 
 def limited(data: Iterable, limit: int) -> Iterator[Tensor]:
-    """Image batches of `data`, cut off after `limit` images."""
+    """Image batches of `data` (one tensor [B, C, H, W] is one batch), cut off after `limit` images."""
     seen = 0
+    data = [data] if isinstance(data, Tensor) else data
     for batch in data:
         images = images_of(batch)
         images = images[: limit - seen]
@@ -150,11 +164,10 @@ def check_sample_count(samples: int, recipe: Recipe) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Class and parameter shapes of a prepared model: saved statistics fit another model with the same one only."""
-    import hashlib
-
-    shapes = ";".join(f"{name}{tuple(p.shape)}" for name, p in model.named_parameters())
-    return f"{type(model).__name__}:{hashlib.sha256(shapes.encode()).hexdigest()[:16]}"
+    """Class, parameter shapes and sums of a prepared model: statistics fit only the weights they were collected with."""
+    parts = (f"{name}{tuple(p.shape)}{float(p.double().sum()):.9e},{float(p.double().abs().sum()):.9e}"
+             for name, p in model.named_parameters())
+    return f"{type(model).__name__}:{hashlib.sha256(';'.join(parts).encode()).hexdigest()[:16]}"
 
 
 def _on_input(key: str, histogram: Histogram, module: nn.Module, args: tuple) -> None:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import nn
 
-from vitq.models.adapter import UnsupportedModelError, check_covered, check_weights
+from vitq.models.adapter import UnsupportedModelError, check_covered, check_plain, check_weights
 from vitq.models.sites import Prepared
 
 __all__ = ["Prepared", "UnsupportedModelError", "prepare"]
@@ -39,7 +39,8 @@ def prepare(model: nn.Module, *, check: bool = True) -> Prepared:
     if fill is None:
         known = ", ".join(sorted(t.__name__ for t in adapters))
         raise UnsupportedModelError(f"vitq has no adapter for {type(model).__module__}.{type(model).__name__}; "
-                                    f"known: {known} (timm)")
+                                    f"known: {known} (timm); build one of these")
+    check_plain(model)
     if check:
         check_weights(model)
     with torch.no_grad():

@@ -4,11 +4,43 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from vitq.models.sites import FloatSite, LinearSite, Prepared
 
 # Modules that carry parameters and are left in float everywhere: they hold a sliver of the weights and of the time.
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.BatchNorm2d)
+
+
+def kind(module: nn.Module) -> str:
+    """The class name of one of timm's or torch's own modules; another's is given with its origin, so that a class that
+    only shares a known name is not taken for it."""
+    cls = type(module)
+    return cls.__name__ if cls.__module__.split(".")[0] in ("timm", "torch") else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(module, _NORMS) or (type(module).__module__.startswith("timm.layers") and "Norm" in type(module).__name__)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Raises UnsupportedModelError, naming the module, for what a swap of modules would lose without a word: forward hooks,
+    a forward set on the instance, parametrizations."""
+    for name, module in model.named_modules():
+        where = f"{name or 'the root module'!r} ({type(module).__name__})"
+        if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+            raise UnsupportedModelError(f"{where} has forward hooks or a replaced forward, which the integer module could not "
+                                        "keep: remove them (old-style weight_norm too) and convert again")
+        if parametrize.is_parametrized(module):
+            raise UnsupportedModelError(f"{where} is parametrized: merge it first with "
+                                        "torch.nn.utils.parametrize.remove_parametrizations")
+
+
+def check_children(name: str, module: nn.Module, known: set[str]) -> None:
+    """Raises UnsupportedModelError if a module that is about to be replaced has a child or parameter nobody takes over."""
+    unknown = [child for child, _ in (*module.named_children(), *module.named_parameters(recurse=False)) if child not in known]
+    if unknown:
+        raise UnsupportedModelError(f"vitq does not know {name}.{unknown[0]} of {type(module).__name__}: it would be lost")
 
 
 class UnsupportedModelError(ValueError):
@@ -17,23 +49,16 @@ class UnsupportedModelError(ValueError):
 
 def activation_name(module: nn.Module) -> str | None:
     """gelu | gelu_tanh | relu for the activations that integer kernels fuse; None for any other."""
-    kind = type(module).__name__
-    if isinstance(module, nn.GELU):
+    if type(module) is nn.GELU:
         return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    if kind == "GELUTanh":
-        return "gelu_tanh"
-    if kind == "GELU":
-        return "gelu"
-    if isinstance(module, nn.ReLU):
-        return "relu"
-    return None
+    return {"GELUTanh": "gelu_tanh", "GELU": "gelu", "ReLU": "relu"}.get(kind(module))
 
 
 def is_plain_layer_norm(module: nn.Module) -> bool:
     """A LayerNorm over the last dimension whose forward is F.layer_norm (timm's subclasses included, 2-D ones not)."""
     if not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
         return False
-    return type(module) is nn.LayerNorm or type(module).__name__ in ("LayerNorm", "LayerNormFp32")
+    return kind(module) in ("LayerNorm", "LayerNormFp32")
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -61,10 +86,15 @@ def check_covered(prepared: Prepared) -> None:
     Raises UnsupportedModelError: a layer that no rule can reach would otherwise stay in float without a word.
     """
     model = prepared.model
+    for site in prepared.linears:
+        linear = model.get_submodule(site.name)
+        if type(linear) not in (nn.Linear, nn.Conv2d):
+            raise UnsupportedModelError(f"{site.name!r} is a {type(linear).__name__}, which may compute something else than "
+                                        "nn.Linear: merge it into a plain one (LoRA: merge the adapter) and convert again")
     known = {site.name for site in prepared.linears} | {site.name for site in prepared.floats}
     for name, module in model.named_modules():
         own = [p for p, _ in module.named_parameters(recurse=False)]
-        if not own or isinstance(module, _NORMS) or "norm" in type(module).__name__.lower():
+        if not own or _is_norm(module):
             continue
         if name in known or any(name.startswith(f"{k}.") for k in known if k):
             continue

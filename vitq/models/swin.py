@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vitq.models.adapter import UnsupportedModelError, float_part, is_plain_layer_norm
+from vitq.models.adapter import UnsupportedModelError, check_children, float_part, is_plain_layer_norm, kind
 from vitq.models.attention import RelativePositionBias, TappedAttention
 from vitq.models.sites import AttentionSite, BlockSite, LinearSite, Prepared
 from vitq.models.vit import mlp, patch_embed
@@ -26,13 +26,14 @@ def fill(prepared: Prepared) -> None:
 
 
 def _block(prepared: Prepared, name: str, block: nn.Module, strict: bool) -> None:
-    if type(block).__name__ != "SwinTransformerBlock":
-        raise UnsupportedModelError(f"vitq does not know the block {name!r} ({type(block).__name__}); "
+    if kind(block) != "SwinTransformerBlock":
+        raise UnsupportedModelError(f"vitq does not know the block {name!r} ({kind(block)}); "
                                     "known: SwinTransformerBlock")
     attn = block.attn
-    if type(attn).__name__ != "WindowAttention":
-        raise UnsupportedModelError(f"vitq does not know the attention {name + '.attn'!r} ({type(attn).__name__}); "
+    if kind(attn) != "WindowAttention":
+        raise UnsupportedModelError(f"vitq does not know the attention {name + '.attn'!r} ({kind(attn)}); "
                                     "known: WindowAttention")
+    check_children(f"{name}.attn", attn, {"qkv", "attn_drop", "proj", "proj_drop", "softmax", "relative_position_bias_table"})
     head_dim = attn.qkv.out_features // (3 * attn.num_heads)
     block.attn = TappedAttention(
         num_heads=attn.num_heads, head_dim=head_dim, scale=attn.scale, qkv=attn.qkv, proj=attn.proj,

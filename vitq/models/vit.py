@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from vitq.models.adapter import (UnsupportedModelError, activation_name, float_part, fold_layer_scale,
-                                 is_plain_layer_norm, plain_linears)
+from vitq.models.adapter import (UnsupportedModelError, activation_name, check_children, float_part, fold_layer_scale,
+                                 is_plain_layer_norm, kind, plain_linears)
 from vitq.models.attention import TappedAttention
 from vitq.models.sites import AttentionSite, BlockSite, LinearSite, MlpSite, Prepared
 
@@ -42,18 +42,18 @@ def patch_embed(prepared: Prepared, name: str) -> None:
 
 
 def _block(prepared: Prepared, name: str, block: nn.Module) -> None:
-    kind = type(block).__name__
-    if kind == "Block":
+    found = kind(block)
+    if found == "Block":
         attention_done = _attention(prepared, f"{name}.attn", block.attn, norm=_norm(block.norm1, f"{name}.norm1"))
         fold_layer_scale(block, "ls1", block.attn.proj)
         mlp_done = mlp(prepared, f"{name}.mlp", block.mlp, norm=_norm(block.norm2, f"{name}.norm2"))
         fold_layer_scale(block, "ls2", block.mlp.fc2)
         if attention_done and mlp_done and is_plain_layer_norm(block.norm1) and is_plain_layer_norm(block.norm2):
             prepared.blocks.append(BlockSite(name))
-    elif kind == "ResPostBlock":  # the norm comes after the branch: nothing to fold
+    elif found == "ResPostBlock":  # the norm comes after the branch: nothing to fold
         _attention(prepared, f"{name}.attn", block.attn)
         mlp(prepared, f"{name}.mlp", block.mlp)
-    elif kind == "ParallelThingsBlock":
+    elif found == "ParallelThingsBlock":
         for i, branch in enumerate(block.attns):
             at = f"{name}.attns.{i}"
             _attention(prepared, f"{at}.attn", branch.attn, norm=_norm(branch.norm, f"{at}.norm"))
@@ -62,15 +62,15 @@ def _block(prepared: Prepared, name: str, block: nn.Module) -> None:
             at = f"{name}.ffns.{i}"
             mlp(prepared, f"{at}.mlp", branch.mlp, norm=_norm(branch.norm, f"{at}.norm"))
             fold_layer_scale(branch, "ls", branch.mlp.fc2)
-    elif kind in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
+    elif found in ("ParallelScalingBlock", "DiffParallelScalingBlock"):
         roles = {"in_proj": "qkv", "out_proj": "proj", "attn_out_proj": "proj", "mlp_out_proj": "fc2"}
         for leaf, role in roles.items():
             if isinstance(getattr(block, leaf, None), nn.Linear):
                 prepared.linears.append(LinearSite(f"{name}.{leaf}", role))
-        float_part(prepared, name, f"attention matmuls of {kind}")
+        float_part(prepared, name, f"attention matmuls of {found}")
     else:
         raise UnsupportedModelError(
-            f"vitq does not know the block {name!r} ({kind}); known: Block, ResPostBlock, ParallelThingsBlock, "
+            f"vitq does not know the block {name!r} ({found}); known: Block, ResPostBlock, ParallelThingsBlock, "
             "ParallelScalingBlock, DiffParallelScalingBlock")
 
 
@@ -80,13 +80,14 @@ def _norm(module: nn.Module, name: str) -> str | None:
 
 def _attention(prepared: Prepared, name: str, attn: nn.Module, norm: str | None = None) -> bool:
     """Replace timm's Attention; differential attention keeps its float matmuls. Returns whether it was replaced."""
-    kind = type(attn).__name__
-    if kind == "DiffAttention":
+    found = kind(attn)
+    if found == "DiffAttention":
         prepared.linears += [LinearSite(f"{name}.qkv", "qkv", norm), LinearSite(f"{name}.proj", "proj")]
         float_part(prepared, name, "attention matmuls of DiffAttention")
         return False
-    if kind != "Attention":
-        raise UnsupportedModelError(f"vitq does not know the attention {name!r} ({kind}); known: Attention, DiffAttention")
+    if found != "Attention":
+        raise UnsupportedModelError(f"vitq does not know the attention {name!r} ({found}); known: Attention, DiffAttention")
+    check_children(name, attn, {"qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop"})
     gate = getattr(attn, "gate", None)
     head_dim = attn.head_dim
     tapped = TappedAttention(num_heads=attn.num_heads, head_dim=head_dim, scale=attn.scale, qkv=attn.qkv,
@@ -105,19 +106,19 @@ def _attention(prepared: Prepared, name: str, attn: nn.Module, norm: str | None 
 
 def mlp(prepared: Prepared, name: str, module: nn.Module, norm: str | None = None, zero_padded: bool = False) -> bool:
     """Mlp, GluMlp and SwiGLU. Returns whether it is the plain fc1 -> activation -> fc2 that can be fused."""
-    kind = type(module).__name__
-    if kind == "Mlp":
+    found = kind(module)
+    if found == "Mlp":
         prepared.linears += [LinearSite(f"{name}.fc1", "fc1", norm, zero_padded), LinearSite(f"{name}.fc2", "fc2")]
         inner = getattr(module, "norm", nn.Identity())
         if isinstance(inner, nn.Identity):
             prepared.mlps.append(MlpSite(name, activation_name(module.act)))
             return True
         return False
-    if kind == "GluMlp":
+    if found == "GluMlp":
         prepared.linears += [LinearSite(f"{name}.fc1", "fc1", norm), LinearSite(f"{name}.fc2", "fc2")]
         return False
-    if kind == "SwiGLU":  # the norm feeds both halves
+    if found == "SwiGLU":  # the norm feeds both halves
         prepared.linears += [LinearSite(f"{name}.fc1_g", "fc1"), LinearSite(f"{name}.fc1_x", "fc1"),
                              LinearSite(f"{name}.fc2", "fc2")]
         return False
-    raise UnsupportedModelError(f"vitq does not know the MLP {name!r} ({kind}); known: Mlp, GluMlp, SwiGLU")
+    raise UnsupportedModelError(f"vitq does not know the MLP {name!r} ({found}); known: Mlp, GluMlp, SwiGLU")

@@ -280,8 +280,8 @@ def _read_state(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # each kind of garbage fails in its own way: struct.error, KeyError, UnpicklingError ...
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise ValueError(f"cannot read weights from {path}: {reason}. Expected a .safetensors file, or a state dict "
+        # torch's own text advises to unpickle the file after all, which is not for a file of unknown origin.
+        raise ValueError(f"cannot read weights from {path} ({type(e).__name__}). Expected a .safetensors file, or a state dict "
                          "that torch.load(weights_only=True) accepts") from e
     for key in ("state_dict_ema", "model_ema", "state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -144,7 +144,7 @@ def window_mask(attn_mask: Tensor | None, is_causal: bool, batch: int, n: int, d
     mask = attn_mask
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=device).masked_fill_(~mask, float("-inf"))
-    if mask.ndim == 4 and mask.shape[1] != 1:
+    if mask.ndim >= 3 and mask.shape[-3] != 1:  # [.., heads, N, N]
         raise ValueError(f"attn_mask of shape {list(attn_mask.shape)} differs between heads, which the quantized attention "
                          "does not take; give one that broadcasts to [batch, 1, tokens, tokens]")
     mask = mask.reshape(-1, *mask.shape[-2:]).float()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq.nn.packed import PackedModule, link_all
+from vitq.nn.packed import check_keeps_dtype, link_all
 from vitq.recipe import Recipe
 
 
@@ -33,9 +33,17 @@ class QuantizedModel:
     vitq: ModelInfo
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Images float32 [B, C, H, W] -> logits float32."""
+        """Images float [B, C, H, W] -> logits float32. An image with NaN or infinity gives NaN, as in the float model.
+
+        Raises TypeError for images that are not floating point.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"images must be floating point and preprocessed as the model expects, got {x.dtype}")
+        x = x.float() if x.dtype == torch.float64 else x
         y = super().forward(x, *args, **kwargs)
-        return y.float() if isinstance(y, Tensor) else y
+        # Codes have no NaN, so a broken image would come out as a plausible class; 0 · sum is 0 unless it holds one.
+        broken = x.flatten(1).sum(dim=1, dtype=torch.float32) * 0
+        return y.float() + broken.view(-1, *(1,) * (y.ndim - 1))
 
     def train(self, mode: bool = True):
         if mode:
@@ -71,6 +79,7 @@ class QuantizedModel:
         return result
 
     def _apply(self, fn, recurse: bool = True):
+        check_keeps_dtype(fn)
         super()._apply(fn, recurse)
         link_all(self)  # output formats are copies of the consumers' buffers, which have just moved
         return self
@@ -97,7 +106,3 @@ def cast_input(module: nn.Module, args: tuple) -> tuple:
     """Forward pre-hook: the images come in float32, a float stem computes in its own dtype."""
     parameter = next(module.parameters(), None)
     return args if parameter is None else (args[0].to(parameter.dtype), *args[1:])
-
-
-def is_packed(module: nn.Module) -> bool:
-    return isinstance(module, PackedModule)

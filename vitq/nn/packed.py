@@ -67,6 +67,7 @@ class PackedModule(nn.Module):
         return sum(b.numel() * b.element_size() for b in self.buffers(recurse=False))
 
     def _apply(self, fn, recurse: bool = True):
+        check_keeps_dtype(fn)
         super()._apply(fn, recurse)
         self.invalidate()
         return self
@@ -77,6 +78,13 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None}
+
+
+def check_keeps_dtype(fn) -> None:
+    """Raises RuntimeError for a `Module._apply` function that casts: scales are float32, whatever the float parts are."""
+    if (dtype := fn(torch.zeros(1)).dtype) != torch.float32:
+        raise RuntimeError(f"casting to {dtype} would change the scales of a quantized model; choose the float dtype when "
+                           "converting: vitq.convert(model, …, dtype=torch.float16)")
 
 
 def link_all(model: nn.Module) -> None:

@@ -55,10 +55,13 @@ def register(op: str, backend: str):
     return add
 
 
-def check_backend(backend: str) -> str:
-    """Raises ValueError for a backend that does not exist."""
+def check_backend(backend: str, device: torch.device | None = None) -> str:
+    """Raises ValueError for a backend that does not exist, or that was asked for by name on another kind of device."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if device is not None and backend in ("cpu", "cuda") and device.type != backend:
+        raise ValueError(f"backend {backend!r} cannot run on {device.type}: move the model to {backend}, or use 'auto' or "
+                         "'reference'")
     return backend
 
 
@@ -122,9 +125,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if name.split(":")[0] not in ("cpu", "cuda"):
+            raise RuntimeError("not cpu or cuda")
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-        raise ValueError(f"--device {name} cannot be used: {str(error).splitlines()[0]}; give cpu, or cuda where there is a "
-                         "GPU") from error
+        raise ValueError(f"device {name!r} cannot be used ({str(error).splitlines()[0]}): give cpu, or cuda or cuda:N where "
+                         "there is a GPU") from error
     return device
