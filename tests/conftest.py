@@ -23,3 +23,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _no_grad():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For thousands of small tensor operations: threads cost more than they give, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

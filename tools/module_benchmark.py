@@ -6,7 +6,8 @@
     python tools/module_benchmark.py --layer_type fc1 --dim 384 --bsz 8 --seq_len 197          # DeiT-S
 
 Inputs are random and already on the device, in the dtype that the layer takes in a model: that of the row, and for the
-integer rows what vitq.convert leaves in float on this device. The integer rows include quantizing the input and scaling the result. SQNR is against float32.
+integer rows what vitq.convert leaves in float on this device. The integer rows include quantizing the input and scaling
+the result. SQNR is against float32.
 """
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model", default="deit_s", help=f"{', '.join(vitq.ALIASES)}, or any timm name (default deit_s)")
     p.add_argument("--recipe", default="w8a8", help="a shipped recipe or a YAML file (default w8a8)")
     p.add_argument("--weights", default="auto", help="auto (default), pretrained, demo, random, or a file")
-    p.add_argument("--data", help="demo (default), a folder of images, or hf:NAME[:SPLIT]")
+    p.add_argument("--data", default="demo", help="demo (default), a folder of images, or hf:NAME[:SPLIT]")
     p.add_argument("--calib-size", type=int, metavar="N", help="images to calibrate on (default: the recipe's)")
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a batch (default 32)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate on at most N images")
@@ -143,7 +143,7 @@ def load(args, device: torch.device, console: Console):
     for note in loaded.notes:
         console.note(note)
     loaded.model.to(device)
-    data = vitq.open_images("demo" if args.data is None else args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable)
+    data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable)
     console.result(f"model {loaded.name} ({loaded.weights}) on {device}, images from {data.name}")
     return loaded, data
 

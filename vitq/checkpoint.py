@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vitq
+from vitq.calib.data import data_config
 from vitq.calib.runner import specs
 from vitq.conversion import build, float_dtype, model_info
 from vitq.models import prepare
-from vitq.nn.packed import link_all, pack_all
+from vitq.nn.packed import pack_all
 from vitq.ops.dispatch import check_backend, pick_device
 from vitq.recipe import Recipe
 
@@ -110,8 +111,7 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
         raise CheckpointError(f"{folder} is damaged: its content does not match its SHA-256; save or copy it again")
     model.load_state_dict(tensors, strict=True)
     model.vitq.source, model.vitq.calibration, model.vitq.notes = header["source"], header["calibration"], header["notes"]
-    model = model.to(device)
-    link_all(model)
+    model = model.to(device)  # which links the modules too
     pack_all(model)
     return model
 
@@ -264,12 +264,10 @@ def _replace_folder(new: Path, folder: Path) -> None:
 
 def _known_source(model: nn.Module, cfg: dict[str, Any]) -> dict[str, Any]:
     """What a timm model itself tells of where it came from."""
-    from timm.data import resolve_model_data_config
-
     tag = cfg.get("tag")
     name = f"{cfg.get('architecture') or ''}{'.' + tag if tag else ''}"
     return {"name": name, "weights": f"timm:{tag}" if tag else "unknown", "class_names": None,
-            "data_config": _jsonable(resolve_model_data_config(model))}
+            "data_config": data_config(model)}
 
 
 def _jsonable(value: Any) -> Any:

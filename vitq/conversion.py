@@ -20,7 +20,7 @@ from vitq.nn.block import QuantBlock, QuantMlp, QuantWindowBlock
 from vitq.nn.linear import QuantLinear, QuantPatchConv
 from vitq.nn.model import ModelInfo, cast_input, quantized_class
 from vitq.nn.norm import QuantLayerNorm
-from vitq.nn.packed import PackedModule, Row, link_all, pack_all
+from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.ops.dispatch import check_backend, default_dtype
 from vitq.plan import Plan
 from vitq.recipe import LayerSpec, Recipe
@@ -56,8 +56,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     for name, params in plan.layers.items():
         converted.get_submodule(name).set_params(params)
     converted.vitq.calibration = {"images": plan.samples}
-    converted = converted.to(device)
-    link_all(converted)
+    converted = converted.to(device)  # which links the modules too
     pack_all(converted)
     return converted
 

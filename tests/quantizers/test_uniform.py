@@ -12,13 +12,7 @@ from vitq.quantizers.uniform import (
 from vitq.recipe import QuantSpec
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    # Thousands of small tensor operations: threads cost more than they give, above all on a busy machine.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def samples():

@@ -66,13 +66,13 @@ def check_images(images: Tensor, model: nn.Module) -> None:
     if images.ndim != 4 or images.shape[1] != channels:
         raise ValueError(f"images must have shape [batch, {channels}, height, width], got {list(images.shape)}: give batches, "
                          "for a dataset of single images vitq.batches(dataset, 32)")
-    size = getattr(embed, "img_size", None)
-    if size is not None and getattr(embed, "strict_img_size", True) and tuple(images.shape[2:]) != tuple(size):
+    size, strict = getattr(embed, "img_size", None), getattr(embed, "strict_img_size", True)
+    if size is not None and strict and tuple(images.shape[2:]) != tuple(size):
         raise ValueError(f"images must be {size[0]}x{size[1]} for this model, got {images.shape[2]}x{images.shape[3]}: resize "
                          "them, or build the model with img_size=… or dynamic_img_size=True")
-    patch = getattr(embed, "patch_size", None)
-    if patch and not getattr(embed, "dynamic_img_pad", False) and not hasattr(embed, "backbone") and size is not None \
-            and not getattr(embed, "strict_img_size", True) and any(s % p for s, p in zip(images.shape[2:], patch)):
+    # timm's PatchEmbed asserts this itself; a convolutional stem (backbone) has its own strides.
+    patch = None if strict or size is None or hasattr(embed, "backbone") else embed.patch_size
+    if patch and not embed.dynamic_img_pad and any(s % p for s, p in zip(images.shape[2:], patch)):
         raise ValueError(f"images must be a multiple of the patch size {patch[0]}x{patch[1]}, got {images.shape[2]}x"
                          f"{images.shape[3]}: resize them")
     bad = ~torch.isfinite(images).flatten(1).all(dim=1)

@@ -51,28 +51,6 @@ class QuantizedModel:
                                "model, then convert it again")
         return super().train(mode)
 
-    def _refuse_dtype(self, what: str):
-        raise RuntimeError(f"{what} would change the scales of a quantized model; choose the float dtype when converting: "
-                           "vitq.convert(model, …, dtype=torch.float16)")
-
-    def half(self):
-        self._refuse_dtype(".half()")
-
-    def bfloat16(self):
-        self._refuse_dtype(".bfloat16()")
-
-    def double(self):
-        self._refuse_dtype(".double()")
-
-    def float(self):
-        self._refuse_dtype(".float()")
-
-    def to(self, *args: Any, **kwargs: Any):
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            self._refuse_dtype(f".to({dtype})")
-        return super().to(device=device, non_blocking=non_blocking)
-
     def load_state_dict(self, *args: Any, **kwargs: Any):
         result = super().load_state_dict(*args, **kwargs)
         link_all(self)

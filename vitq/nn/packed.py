@@ -81,10 +81,14 @@ class PackedModule(nn.Module):
 
 
 def check_keeps_dtype(fn) -> None:
-    """Raises RuntimeError for a `Module._apply` function that casts: scales are float32, whatever the float parts are."""
-    if (dtype := fn(torch.zeros(1)).dtype) != torch.float32:
-        raise RuntimeError(f"casting to {dtype} would change the scales of a quantized model; choose the float dtype when "
-                           "converting: vitq.convert(model, …, dtype=torch.float16)")
+    """Raises RuntimeError for a `Module._apply` function that casts (.half(), .float(), .to(dtype), .type(dtype) …).
+
+    Scales are float32 and what stays in float is 16-bit or not, so a cast to either would change one of them.
+    """
+    for kept in (torch.float32, torch.bfloat16):
+        if (dtype := fn(torch.zeros(1, dtype=kept)).dtype) != kept:
+            raise RuntimeError(f"casting to {dtype} would change the scales or the float parts of a quantized model; choose the "
+                               "float dtype when converting: vitq.convert(model, …, dtype=torch.float16)")
 
 
 def link_all(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ then either cast to a float dtype or requantized to codes. All scaling is done i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,22 @@ class ReferenceLinear:
         return y.to(dtype) if spec.output is None else requantize(y, spec.output)
 
 
+class OneDnnWeights(NamedTuple):
+    """What `OneDnnLinear.pack` makes. bias holds every folded constant; tail is the layer's own bias where the input is
+    dynamic (added after the row scale); limits clamp codes of fewer than 8 bits, which oneDNN saturates to 8."""
+
+    spec: LinearSpec
+    weight: Tensor
+    scale: Tensor
+    zeros: Tensor
+    bias: Tensor
+    out_scale: float
+    out_zero: int
+    tail: Tensor | None
+    handed_on: Tensor | int
+    limits: tuple[int, int] | None
+
+
 @register("linear", "cpu")
 class OneDnnLinear:
     """oneDNN through torch: u8 activations, s8 weights relaid out once. u8 because VNNI multiplies u8 by s8; signed
@@ -76,7 +93,7 @@ class OneDnnLinear:
             return "an activation before a per-column output format"
         return None
 
-    def pack(self, spec: LinearSpec, device) -> tuple:
+    def pack(self, spec: LinearSpec, device) -> OneDnnWeights:
         params = spec.params
         n = params.codes.shape[0]
         row_sums = params.codes.sum(dim=1, dtype=torch.int64).double()
@@ -86,8 +103,9 @@ class OneDnnLinear:
         shift = 0 if spec.output is None or spec.output.signed_only else 128
         if spec.output is not None:
             handed_on = spec.output.zero_point + shift
-            if spec.output.bits < 8:  # oneDNN saturates to 8 bits; narrower codes are clamped afterwards
-                limits = tuple(limit + shift for limit in int_range(spec.output.bits))
+            if spec.output.bits < 8:
+                qmin, qmax = int_range(spec.output.bits)
+                limits = qmin + shift, qmax + shift
         if params.input.dynamic:
             # The row scale multiplies after the GEMM, so only the shift is folded in here, and the bias is added last.
             tail = bias.float()
@@ -101,10 +119,10 @@ class OneDnnLinear:
             elif spec.output is not None:
                 out_scale, out_zero = float(spec.output.scale), int(spec.output.zero_point) + shift
         weight = torch.ops.onednn.qlinear_prepack(params.codes.contiguous(), None)
-        return (spec, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale, out_zero, tail,
-                handed_on, limits)
+        return OneDnnWeights(spec, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale, out_zero,
+                             tail, handed_on, limits)
 
-    def run(self, packed: tuple, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
+    def run(self, packed: OneDnnWeights, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False) -> Tensor | QTensor:
         spec, weight, scale, zeros, bias, out_scale, out_zero, tail, handed_on, limits = packed
         codes = unsigned(x)
@@ -128,13 +146,13 @@ class OneDnnLinear:
         return torch.ops.onednn.qlinear_pointwise.binary(codes, 1.0, 0, weight, scale, zeros, residual, bias, 1.0, 0,
                                                          dtype, 1.0, 0, "sum" if inplace else "add", 1.0, "none", [], "")
 
-    def _dynamic(self, packed: tuple, x: QTensor, codes: Tensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor:
-        spec, weight, scale, zeros, bias, _, _, tail, _, _ = packed
-        y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, torch.float32, "none",
-                                               [], "")
-        y = activate(torch.addcmul(tail, y, x.scale), spec.activation)
-        if spec.output is not None:
-            return requantize(y, spec.output)
+    def _dynamic(self, packed: OneDnnWeights, x: QTensor, codes: Tensor, dtype: torch.dtype,
+                 residual: Tensor | None) -> Tensor | QTensor:
+        y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed.weight, packed.scale, packed.zeros, packed.bias, 1.0, 0,
+                                               torch.float32, "none", [], "")
+        y = activate(torch.addcmul(packed.tail, y, x.scale), packed.spec.activation)
+        if packed.spec.output is not None:
+            return requantize(y, packed.spec.output)
         return (y if residual is None else y.add_(residual)).to(dtype)
 
 
