@@ -1,5 +1,6 @@
 # make demo      quantize DeiT-S on the demo photographs, from nothing: environment, install, run
 # make test      all tests that need no GPU            make test-gpu   those that do
+# make cuda      compile the CUDA library (needs nvcc, no GPU; VITQ_CUDA_ARCHS=90a compiles for one chip only)
 # make clean     remove the environment and what was built or written
 #
 # PYTHON=python3.12   the interpreter the environment is made from
@@ -19,7 +20,7 @@ STAMP = $(VENV)/.vitq-installed
 WORKERS ?= 2
 TEST_ENV = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
 
-.PHONY: all venv install demo test test-gpu clean
+.PHONY: all venv install cuda demo test test-gpu clean
 
 all: install
 
@@ -35,6 +36,11 @@ $(STAMP): pyproject.toml setup.py vitq/cpu/build.py $(wildcard vitq/cpu/csrc/*) 
 	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[test,demo]'
 	touch $@
 
+# The headers alone: what else the package depends on, building does not need.
+cuda: install
+	test -n "$$VITQ_CUTLASS_DIR" || $(BIN)/python -m pip install $(PIP_ARGS) --no-deps nvidia-cutlass==4.2.0.0
+	$(BIN)/python -m vitq.cuda.build
+
 demo: install
 	$(BIN)/python tools/quantize_vit.py --model deit_s --weights demo --data demo
 
@@ -46,5 +52,5 @@ test-gpu: install
 
 clean:
 	rm -rf .venv build dist vitq.egg-info vitq-out .pytest_cache
-	rm -f vitq/cpu/_kernels*.so
+	rm -f vitq/cpu/_kernels*.so vitq/cuda/_vitq_cuda.so
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

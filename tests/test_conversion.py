@@ -113,6 +113,50 @@ def test_swin_surface() -> None:
     assert all(sqnr(e, k.float()) > 20 for k, e in zip(converted.forward_intermediates(x, intermediates_only=True), expected))
 
 
+STEMS = ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "deit3_small_patch16_224", "vit_small_patch14_reg4_dinov2",
+         "vit_base_patch16_clip_224", "vit_medium_patch16_gap_240", "vit_base_patch16_siglip_224"]
+
+
+@pytest.mark.parametrize("name", STEMS)
+def test_the_fused_stem_is_timms(name: str) -> None:
+    """In float32 nothing is rounded in between: class, distillation and register tokens, norm_pre, any position embedding."""
+    model = build(name, depth=1, embed_dim=64, num_heads=2, img_size=56)
+    converted = convert(model, quick("w8a8"), backend="reference", dtype=torch.float32)
+    assert converted.vitq.stem is not None
+    x = images(model, 2)
+    features = converted.forward_features(x)
+    assert torch.equal(converted.forward_intermediates(x)[0], features)
+    assert torch.equal(converted.forward_head(features), converted(x))
+    with pytest.raises(ValueError, match=re.escape("images must be [batch, 3, 56, 56], got [1, 3, 56, 48]")):
+        converted(x[:1, :, :, :48])
+
+
+@pytest.mark.parametrize("kwargs", [{"dynamic_img_size": True}, {"pos_embed": "none"}, {"patch_drop_rate": 0.5}, {"pos_drop_rate": 0.1}])
+def test_other_stems_run_timms_code(kwargs: dict) -> None:
+    model = build("vit_tiny_patch16_224", depth=1, **kwargs)
+    converted = convert(model, quick("w8a8"), dtype=torch.float32)
+    assert converted.vitq.stem is None
+    assert sqnr(model(images(model)), converted(images(model))) > 20
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_hooks_see_every_token_and_the_logits_stay(name: str, backend: str) -> None:
+    """Without hooks the last block computes what the head reads, and blocks write over their input."""
+    model = build(name, depth=3)
+    converted, x, seen = convert(model, quick("w8a8"), backend=backend), images(model), {}
+    for masks in ({}, {"is_causal": True}):
+        expected = converted(x, **masks)
+        handles = [module.register_forward_hook(lambda m, a, y, at=at: seen.__setitem__(at, (a[0], a[0].clone(), y, y.clone())))
+                   for at, module in enumerate([*converted.blocks, converted.norm])]
+        assert torch.equal(converted(x, **masks), expected)
+        for taken, taken_then, given, given_then in seen.values():
+            assert given.shape == (2, model.pos_embed.shape[1], 192)
+            assert torch.equal(taken, taken_then) and torch.equal(given, given_then), "what a hook kept was overwritten"
+        for handle in handles:
+            handle.remove()
+
+
 def test_no_head_gives_features() -> None:
     model = build(num_classes=0, depth=1)
     converted = convert(model, quick("w8a8"))
@@ -376,6 +420,16 @@ def test_explain_rows(model) -> None:
     assert all(row.backend == "reference" for row in rows if row.kernel != "torch")
     fc1 = next(row for row in rows if row.layer == "blocks.0.mlp.fc1")
     assert fc1.bytes < 192 * 768 and "packed int4" in fc1.note and "LayerNorm fold" in fc1.note
+
+
+def test_float_norms_are_explained_and_keep_their_names(model) -> None:
+    converted = convert(model, quick("w8a8"), dtype=torch.float16)
+    row = next(r for r in vitq.explain(converted) if r.layer == "norm")
+    assert (row.role, row.format, row.bytes) == ("norm", "float16", 2 * 4 * 192)
+    swin = convert(build("swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1)), quick("w8a8"))
+    names = {"patch_embed.norm", "layers.1.downsample.norm", "layers.0.blocks.0.norm1", "norm"}
+    assert names <= {r.layer for r in vitq.explain(swin) if r.role == "norm"}
+    assert {f"{name}.{leaf}" for name in names for leaf in ("weight", "bias")} <= swin.state_dict().keys()
 
 
 def test_fallback_is_said(model, monkeypatch) -> None:

@@ -1,6 +1,5 @@
-"""vitq.evaluate: scores against hand-counted ones, layer errors against independently taken outputs, timing."""
+"""vitq.evaluate: scores against hand-counted ones, layer errors against independently taken outputs."""
 import math
-import time
 
 import pytest
 import timm
@@ -9,7 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import vitq
-from vitq.evaluate import best_half, compare, cuda_graph, evaluate, evaluate_models, layer_sqnr, score, sqnr_db, time_model, time_models
+from vitq.evaluate import compare, cuda_graph, evaluate, evaluate_models, layer_sqnr, score, sqnr_db
 from vitq.nn.attention import QuantAttention
 
 LOGITS = torch.tensor([[3.0, 1, 0], [0, 2, 1], [0, 1, 2], [5, 0, 0], [0, 0, 1]])
@@ -159,27 +158,7 @@ def test_layer_sqnr_refuses_what_are_no_images():
         layer_sqnr(nn.Identity(), nn.Identity(), torch.zeros(0, 3, 4, 4))
 
 
-# --- time ---------------------------------------------------------------------------------------------------------
-
-def test_timing():
-    x = torch.zeros(1)
-    t = time_model(lambda _: time.sleep(0.005), x, repeats=5, warmup=0)
-    assert 5 <= t.p10 <= t.median_ms <= t.p90 and t.spread == pytest.approx((t.p90 - t.p10) / t.median_ms)
-    order = []
-    time_models({"a": (lambda _: order.append("a"), x), "b": (lambda _: order.append("b"), x)}, repeats=2, warmup=1)
-    assert "".join(order) == "ab" + "aaa" + "bbb"  # a warm-up of each, then turns that open with an untimed call
-    order.clear()
-    time_models({"a": (lambda _: order.append("a"), x), "b": (lambda _: order.append("b"), x)}, repeats=5, warmup=0)
-    assert "".join(order) == "aaaaa" + "bbbbb" + "aa" + "bb"  # four timed calls, then the fifth
-    with pytest.raises(ValueError, match="repeats"):
-        time_model(lambda _: None, x, repeats=0)
-
-
-def test_best_half_is_a_copy_in_16_bit():
-    linear = nn.Linear(8, 8)
-    dtype, half = best_half(linear, torch.zeros(2, 8))
-    assert dtype in (torch.bfloat16, torch.float16) and half.weight.dtype == dtype and linear.weight.dtype == torch.float32
-
+# --- graphs -------------------------------------------------------------------------------------------------------
 
 def test_a_graph_needs_cuda():
     fn, reason = cuda_graph(torch.sin, torch.zeros(2))

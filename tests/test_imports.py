@@ -40,8 +40,11 @@ ARROWS = {
     "nn": EXECUTION - {"recipe_checks", "recipe_files"},
     "conversion": CALIB | EXECUTION,
     "checkpoint": CALIB | EXECUTION | {"conversion", "vitq"},
-    "evaluate": CALIB | EXECUTION | {"conversion", "checkpoint"},
-    "report": CALIB | EXECUTION | {"conversion", "checkpoint", "evaluate"},
+    "timing": set(),
+    "graphs": set(),
+    "profiling": CALIB | EXECUTION | {"conversion", "timing"},
+    "evaluate": CALIB | EXECUTION | {"conversion", "checkpoint", "graphs"},
+    "report": CALIB | EXECUTION | {"conversion", "checkpoint", "evaluate", "timing", "profiling"},
 }
 # What a layer may import of another is narrower in these cases.
 ONLY = {("ops", "cpu"): {"vitq.cpu.loader", "vitq.cpu.kernels"}}

@@ -67,7 +67,8 @@ def build_wheel(folder: Path, **environment: str) -> tuple[subprocess.CompletedP
 
 
 def clean_environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VITQ_BUILD_CUDA", "CC", "CFLAGS", "LDFLAGS")}
+    kept = {k: v for k, v in os.environ.items() if k not in (
+        "PYTHONPATH", "VITQ_BUILD_CUDA", "VITQ_CUDA_ARCHS", "VITQ_CUTLASS_DIR", "CUDA_HOME", "CUDA_PATH", "MAX_JOBS", "CC", "CFLAGS", "LDFLAGS")}
     return {**kept, "PYTHONNOUSERSITE": "1"}
 
 
@@ -132,11 +133,21 @@ def test_without_a_compiler_it_installs_and_says_what_is_missing(wheel_without_c
     assert answers["equal"] == 1.0 and answers["sqnr"] > 20
 
 
-def test_the_cuda_library_is_refused_in_one_sentence(tmp_path: Path):
-    done, path = build_wheel(tmp_path, VITQ_BUILD_CUDA="1")
+def test_a_cuda_build_without_nvcc_fails_in_one_sentence(tmp_path: Path):
+    done, path = build_wheel(tmp_path, VITQ_BUILD_CUDA="1", CUDA_HOME=str(tmp_path))
     assert path is None and done.returncode != 0
-    assert "this version of vitq has none to build yet" in done.stdout + done.stderr
+    assert "VITQ_BUILD_CUDA=1 asks for the CUDA library." in done.stdout + done.stderr
+    assert f"CUDA_HOME={tmp_path} holds no bin/nvcc" in done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_wheel_holds_the_sources_of_the_cuda_library(wheel: Path):
+    """`python -m vitq.cuda.build` then compiles it for an installed vitq."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    for path in (ROOT / "vitq" / "cuda" / "csrc").iterdir():
+        assert path.relative_to(ROOT).as_posix() in names
+    assert "vitq/cuda/tuned.json" in names and not any(n.startswith("vitq/cuda/_vitq_cuda") for n in names)
 
 
 def test_metadata_needs_no_compiler_and_no_cuda(tmp_path: Path):
@@ -145,3 +156,24 @@ def test_metadata_needs_no_compiler_and_no_cuda(tmp_path: Path):
                           timeout=60, env={**clean_environment(), "VITQ_BUILD_CUDA": "1", "CC": "/nonexistent"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()[0] == "vitq"
+
+
+def test_a_cuda_build_puts_the_library_into_the_wheel_and_beside_the_sources(tmp_path: Path):
+    toolkit = tmp_path / "toolkit"
+    (toolkit / "bin").mkdir(parents=True)
+    (toolkit / "include" / "cutlass").mkdir(parents=True)
+    (toolkit / "include" / "cutlass" / "version.h").touch()
+    nvcc = toolkit / "bin" / "nvcc"  # one that only makes the file it is asked for
+    nvcc.write_text('#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && touch "$2"; shift; done\n')
+    nvcc.chmod(0o755)
+    asked = {"VITQ_BUILD_CUDA": "1", "CUDA_HOME": str(toolkit), "VITQ_CUTLASS_DIR": str(toolkit), "VITQ_CUDA_ARCHS": "90a"}
+    done, wheel = build_wheel(tmp_path, **asked)
+    assert wheel is not None, done.stdout + done.stderr
+    with zipfile.ZipFile(wheel) as archive:
+        assert "vitq/cuda/_vitq_cuda.so" in archive.namelist()
+    assert "py3-none-any" not in wheel.name
+    source = tmp_path / "source"
+    done = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=source, capture_output=True, text=True, timeout=300,
+                          env={**clean_environment(), **asked})
+    assert done.returncode == 0, done.stderr
+    assert (source / "vitq" / "cuda" / "_vitq_cuda.so").is_file() and "CUDA library for sm_90a" in done.stdout

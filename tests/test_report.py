@@ -1,6 +1,7 @@
 """vitq.report: tables, strict JSON, sizes to the byte, events that read back, plots that are pictures."""
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -11,8 +12,10 @@ from torch import nn
 from vitq import report
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
-from vitq.evaluate import LayerError, Timing, score
+from vitq.evaluate import LayerError, score
 from vitq.nn.packed import Row
+from vitq.profiling import Ceilings, Part, Profile
+from vitq.timing import Timing
 
 
 def test_table_aligns():
@@ -21,6 +24,25 @@ def test_table_aligns():
     assert report.table(("a",), []) == "a\n-"
     with pytest.raises(ValueError, match="2 cells.*1 columns"):
         report.table(("a",), [(1, 2)])
+
+
+def test_markdown_table():
+    text = report.markdown_table(("a", "b"), [("x|y", None), (1, "2")])
+    assert text.splitlines() == ["| a | b |", "| --- | --- |", "| x\\|y |  |", "| 1 | 2 |"]
+
+
+def test_a_profile_stands_beside_its_floors():
+    parts = [Part("blocks", "qkv", {"gemm": 3.0}, 2, 4_000_000, 3_000_000), Part("blocks", "norm", {"a": 4.0, "b": 1.0}, 4, 1_000_000, 0),
+             Part("", "other", {"copy": 8.0}, 1, 0, 0)]
+    text = report.profile_table(Profile(parts, {"blocks": 2}, "a clock"), Ceilings(2e12, 1e12))
+    cells = [re.split(r" {2,}", line.strip()) for line in text.splitlines()[2:]]
+    assert cells == [
+        ["blocks", "qkv", "gemm", "2", "3.0", "2.0", "3.0", "1.00", "0.006", "17.6 %"],
+        ["blocks", "norm", "2 kernels", "4", "5.0", "0.5", "0.0", "10.00", "0.020", "58.8 %"],
+        ["a", "4.0"], ["b", "1.0"],
+        ["other", "copy", "1", "8.0", "0.008", "23.5 %"],
+        ["blocks", "one block", "2", "13.0", "3.0", "3.0", "3.25", "0.026", "76.5 %"],  # one qkv, two norms: least 3 + 2·0.5
+        ["the model", "1", "34.0", "0.034", "100.0 %"]]
 
 
 def test_json_is_strict_and_whole(tmp_path):

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     with torch.inference_mode():
         reference = linear(x)
         errors = {name: vitq.evaluate.sqnr_db(reference, fn(inputs)) for name, (fn, inputs) in cases.items()}
-    timings = vitq.evaluate.time_models(cases, repeats, warmup=5)
+    timings = vitq.timing.time_models(cases, repeats, warmup=5)
 
     half = next(name for name in cases if "float16" in name)
     rows = {name: {"timing": t, "speedup_float32": timings["float32"].median_ms / t.median_ms,
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def build(args: argparse.Namespace, linear: nn.Linear, x: torch.Tensor) -> tuple[dict, dict]:
     """Case -> (callable, its input), and case -> what runs it."""
-    dtype, half = vitq.evaluate.best_half(linear, x)
+    dtype, half = vitq.timing.best_half(linear, x)
     cases = {"float32": (linear, x), str(dtype)[6:]: (half, x.to(dtype))}
     notes = {name: "torch" for name in cases}
     role = args.layer_type if args.layer_type in VIT else {"v_proj": "qkv", "down_proj": "fc2"}[args.layer_type]

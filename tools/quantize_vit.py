@@ -201,10 +201,10 @@ def measure(args, report: dict, loaded, model, data, own_labels: bool, console: 
 
 def speed(float_model, model, images) -> dict:
     """Times float32, the faster of bfloat16 and float16, and the quantized model, in turn."""
-    dtype, half = vitq.evaluate.best_half(float_model, images)
+    dtype, half = vitq.timing.best_half(float_model, images)
     cases = {"float32": (float_model, images), str(dtype)[6:]: (half, images.to(dtype)), "quantized": (model, images)}
-    once = vitq.evaluate.time_model(float_model, images, repeats=1, warmup=1).median_ms
-    timings = vitq.evaluate.time_models(cases, repeats=int(max(3, min(20, 8000 / once))))
+    once = vitq.timing.time_model(float_model, images, repeats=1, warmup=1).median_ms
+    timings = vitq.timing.time_models(cases, repeats=int(max(3, min(20, 8000 / once))))
     return {"batch": len(images), "best_16_bit": dtype, "models": {
         name: {"ms_per_image": t.median_ms / len(images), "times_float32": t.median_ms / timings["float32"].median_ms, "timing": t}
         for name, t in timings.items()}}

@@ -3,6 +3,7 @@
 
     python tools/vit_benchmark.py                                       # deit_s: batch 200 on a GPU, 8 on a CPU
     python tools/vit_benchmark.py --model deit_s,swin_t --val-batchsize 64 --recipes w8a8,w4a8 --plot speed.png
+    python tools/vit_benchmark.py --recipes w8a8 --no-compile --profile # where a block's time goes, kernel by kernel
 
 Images are random and already on the device; weights are random by default, because neither changes the speed. On cuda
 each case is captured as a CUDA graph where that works, and timed by events.
@@ -33,6 +34,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
     p.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs on cuda")
     p.add_argument("--repeats", type=int, metavar="N", help="timed calls of each case (default 50, on a CPU 15)")
+    p.add_argument("--profile", action="store_true", help="break each recipe's time down by kernel, beside its floors")
+    p.add_argument("--bandwidth", type=float, metavar="TB/S", help="for the floors (default: measured by a copy)")
+    p.add_argument("--peak", type=float, metavar="TOPS", help="int8, for the floors (default: measured by GEMMs)")
     p.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--json", type=Path, metavar="PATH", help="write every figure as JSON")
@@ -59,6 +63,9 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--val-batchsize", batch), ("--repeats", repeats), ("--threads", args.threads)):
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
+    for flag, rate in (("--bandwidth", args.bandwidth), ("--peak", args.peak)):
+        if rate is not None and not rate > 0:
+            raise ValueError(f"{flag} must be above 0, got {rate}")
     for path in filter(None, (args.json, args.plot)):
         if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
@@ -70,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{device} ({machine}), torch {torch.__version__}, batch {batch}, {repeats} calls, {args.weights} weights")
     if args.weights == "random":
         print("note: weights are random, since the speed does not depend on them")
-    models = {name: bench(name, args, recipes, device, batch, repeats) for name in names(args.model)}
+    ceilings = find_ceilings(args, device) if args.profile else None
+    models = {name: bench(name, args, recipes, device, batch, repeats, ceilings) for name in names(args.model)}
     if args.json:
         vitq.report.write_json(args.json, {
             "vitq": vitq.__version__, "torch": torch.__version__, "device": device, "machine": machine, "batch": batch,
@@ -90,8 +98,20 @@ def names(text: str) -> list[str]:
     return found
 
 
-def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.device, batch: int, repeats: int) -> dict:
-    """Builds every case of one model, times them in turn, prints the table and returns its rows by case."""
+def find_ceilings(args: argparse.Namespace, device: torch.device) -> vitq.profiling.Ceilings:
+    """What floors are reckoned with: as given, measured where not."""
+    given = args.bandwidth and args.bandwidth * 1e12, args.peak and args.peak * 1e12
+    measured = None if all(given) else vitq.profiling.measure_ceilings(device)
+    rates = {} if measured is None else measured.rates
+    ceilings = vitq.profiling.Ceilings(given[0] or measured.bytes_per_s, given[1] or measured.ops_per_s, rates)
+    print(f"floors at {ceilings.bytes_per_s / 1e12:.3g} TB/s and {ceilings.ops_per_s / 1e12:.4g} TOPS; measured: "
+          + (", ".join(f"{name} {rate / 1e12:.4g} T" for name, rate in rates.items()) or "nothing"))
+    return ceilings
+
+
+def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.device, batch: int, repeats: int,
+          ceilings: vitq.profiling.Ceilings | None) -> dict:
+    """Builds every case of one model, times them in turn, prints the tables and returns the rows by case."""
     try:
         loaded = vitq.load_model(name, args.weights, seed=args.seed)
     except RuntimeError as error:  # the hub cannot be reached
@@ -101,13 +121,16 @@ def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.devi
     images = images.to(device)
     cases: dict[str, dict] = {}
     ready: dict[str, tuple] = {}
+    converted: dict[str, torch.nn.Module] = {}
 
     def add(case: str, build, x: torch.Tensor) -> None:
         """Build, warm up and capture one case; a reason takes the place of figures where that fails."""
         bar.set_postfix_str(case)
         row = cases[case] = {"timing": None, "peak_mib": None, "graph": False, "note": ""}
         try:
-            fn, row["peak_mib"] = with_peak(build, x)
+            fn, row["peak_mib"] = vitq.timing.with_peak(build, x)
+            if hasattr(fn, "vitq"):
+                converted[case] = fn
             if device.type == "cuda" and args.graphs:
                 fn, reason = vitq.evaluate.cuda_graph(fn, x)
                 row.update(graph=reason is None, note=f"no CUDA graph: {reason}" if reason else "")
@@ -122,7 +145,7 @@ def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.devi
 
     with tqdm(desc=name, total=2 + args.compile + len(recipes), leave=False, disable=None) as bar:
         add("float32", lambda: model, images)
-        dtype, half = vitq.evaluate.best_half(model, images)
+        dtype, half = vitq.timing.best_half(model, images)
         short = str(dtype)[6:]
         add(short, lambda: half, images.to(dtype))
         if args.compile:
@@ -131,26 +154,14 @@ def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.devi
         for recipe in recipes:
             add(recipe.name, lambda: convert(model, recipe, images, args.backend), images)
         bar.set_postfix_str("timing")
-        timings = vitq.evaluate.time_models(ready, repeats)
-    return table(loaded.name, cases, timings, batch)
-
-
-def with_peak(build, x: torch.Tensor) -> tuple:
-    """The callable that `build` makes, warmed up, and the MiB it takes on the device at its peak (None on a CPU)."""
-    start = torch.cuda.memory_allocated() if x.is_cuda else 0
-    fn = build()
-    with torch.inference_mode():
-        fn(x)
-        if not x.is_cuda:
-            return fn, None
-        torch.cuda.synchronize()
-        built = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        fn(x)
-        torch.cuda.synchronize()
-    # What was there before the build (the float models) shows in its tensors instead.
-    tensors = sum(t.numel() * t.element_size() for t in (*fn.parameters(), *fn.buffers()))
-    return fn, (torch.cuda.max_memory_allocated() - built + max(tensors, built - start)) / 2**20
+        timings = vitq.timing.time_models(ready, repeats)
+    rows = table(loaded.name, cases, timings, batch)
+    for case, model in converted.items() if ceilings is not None else ():
+        profile = vitq.profiling.profile(model, images)
+        rows[case]["profile"] = profile
+        print(f"\n{case}, kernel by kernel ({profile.clock}); floors are for each call's bytes and operations\n"
+              + vitq.report.profile_table(profile, ceilings))
+    return rows
 
 
 def convert(model, recipe, images: torch.Tensor, backend: str):

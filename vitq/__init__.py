@@ -19,9 +19,10 @@ _PUBLIC = {
     "load_model": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
     "labels_match": "vitq.calib.data", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
+    "compile": "vitq.graphs",
     "linear_module": "vitq.conversion", "pick_device": "vitq.ops.dispatch",
 }
-_MODULES = ("ops", "evaluate", "report", "formats")
+_MODULES = ("ops", "evaluate", "report", "formats", "timing", "profiling")
 
 __all__ = [*_PUBLIC, *_MODULES, "__version__"]
 

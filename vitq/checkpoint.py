@@ -143,8 +143,7 @@ def _model_kwargs(model: nn.Module) -> dict[str, Any]:
     """Arguments of timm.create_model that can be read off a built model."""
     kwargs: dict[str, Any] = {"num_classes": model.num_classes}
     embed = model.patch_embed
-    parameters = inspect.signature(type(model).__mro__[2].__init__ if type(model).__name__.startswith("Quantized")
-                                   else type(model).__init__).parameters
+    parameters = inspect.signature(type(model).__bases__[-1].__init__).parameters  # of the class that was converted
     if getattr(embed, "img_size", None) is not None:
         kwargs["img_size"] = list(embed.img_size)
     if getattr(model, "in_chans", 3) != 3:

@@ -14,12 +14,12 @@ from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat
 from vitq.models import Prepared, prepare
 from vitq.models.attention import RelativePositionBias
-from vitq.models.adapter import replace
+from vitq.models.adapter import is_plain_layer_norm, replace
 from vitq.nn.attention import QuantAttention
-from vitq.nn.block import QuantBlock, QuantMlp, QuantWindowBlock
+from vitq.nn.block import QuantBlock, QuantMlp, QuantPatchMerging
 from vitq.nn.linear import QuantLinear, QuantPatchConv
-from vitq.nn.model import ModelInfo, cast_input, quantized_class
-from vitq.nn.norm import QuantLayerNorm
+from vitq.nn.model import ModelInfo, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
+from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.ops.dispatch import check_backend, default_dtype
 from vitq.plan import Plan
@@ -116,14 +116,24 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
         block = model.get_submodule(site.name)
         linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         if all(isinstance(linear, QuantLinear) for linear in linears):
-            kind = QuantWindowBlock if site.kind == "window" else QuantBlock
-            replace(model, site.name, kind(block, backend=backend))
+            window = dict(window=tuple(block.window_size), shift=tuple(block.shift_size)) if site.kind == "window" else {}
+            replace(model, site.name, QuantBlock(block, **window, backend=backend))
         elif site.kind == "window":
             raise ValueError(f"recipe {recipe.name!r} leaves a linear layer of {site.name!r} in float: a Swin block runs "
                              "quantized as a whole or not at all; give its qkv, proj, fc1 and fc2 bits <= 8, or all 16")
+    for site in prepared.merges:
+        merging = model.get_submodule(site.name)
+        if isinstance(merging.reduction, QuantLinear):
+            replace(model, site.name, QuantPatchMerging(merging, backend=backend))
+    for name, module in list(model.named_modules()):
+        if is_plain_layer_norm(module) and module.weight is not None:
+            replace(model, name, FloatLayerNorm(module, dtype=dtype, backend=backend))
     _cast_rest(model, prepared, layer_specs, dtype)
-    model.__class__ = quantized_class(type(model))
-    model.vitq = ModelInfo(recipe, roles, dict(notes or {}), floats, dtype, backend)
+    base = QuantizedModel
+    if prepared.stem is not None and isinstance(model.patch_embed.proj, QuantPatchConv):
+        base = {"tokens": QuantizedVit, "image": QuantizedSwin}[prepared.stem.kind]
+    model.__class__ = quantized_class(type(model), base)
+    model.vitq = ModelInfo(recipe, roles, dict(notes or {}), floats, dtype, backend, stem=prepared.stem)
     return model
 
 
@@ -139,9 +149,9 @@ def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, Laye
             if buffer.is_floating_point():
                 setattr(module, name, buffer.to(dtype))
     for head in heads:
-        head.register_forward_pre_hook(cast_input)
+        head.__class__ = casting_class(type(head))
     if not isinstance(getattr(model.patch_embed, "proj", None), QuantPatchConv) or hasattr(model.patch_embed, "backbone"):
-        model.patch_embed.register_forward_pre_hook(cast_input)
+        model.patch_embed.__class__ = casting_class(type(model.patch_embed))
 
 
 def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", sample: Tensor | None = None, *,
@@ -162,7 +172,9 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
             raise ValueError(f"recipe {recipe.name!r} is static: give sample=, activations to measure the range on")
         fmt = observed_format(sample, spec.input)
     module.set_params(linear_params(linear, spec, recipe.solver, fmt))
-    return module.to(linear.weight.device)
+    module = module.to(linear.weight.device)
+    pack_all(module)
+    return module
 
 
 def explain(model: nn.Module) -> list[Row]:
@@ -177,7 +189,7 @@ def explain(model: nn.Module) -> list[Row]:
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
         elif isinstance(module, QuantAttention):
             rows += module.rows(name)
-        elif isinstance(module, QuantLayerNorm):
+        elif isinstance(module, (QuantLayerNorm, FloatLayerNorm)):
             rows.append(module.row(name))
         elif name in info.floats:
             own = module.parameters(recurse=bool(name))  # the root row is for its own tokens and embeddings

@@ -1,12 +1,10 @@
-"""How good and how fast a model is: top-1, agreement with float, SQNR by layer, milliseconds a batch."""
+"""How good a model is: top-1, agreement with float, SQNR by layer."""
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vitq.formats import QTensor
+from vitq.graphs import Graph
 from vitq.models import prepare
 from vitq.nn.attention import QuantAttention
-from vitq.nn.block import QuantWindowBlock
+from vitq.nn.block import QuantBlock
 from vitq.nn.linear import QuantLinear
 from vitq.ops.common import activate
+from vitq.ops.windows import Windows, from_windows
 
 log = logging.getLogger("vitq")
 
@@ -241,12 +241,13 @@ def layer_sqnr(float_model: nn.Module, quantized_model: nn.Module, images: Tenso
 
 def _watch_reference(model: nn.Module, quantized: nn.Module, expected: dict[str, Tensor], stack: ExitStack) -> None:
     """Hooks that put the float outputs into `expected` under the names that `_watch_quantized` reports."""
+    windows: dict[str, Windows] = {}  # of layers that see windows in the float model, and the image in the integer one
 
     def keep(name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
-        expected[name] = output.float()
+        expected[name] = from_windows(output.float(), windows[name]) if name in windows else output.float()
 
     def keep_input(name: str, module: nn.Module, args: tuple) -> None:
-        expected[name] = args[0].float()
+        keep(name, module, (), args[0])
 
     for name, twin in quantized.named_modules():
         module = model.get_submodule(name)
@@ -254,18 +255,21 @@ def _watch_reference(model: nn.Module, quantized: nn.Module, expected: dict[str,
             stack.enter_context(module.proj.register_forward_pre_hook(partial(keep_input, f"{name}.pv")))
         if isinstance(twin, QuantLinear) or _BLOCK.match(name):
             stack.enter_context(module.register_forward_hook(partial(keep, name)))
-        if isinstance(twin, QuantWindowBlock):
-            _watch_window_proj(name, module, expected, stack)
+        if isinstance(twin, QuantBlock) and twin.window is not None:
+            _watch_window_block(name, module, twin, windows, expected, stack)
 
 
-def _watch_window_proj(name: str, block: nn.Module, expected: dict[str, Tensor], stack: ExitStack) -> None:
-    # The float proj works on windows, the integer one on the image: compare after the windows are put back.
+def _watch_window_block(name: str, block: nn.Module, twin: QuantBlock, windows: dict[str, Windows],
+                        expected: dict[str, Tensor], stack: ExitStack) -> None:
     block_input: list[Tensor] = []
 
     def start(module: nn.Module, args: tuple) -> None:
         block_input[:] = [args[0].float()]
+        found = Windows(*args[0].shape[1:3], twin.window, twin.shift)
+        windows.update({f"{name}.attn.{layer}": found for layer in ("qkv", "pv")})
 
     def middle(module: nn.Module, args: tuple) -> None:
+        # The float proj's own output holds windows with their padding: take it as what the block adds to its input.
         expected[f"{name}.attn.proj"] = args[0].float() - block_input.pop().reshape(args[0].shape)
 
     stack.enter_context(block.register_forward_pre_hook(start))
@@ -306,102 +310,18 @@ def _watch_attend(name: str, module: QuantAttention, add: Callable[..., None], s
     stack.callback(module.__dict__.pop, "attend")
 
 
-TURN = 4  # timed calls of one case before the next has its turn
-
-# --- time ---------------------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds a call: median, 10th and 90th percentile, and spread = (p90 − p10) / median."""
-
-    median_ms: float
-    p10: float
-    p90: float
-    spread: float
-
-
-def time_model(fn: Callable[[Tensor], Any], images: Tensor, repeats: int = 20, warmup: int = 3) -> Timing:
-    """Time fn(images) with the images where they are; on cuda by events, so that the host does not count."""
-    return time_models({"": (fn, images)}, repeats, warmup)[""]
-
-
-def time_models(cases: Mapping[str, tuple[Callable[[Tensor], Any], Tensor]], repeats: int = 20,
-                warmup: int = 3) -> dict[str, Timing]:
-    """Time several calls in turns of `TURN`, so that a machine that slows down or is shared slows all of them alike.
-
-    Each turn opens with an untimed call: it refills the caches and the allocator after the case before, so that what is
-    timed is each model running on its own, as it would in use.
-    """
-    if repeats < 1 or warmup < 0:
-        raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    with torch.inference_mode():
-        for fn, images in cases.values():
-            for _ in range(warmup):
-                fn(images)
-        for done in range(0, repeats, TURN):
-            for name, (fn, images) in cases.items():
-                if len(cases) > 1:
-                    fn(images)
-                times[name] += [_time_once(fn, images) for _ in range(min(TURN, repeats - done))]
-    return {name: _timing(values) for name, values in times.items()}
-
-
-def _time_once(fn: Callable[[Tensor], Any], images: Tensor) -> float:
-    if images.is_cuda:
-        torch.cuda.synchronize(images.device)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        fn(images)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
-    began = time.perf_counter()
-    fn(images)
-    return (time.perf_counter() - began) * 1e3
-
-
-def _timing(values: list[float]) -> Timing:
-    points = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
-    low, median, high = torch.tensor(values, dtype=torch.float64).quantile(points).tolist()
-    return Timing(median, low, high, (high - low) / median if median else 0.0)
-
-
-def best_half(model: nn.Module, images: Tensor) -> tuple[torch.dtype, nn.Module]:
-    """The 16-bit copy of a float model that is faster here, bfloat16 or float16: the one to beat."""
-    found: list[tuple[float, torch.dtype, nn.Module]] = []
-    for dtype in (torch.bfloat16, torch.float16):
-        half, x = copy.deepcopy(model).to(dtype), images.to(dtype)
-        first = time_model(half, x, repeats=1, warmup=0).median_ms
-        # A CPU without float16 arithmetic takes minutes for it: one call is enough to see that.
-        if not found or first < 5 * found[0][0]:
-            found.append((time_model(half, x, repeats=3, warmup=0).median_ms, dtype, half))
-    return min(found, key=lambda case: case[0])[1:]
-
-
 def cuda_graph(fn: Callable[[Tensor], Any], images: Tensor, warmup: int = 3) -> tuple[Callable[[Tensor], Any], str | None]:
     """fn(images) as one CUDA graph (the argument of the result is ignored: it replays on these images), and None; or
-    `fn` itself and the reason why it cannot be captured."""
+    `fn` itself and the reason why it cannot be captured. `vitq.compile` is for models that are used, not timed."""
     if not images.is_cuda:
         return fn, "no CUDA device"
     try:
-        with torch.inference_mode(), torch.cuda.device(images.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(warmup):
-                    fn(images)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                output = fn(images)
+        graph = Graph(fn, images, warmup=warmup)
     except RuntimeError as error:  # what a capture forbids is reported so: a synchronization, a copy to the host …
-        torch.cuda.synchronize(images.device)
         return fn, str(error).splitlines()[0]
 
-    def replay(_: Tensor, kept: tuple = (fn, images)) -> Any:
-        # A graph holds addresses only: `kept` keeps the model's weights and the input alive as long as it is.
+    def replay(_: Tensor) -> Any:
         graph.replay()
-        return output
+        return graph.output
 
     return replay, None

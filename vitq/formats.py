@@ -63,12 +63,15 @@ class QTensor:
     """Integer codes and what turns them back into numbers: ``(codes - zero_point) * scale``.
 
     codes: int8, or uint8 whose codes are the signed ones + 128 with ``zero_point`` shifted alike. scale: float32, broadcastable to codes (a
-    scalar, or one a row [..., 1]). zero_point: one integer.
+    scalar, or one a row [..., 1]). zero_point: one integer. What only some layers read, as :class:`Columns` asks for it: row_sums, int32
+    [..., segments], the sums of each row's signed codes; fp, float16 [..., F], the features that were not quantized.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: int = 0
+    row_sums: Tensor | None = None
+    fp: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.codes.dtype not in (torch.int8, torch.uint8):
@@ -97,11 +100,42 @@ class QTensor:
 
 
 @dataclass(frozen=True, eq=False)
+class Columns:
+    """What the code columns of a layer's input hold, where it is not each feature in its place.
+
+    order: int32 [K'], the feature of each column, or -1 for a column that holds the value 0; None: in order. segment_ends: where the ordered
+    ranges of columns end that have weight scales of their own, multiples of 32 but for the last, K'; (): one range. fp: int32 [F], features
+    that stay float16. row_sums: whether the sums of a row's codes are wanted, as a weight with a zero point needs them.
+    """
+
+    order: Tensor | None = None
+    segment_ends: tuple[int, ...] = ()
+    fp: Tensor | None = None
+    row_sums: bool = False
+
+    def __post_init__(self) -> None:
+        inner, ends = self.segment_ends[:-1], self.segment_ends
+        if any(end % 32 for end in inner) or list(ends) != sorted(set(ends)) or ends and ends[0] < 1:
+            raise ValueError(f"Columns: segment_ends = {ends}; give ascending ends, multiples of 32 but for the last")
+        for name, tensor in (("order", self.order), ("fp", self.fp)):
+            if tensor is not None and (tensor.dtype != torch.int32 or tensor.dim() != 1):
+                raise TypeError(f"Columns: {name} is {tensor.dtype} of {tensor.dim()} dimensions; give int32 of one")
+        if ends and self.order is not None and ends[-1] != len(self.order):
+            raise ValueError(f"Columns: the last segment ends at {ends[-1]}, there are {len(self.order)} columns")
+
+    def to(self, device: torch.device) -> Columns:
+        """The same with its tensors on a device."""
+        order, fp = (None if t is None else t.to(device) for t in (self.order, self.fp))
+        return Columns(order, self.segment_ends, fp, self.row_sums)
+
+
+@dataclass(frozen=True, eq=False)
 class ActivationFormat:
     """How one activation operand is quantized, once chosen. Simulation and executed modules both read this.
 
     static: ``scale`` and ``zero_point`` are given (numbers or 0-d tensors) and kept as 0-d float32 and 0-d int32 tensors. dynamic: one
     symmetric scale a token, found at run time, so both are None. ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
+    ``columns`` is None where the codes are the features in order.
     """
 
     bits: int
@@ -109,6 +143,7 @@ class ActivationFormat:
     scale: float | Tensor | None = None
     zero_point: int | Tensor | None = None
     signed: bool = True
+    columns: Columns | None = None
 
     def __post_init__(self) -> None:
         int_range(self.bits, self.signed)

@@ -12,10 +12,14 @@ from vitq.recipe import LayerSpec, Recipe
 
 @dataclass(frozen=True)
 class LinearParams:
-    """A linear layer in integers: y = Σ_k (qx − zx)·sx · qw·sw + b.
+    """A linear layer in integers: y = Σ_s Σ_{k in s} (qx − zx)·sx · (qw − zw_s)·sw_s + Σ_f x_f·w_f + b.
 
-    codes: int8 [N, K], within the range of `weight_bits`; weight_scale: float32 [N], symmetric per output channel;
+    codes: int8 [N, K], within the range of `weight_bits`; weight_scale: float32 [N], per output channel;
     bias: float32 [N] or None, without any zero-point term (kernels fold that in when they pack).
+
+    `input.columns` says which features the K columns hold and where their segments s end, K then counting columns, those
+    of the value 0 too (their weights are 0). With S segments weight_scale is [S, N]. weight_zero: int32, as weight_scale, for
+    asymmetric weights (the input then carries row sums), else None. weight_fp: float16 [N, F], for the features kept in float16.
     """
 
     codes: Tensor
@@ -23,6 +27,19 @@ class LinearParams:
     weight_scale: Tensor
     bias: Tensor | None
     input: ActivationFormat
+    weight_zero: Tensor | None = None
+    weight_fp: Tensor | None = None
+
+    @property
+    def segment_ends(self) -> tuple[int, ...]:
+        """Where each segment of the K columns ends; one segment unless the input's columns say otherwise."""
+        columns = self.input.columns
+        return (self.codes.shape[1],) if columns is None or not columns.segment_ends else columns.segment_ends
+
+    @property
+    def plain(self) -> bool:
+        """One segment of all features in order, symmetric weights: what every kernel takes."""
+        return self.input.columns is None and self.weight_zero is None and self.weight_fp is None
 
 
 @dataclass(frozen=True)

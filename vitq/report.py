@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
-from vitq.evaluate import Evaluation, LayerError, Timing
+from vitq.evaluate import Evaluation, LayerError
 from vitq.nn.linear import QuantLinear
 from vitq.nn.packed import Row
+from vitq.profiling import Ceilings, Profile
+from vitq.timing import Timing
 
 _DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
            torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
@@ -34,12 +36,18 @@ def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
         if len(row) != len(headers):
             raise ValueError(f"a row has {len(row)} cells, the table {len(headers)} columns: {row}")
     widths = [max(map(len, column)) for column in zip(headers, *cells)]
-    right = [bool(cells) and all(_NUMBER.match(row[i]) for row in cells) for i in range(len(headers))]
+    right = [bool(cells) and all(_NUMBER.match(row[i]) for row in cells if row[i]) for i in range(len(headers))]
 
     def line(values: Sequence[str]) -> str:
         return "  ".join(v.rjust(w) if r else v.ljust(w) for v, w, r in zip(values, widths, right)).rstrip()
 
     return "\n".join([line(headers), line(["-" * w for w in widths]), *map(line, cells)])
+
+
+def markdown_table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """The same cells as a table of Markdown; None is an empty cell."""
+    lines = [list(headers), ["---"] * len(headers), *(["" if value is None else str(value) for value in row] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 _NUMBER = re.compile(r"(-|[-+]?(\d[\d,]*(\.\d+)?|inf|nan)( ?(%|x|ms|dB|MB|MiB))?)\Z")
@@ -123,6 +131,32 @@ def layer_table(rows: Iterable[Row]) -> str:
     """`vitq.explain`'s rows as text."""
     columns = ("layer", "role", "format", "backend", "kernel", "bytes", "note")
     return table(columns, [[getattr(row, column) for column in columns] for row in rows])
+
+
+def profile_table(profile: Profile, ceilings: Ceilings) -> str:
+    """`vitq.profiling.profile` as text: a row for each kind of call, its kernels below it where there are several, and a
+    sum for one block of each stage. Floors are least times for the call's bytes and operations; `x floor` is to the larger."""
+    total = sum(part.us * part.calls for part in profile.parts)
+    rows: list[tuple[str, ...]] = []
+
+    def add(where: str, role: str, kernel: str, calls: int, us: float, floors: Sequence[float], least: float) -> None:
+        rows.append((where, role, kernel, str(calls), f"{us:.1f}", *(f"{f:.1f}" if least else "" for f in floors),
+                     f"{us / least:.2f}" if least else "", f"{us * calls / 1e3:.3f}", f"{100 * us * calls / total:.1f} %"))
+
+    for part in profile.parts:
+        floors, names = ceilings.floor_us(part.bytes, part.ops), list(part.kernels)
+        kernel = names[0] if len(names) == 1 else f"{len(names)} kernels"
+        add(part.where, part.role, kernel, part.calls, part.us, floors, max(floors))
+        if len(names) > 1:
+            rows += [("", "", f"  {name}", "", f"{us:.1f}", "", "", "", "", "") for name, us in part.kernels.items()]
+    for where, count in profile.blocks.items():
+        parts = [(part, ceilings.floor_us(part.bytes, part.ops)) for part in profile.parts if part.where == where]
+        add(where, "one block", "", count, sum(part.us * part.calls for part, _ in parts) / count,
+            [sum(floors[i] * part.calls for part, floors in parts) / count for i in (0, 1)],
+            sum(max(floors) * part.calls for part, floors in parts) / count)
+    add("", "the model", "", 1, total, (0.0, 0.0), 0.0)
+    headers = ("where", "role", "kernel", "calls", "us", "bytes floor us", "math floor us", "x floor", "ms a forward", "part")
+    return table(headers, rows)
 
 
 def scalars(report: Mapping[str, Any]) -> dict[str, float | None]:

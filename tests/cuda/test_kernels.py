@@ -1,7 +1,8 @@
-"""The CUDA kernels against the reference kernels on CPU tensors.
+"""The kernels that dispatch sees on CUDA, the compiled ones and the fallback, against the reference kernels.
 
-They need a GPU (`pytest -m gpu`). With TRITON_INTERPRET=1, no GPU and `--noconftest` the same tests run on the CPU through
-Triton's interpreter, slowly: enough to debug the arithmetic, and what `test_under_the_interpreter` does for a few of them.
+Those that need a GPU are marked so. The compiled kernels' packing and calls also run without one, on the operators' CPU
+implementations. With TRITON_INTERPRET=1, no GPU and `--noconftest` the fallback runs on the CPU through Triton's interpreter,
+slowly: enough to debug the arithmetic, and what `test_under_the_interpreter` does for a few of them.
 """
 
 from __future__ import annotations
@@ -16,31 +17,57 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitq.cuda import kernels as cuda_kernels
-from vitq.formats import ActivationFormat, QTensor, int_range, pack_int4
+from vitq.cuda import fallback, kernels, loader, row_kernels
+from vitq.formats import ActivationFormat, Columns, QTensor, int_range, pack_int4
 from vitq.ops.attention import AttentionSpec
 from vitq.ops.common import OutputFormat, signed
 from vitq.ops.dispatch import registered
+from vitq.ops.float_norm import FloatNormSpec
 from vitq.ops.layer_norm import LayerNormSpec
 from vitq.ops.linear import LinearSpec, int_matmul
+from vitq.ops.patches import PatchesSpec
+from vitq.ops.windows import Windows
 from vitq.plan import AttentionParams, LinearParams
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+GPU = torch.device("cpu" if INTERPRETED else "cuda")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 # Triton's interpreter truncates where a GPU rounds to bfloat16.
 FLOATS = [torch.float16, torch.float32] + [torch.bfloat16] * (not INTERPRETED)
 
-gpu = [pytest.mark.gpu, pytest.mark.skipif(not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
-                                           reason="needs a CUDA device and triton")]
+needs_triton = [pytest.mark.gpu, pytest.mark.skipif(not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
+                                                    reason="needs a CUDA device and triton")]
+needs_library = [pytest.mark.gpu, pytest.mark.skipif(loader.why_unavailable() is not None, reason=str(loader.why_unavailable()))]
+FALLBACK = pytest.param("fallback", marks=needs_triton)
+WHICH = [FALLBACK] if INTERPRETED else ["operators on the CPU", pytest.param("library", marks=needs_library), FALLBACK]
+STATE = {"which": "fallback"}
 
 
-def on_gpu(function):
-    for mark in gpu:
-        function = mark(function)
-    return function
+@pytest.fixture(params=WHICH)
+def which(request):
+    """The kernels that `cuda` runs."""
+    STATE["which"] = request.param
+    return request.param
+
+
+@pytest.fixture(params=[FALLBACK])
+def fallback_only(request):
+    STATE["which"] = request.param
+
+
+on_gpu = pytest.mark.usefixtures("which")
+on_fallback = pytest.mark.usefixtures("fallback_only")
+
+
+def device() -> torch.device:
+    return CPU if STATE["which"] == "operators on the CPU" else GPU
+
+
+def chosen(op: str):
+    of_op = [kernel for backend, kernel in registered(op) if backend == "cuda"]
+    return of_op[-1] if STATE["which"] == "fallback" else of_op[0]
 
 
 def reference(op: str, spec, *args, **kwargs):
@@ -49,21 +76,22 @@ def reference(op: str, spec, *args, **kwargs):
 
 
 def cuda(op: str, spec, *args, **kwargs):
-    kernel = dict(registered(op))["cuda"]
-    assert kernel.supports(spec) is None
-    return kernel.run(kernel.pack(spec, DEVICE), *args, **kwargs)
+    kernel = chosen(op)
+    why = kernel.supports(spec) if device().type == GPU.type else None
+    assert why is None
+    return kernel.run(kernel.pack(spec, device()), *args, **kwargs)
 
 
 def to_device(x):
     if x is None or isinstance(x, int):
         return x
     if isinstance(x, QTensor):
-        return QTensor(to_device(x.codes), to_device(x.scale), to_device(x.zero_point))
-    if not isinstance(x, Tensor) or INTERPRETED:
+        return QTensor(*(to_device(t) for t in (x.codes, x.scale, x.zero_point, x.row_sums, x.fp)))
+    if not isinstance(x, Tensor) or device() == CPU:
         return x
     # strides are part of several tests, and Tensor.to keeps them only for dense tensors
-    storage = torch.empty(0, dtype=x.dtype, device=DEVICE)
-    storage.set_(x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(DEVICE).untyped_storage(),
+    storage = torch.empty(0, dtype=x.dtype, device=GPU)
+    storage.set_(x.as_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), 0).to(GPU).untyped_storage(),
                  x.storage_offset(), x.shape, x.stride())
     return storage
 
@@ -76,7 +104,7 @@ def codes(*shape: int, bits: int = 8) -> Tensor:
 def assert_same_codes(got: QTensor, want: QTensor, share: float = 0.0) -> None:
     """Equal, or a difference of 1 in at most `share` of the codes (one is always allowed then)."""
     assert got.codes.dtype == torch.int8 and got.codes.shape == want.codes.shape
-    assert got.codes.device.type == DEVICE.type
+    assert got.codes.device.type == device().type
     difference = (got.codes.cpu().int() - want.codes.int()).abs()
     if not difference.numel():
         return
@@ -137,7 +165,7 @@ def test_quantize_rows_longer_than_a_program():
     assert_same_codes(cuda("quantize", FORMATS["dynamic"], to_device(x)), reference("quantize", FORMATS["dynamic"], x))
 
 
-@on_gpu
+@on_fallback
 @pytest.mark.parametrize("shape", [(1, 2), (48, 80), (33, 4098)])
 def test_unpack_int4_undoes_the_packing(shape):
     from vitq.cuda.triton.quantize import unpack_int4
@@ -196,6 +224,9 @@ def test_linear_is_exact_without_an_activation(shape, bits, fmt, output):
     """float32 results and codes equal the reference's bit for bit: the accumulators are, and so is each rounding after."""
     torch.manual_seed(0)
     spec, x = linear_case(*shape, fmt=fmt, bits=bits, output=OUTPUTS[output])
+    if fmt == "dynamic" and output != "float" and STATE["which"] != "fallback":
+        assert "not bounded" in kernels.why_not_linear(spec)
+        return
     want, got = (reference("linear", spec, x, dtype=torch.float32),
                  cuda("linear", spec, to_device(x), dtype=torch.float32))
     if output == "float":
@@ -215,7 +246,8 @@ def test_linear_activations(fmt, activation, output):
     want, got = (reference("linear", spec, x, dtype=torch.float32),
                  cuda("linear", spec, to_device(x), dtype=torch.float32))
     if output == "float":
-        torch.testing.assert_close(got.cpu(), want, rtol=2e-6, atol=2e-6)
+        # the compiled kernels' GELU is a polynomial, within 8e-6 of |y|
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-5)
     else:
         assert_same_codes(got, want, share=1e-3)
 
@@ -247,13 +279,13 @@ def test_linear_takes_unsigned_codes_and_strided_ones():
     assert torch.equal(cuda("linear", spec, to_device(strided), dtype=torch.float32).cpu(), want)
 
 
-@on_gpu
+@on_fallback
 @pytest.mark.parametrize("m", [256, 272, 273, 512 + 5, 3 * 256 + 16, 3 * 256 + 17])
 def test_linear_in_chunks(m, monkeypatch):
     """Chunks of 256 rows, with leftovers around the 16 rows that the GEMM refuses; in place, where a row done twice would
     show."""
     torch.manual_seed(0)
-    monkeypatch.setattr(cuda_kernels, "ACCUMULATOR_BYTES", 1)
+    monkeypatch.setattr(fallback, "ACCUMULATOR_BYTES", 1)
     spec, x = linear_case(m, 40, 24, fmt="dynamic")
     residual = torch.randn(m, 24)
     want = reference("linear", spec, x, dtype=torch.float32, residual=residual)
@@ -275,8 +307,8 @@ def test_linear_accumulators_at_the_extremes():
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_int4_weights_stay_packed(bits):
     spec, _ = linear_case(1, 70, 37, bits=bits)
-    weight = dict(registered("linear"))["cuda"].pack(spec, DEVICE).weight
-    assert weight.dtype == torch.uint8 and weight.shape == (48, 40)
+    weight = chosen("linear").pack(spec, device()).weight
+    assert weight.dtype == torch.uint8 and weight.shape == ((48, 40) if STATE["which"] == "fallback" else (64, 64))
 
 
 # attention -----------------------------------------------------------------------------------------------------------
@@ -342,7 +374,11 @@ def test_attention_to_codes(per_column):
     torch.manual_seed(0)
     n = (64,) if per_column else ()
     output = OutputFormat(8, torch.rand(n) * 0.01 + 0.01, torch.randint(-9, 9, n, dtype=torch.int32))
-    check_attention(*attention_case(2, 70, 2, 32, zero=(0, 0, 12), output=output))
+    spec, qkv = attention_case(2, 70, 2, 32, zero=(0, 0, 12), output=output)
+    if per_column and STATE["which"] != "fallback":
+        assert "one scale" in chosen("attention").supports(spec)
+    else:
+        check_attention(spec, qkv)
 
 
 @on_gpu
@@ -383,9 +419,183 @@ def test_attention_flat_and_peaked(spread):
     check_attention(spec, qkv if spread else torch.full_like(qkv, 5))
 
 
+# several segments, columns in another order, float16 columns ---------------------------------------------------------------
+
+def columns_case(k: int, n: int, ends: tuple[int, ...], *, fp: int = 0, dynamic: bool = False, bits: int = 4, zero: bool = True,
+                 output=None):
+    """A linear layer whose columns are permuted, with a few that hold nothing, and asymmetric weights."""
+    order = torch.full((ends[-1],), -1, dtype=torch.int32)
+    features = torch.randperm(k)
+    kept, floats = features[fp:], features[:fp]
+    order[torch.randperm(ends[-1])[: len(kept)]] = kept.to(torch.int32)
+    columns = Columns(order, ends, floats.to(torch.int32) if fp else None, row_sums=zero)
+    fmt = ActivationFormat(8, dynamic=True, columns=columns) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21,
+                                                                                              columns=columns)
+    weight = codes(n, ends[-1], bits=bits).masked_fill(order < 0, 0)
+    s = len(ends)
+    params = LinearParams(weight, bits, (torch.rand(s, n) + 0.1) / k**0.5 / 2 ** (bits - 2), torch.randn(n), fmt,
+                          torch.randint(-5, 6, (s, n), dtype=torch.int32) if zero else None,
+                          (torch.randn(n, fp) / 8).half() if fp else None)
+    return LinearSpec(params, None, output)
+
+
+def exact_columns(spec: LinearSpec, x: Tensor) -> Tensor:
+    """float64, from dequantized operands: nothing here knows of row sums or folded zero points."""
+    params, columns = spec.params, spec.params.input.columns
+    scale = x[:, columns.order.clamp_min(0).long()].masked_fill(columns.order < 0, 0).abs().amax(1, keepdim=True) / 127 \
+        if params.input.dynamic else params.input.scale
+    zero = 0 if params.input.dynamic else int(params.input.zero_point)
+    y, start = params.bias.double().expand(len(x), -1), 0
+    for s, end in enumerate(columns.segment_ends):
+        for j in range(start, end):
+            if (feature := int(columns.order[j])) >= 0:
+                q = ((x[:, feature : feature + 1] / scale).round() + zero).clamp(-128, 127) - zero
+                weight = params.codes[:, j].double() - (0 if params.weight_zero is None else params.weight_zero[s].double())
+                y = y + q.double() * scale * weight * params.weight_scale[s].double()
+        start = end
+    if params.weight_fp is not None:
+        y = y + x[:, columns.fp.long()].half().double() @ params.weight_fp.double().T
+    return y
+
+
+@pytest.mark.parametrize("fp", [0, 5])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("ends", [(96,), (32, 96), (64, 75)], ids=str)
+def test_the_reference_of_segments_is_the_sum_of_products(ends, dynamic, fp):
+    torch.manual_seed(0)
+    spec, x = columns_case(70, 37, ends, dynamic=dynamic, fp=fp), torch.randn(20, 70)
+    q = reference("quantize", spec.params.input, x)
+    torch.testing.assert_close(reference("linear", spec, q, dtype=torch.float32).double(), exact_columns(spec, x), rtol=1e-4,
+                               atol=1e-4)
+
+
+@on_gpu
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("bits, fp", [(4, 0), (8, 0), (4, 5), (8, 16)])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("ends", [(96,), (32, 96), (64, 75)], ids=str)
+def test_segments(ends, dynamic, bits, fp, zero):
+    """Quantized in order, multiplied: int + int with a zero point each, int + fp16 columns."""
+    torch.manual_seed(0)
+    spec, x = columns_case(70, 37, ends, dynamic=dynamic, bits=bits, fp=fp, zero=zero), torch.randn(2, 30, 70).half()
+    if STATE["which"] == "fallback":
+        assert "segments" in chosen("linear").supports(spec)
+        return
+    want, got = reference("quantize", spec.params.input, x), cuda("quantize", spec.params.input, to_device(x))
+    assert_same_codes(got, want)
+    for name in ("scale", "row_sums", "fp"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert b is None and a is None or torch.equal(a.cpu()[..., : b.shape[-1]] if b.ndim else a.cpu(), b)
+    want, got = reference("linear", spec, want, dtype=torch.float32), cuda("linear", spec, got, dtype=torch.float32).cpu()
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5) if fp else torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+@on_gpu
+@pytest.mark.parametrize("fp", [0, 16])
+def test_segments_to_codes(fp):
+    torch.manual_seed(0)
+    output = OutputFormat(8, torch.rand(37) * 0.05 + 0.01, torch.randint(-9, 9, (37,), dtype=torch.int32))
+    spec, x = columns_case(70, 37, (32, 96), fp=fp, output=output), torch.randn(60, 70)
+    if STATE["which"] == "fallback":
+        assert "segments" in chosen("linear").supports(spec)
+        return
+    want, got = reference("quantize", spec.params.input, x), cuda("quantize", spec.params.input, to_device(x))
+    assert_same_codes(cuda("linear", spec, got, dtype=torch.float32), reference("linear", spec, want, dtype=torch.float32),
+                      1e-3 if fp else 0)
+
+
+# norms to float, patches, windows ------------------------------------------------------------------------------------------
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(2, 197, 384), (3, 5, 7, 96), (1, 33)], ids=str)
+def test_layer_norm_to_float(shape):
+    torch.manual_seed(0)
+    x = (torch.randn(shape) + 3).half()
+    spec = FloatNormSpec(torch.randn(shape[-1]), torch.randn(shape[-1]), 1e-6)
+    want = reference("layer_norm", spec, x, dtype=torch.float16)
+    if STATE["which"] == "fallback":
+        return  # it has none: the reference runs
+    torch.testing.assert_close(cuda("layer_norm", spec, to_device(x), dtype=torch.float16).cpu(), want, rtol=2e-3, atol=2e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(2, 14, 14, 24), (1, 4, 6, 96)], ids=str)
+def test_layer_norm_of_merged_patches(shape):
+    torch.manual_seed(0)
+    x, c = torch.randn(shape).half(), 4 * shape[-1]
+    spec = LayerNormSpec(torch.randn(c), torch.randn(c), 1e-6, FORMATS["asymmetric"], merge=True)
+    assert_same_codes(cuda("layer_norm_quantize", spec, to_device(x)), reference("layer_norm_quantize", spec, x), share=1e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("size, patch", [((224, 224), (16, 16)), ((30, 33), (14, 14)), ((56, 40), (4, 4)), ((9, 9), (3, 5))],
+                         ids=str)
+def test_patches(size, patch):
+    torch.manual_seed(0)
+    images, spec = torch.randn(2, 3, *size), PatchesSpec(FORMATS["asymmetric"], patch)
+    images[1, 0, 0, 0] = float("inf")
+    (want, broken), (got, same) = reference("quantize_patches", spec, images), cuda("quantize_patches", spec, to_device(images))
+    assert_same_codes(got, want)
+    assert broken.isnan().tolist() == same.isnan().tolist() == [False, True]
+    assert cuda("quantize_patches", spec,
+                to_device(images.permute(0, 1, 3, 2).contiguous().transpose(2, 3)))[0].codes.cpu().equal(want.codes)
+
+
+@on_gpu
+@pytest.mark.parametrize("windows", [Windows(14, 14, (7, 7)), Windows(14, 14, (7, 7), (3, 3)), Windows(10, 12, (7, 7), (3, 3)),
+                                     Windows(16, 8, (8, 8), (4, 0))], ids=str)
+def test_attention_in_windows(windows):
+    torch.manual_seed(0)
+    output = OutputFormat(8, torch.tensor(0.02), torch.tensor(3, dtype=torch.int32))
+    spec, qkv = attention_case(2, windows.height * windows.width, 2, 32, zero=(3, 1, -4), output=output)
+    bias, pad = torch.randn(2, windows.tokens, windows.tokens), codes(3, 2, 32)
+    want = reference("attention", spec, *qkv.unbind(2), dtype=torch.float32, bias=bias, window=windows, pad=pad)
+    got = cuda("attention", spec, *to_device(qkv).unbind(2), dtype=torch.float32, bias=to_device(bias), window=windows,
+               pad=to_device(pad))
+    assert_same_codes(got, want, share=1e-3)
+
+
+# tracing: `run` of the compiled kernels, on the operators' CPU implementations ---------------------------------------------
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_block_is_one_graph(dynamic, backend):
+    torch.manual_seed(0)
+    b, n, h, d = 2, 9, 2, 16
+    c = h * d
+    fmt = ActivationFormat(8, dynamic=True) if dynamic else FORMATS["asymmetric"]
+    attention_spec, _ = attention_case(1, 1, h, d, output=OutputFormat.of(FORMATS["asymmetric"]))
+    to_qkv = OutputFormat(8, torch.full((3 * c,), 0.02), torch.zeros(3 * c, dtype=torch.int32), signed_only=True)
+
+    def layer(rows, columns, x, activation=None, output=None, bits=8):
+        params = LinearParams(codes(rows, columns, bits=bits), bits, torch.full((rows,), 0.05 / columns), torch.randn(rows), x)
+        return kernels.CutlassLinear().pack(LinearSpec(params, activation, output), CPU)
+
+    static = FORMATS["asymmetric"]
+    norm, norm2 = (row_kernels.CudaLayerNorm().pack(LayerNormSpec(torch.ones(c), None, 1e-6, f), CPU) for f in (static, fmt))
+    qkv, proj = layer(3 * c, c, static, output=to_qkv), layer(c, c, static)
+    fc1, fc2 = layer(4 * c, c, fmt, "gelu", OutputFormat.of(static), bits=4), layer(c, 4 * c, static)
+    softmax = kernels.CudaAttention().pack(attention_spec, CPU)
+    linear, rows, attend = kernels.CutlassLinear(), row_kernels.CudaLayerNorm(), kernels.CudaAttention()
+
+    def block(x):
+        y = linear.run(qkv, rows.run(norm, x), dtype=torch.float32)
+        y = attend.run(softmax, *y.codes.view(b, n, 3, h, d).unbind(2), dtype=torch.float32)
+        x = linear.run(proj, y, dtype=torch.float32, residual=x)
+        y = linear.run(fc1, rows.run(norm2, x), dtype=torch.float32)
+        return linear.run(fc2, y, dtype=torch.float32, residual=x, inplace=True)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for seed in range(2):
+        x = torch.randn(b, n, c, generator=torch.Generator().manual_seed(seed))
+        assert torch.equal(compiled(x.clone()), block(x.clone()))
+
+
 # graphs, streams, what is refused --------------------------------------------------------------------------------------
 
 @on_gpu
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 @pytest.mark.parametrize("bits", [8, 4])
 def test_a_cuda_graph_captures_a_block(bits):
@@ -396,25 +606,25 @@ def test_a_cuda_graph_captures_a_block(bits):
     attention_spec, _ = attention_case(1, 1, h, d)
     heads_out = OutputFormat(8, torch.tensor(0.02), torch.tensor(4, dtype=torch.int32))
     qkv_out = OutputFormat(8, attention_spec.params.q.scale, attention_spec.params.q.zero_point)
-    table = dict(registered("linear"))["cuda"], dict(registered("attention"))["cuda"], \
-        dict(registered("layer_norm_quantize"))["cuda"]
-    linear, attention, norm = table
+    if device() == CPU:
+        pytest.skip("needs a CUDA device")
+    linear, attention, norm = (chosen(op) for op in ("linear", "attention", "layer_norm_quantize"))
     fmt = ActivationFormat(8, scale=0.02, zero_point=4)
 
     def layer(rows, columns, output):
         params = LinearParams(codes(rows, columns, bits=bits), bits, torch.full((rows,), 0.5 / columns), torch.randn(rows), fmt)
-        return linear.pack(LinearSpec(params, None, output), DEVICE)
+        return linear.pack(LinearSpec(params, None, output), GPU)
 
     qkv, proj = layer(3 * c, c, qkv_out), layer(c, c, None)
-    softmax = attention.pack(AttentionSpec(attention_spec.params, h, d, d**-0.5, heads_out), DEVICE)
-    ln = norm.pack(LayerNormSpec(torch.ones(c), torch.zeros(c), 1e-6, fmt), DEVICE)
+    softmax = attention.pack(AttentionSpec(attention_spec.params, h, d, d**-0.5, heads_out), GPU)
+    ln = norm.pack(LayerNormSpec(torch.ones(c), torch.zeros(c), 1e-6, fmt), GPU)
 
     def block(x):
         y = linear.run(qkv, norm.run(ln, x), dtype=torch.float16)
         q, k, v = y.codes.view(b, n, 3, h, d).unbind(2)
         return linear.run(proj, attention.run(softmax, q, k, v, dtype=torch.float16), dtype=torch.float16, residual=x)
 
-    x = torch.randn(b, n, c, device=DEVICE, dtype=torch.float16)
+    x = torch.randn(b, n, c, device=GPU, dtype=torch.float16)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -429,16 +639,16 @@ def test_a_cuda_graph_captures_a_block(bits):
         assert torch.equal(y, block(x))
 
 
-def test_why_unavailable_names_what_is_missing(monkeypatch):
-    cuda_kernels.why_unavailable.cache_clear()
+def test_the_fallback_names_what_is_missing(monkeypatch):
+    fallback.why_unavailable.cache_clear()
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(cuda_kernels.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fallback.importlib.util, "find_spec", lambda name: None)
     spec, _ = linear_case(1, 8, 8)
     for op, case in (("quantize", FORMATS["static"]), ("linear", spec), ("attention", attention_case(1, 2, 1, 16)[0]),
                      ("layer_norm_quantize", LayerNormSpec(None, None, 1e-6, FORMATS["static"]))):
         assert "triton is not installed" in dict(registered(op))["cuda"].supports(case)
     monkeypatch.undo()
-    cuda_kernels.why_unavailable.cache_clear()
+    fallback.why_unavailable.cache_clear()
 
 
 def test_what_is_refused_says_why():
@@ -454,17 +664,17 @@ def test_what_is_refused_says_why():
 
 
 def test_the_command_line_report():
-    done = subprocess.run([sys.executable, "-m", "vitq.cuda"], capture_output=True, text=True, check=True,
-                          cwd=ROOT)
-    assert "not built" in done.stdout and "cublaslt-int8+triton-epilogue" in done.stdout
+    absent = {**os.environ, "VITQ_CUDA_LIBRARY": "/nonexistent.so"}
+    done = subprocess.run([sys.executable, "-m", "vitq.cuda"], capture_output=True, text=True, check=True, cwd=ROOT, env=absent)
+    assert "VITQ_CUDA_LIBRARY=/nonexistent.so is not a file" in done.stdout and "cublaslt-int8+triton-epilogue" in done.stdout
 
 
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED or torch.cuda.is_available(), reason="triton without a GPU only")
 def test_under_the_interpreter():
     """A few of the GPU tests on the CPU, so that a machine without a GPU still checks the arithmetic."""
-    chosen = "unpack or ties or extremes or unsigned or chunks or masked_everywhere or attention_to_codes or residual"
+    names = "unpack or ties or extremes or unsigned or chunks or masked_everywhere or attention_to_codes or residual"
     # without the conftest, which skips every gpu test where there is no GPU
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-k", names]
     done = subprocess.run([*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,
                           cwd=ROOT)
     assert done.returncode == 0 and " passed" in done.stdout and " skipped" not in done.stdout, done.stdout[-3000:]

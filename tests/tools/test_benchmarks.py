@@ -1,11 +1,14 @@
-"""tools/vit_benchmark.py and tools/module_benchmark.py at their smallest."""
+"""tools/vit_benchmark.py, tools/module_benchmark.py and tools/gpu_benchmark.py at their smallest."""
 import importlib.util
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+import vitq
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
@@ -17,7 +20,8 @@ def load_tool(name):
     return module
 
 
-vit, module = load_tool("vit_benchmark"), load_tool("module_benchmark")
+sys.path.insert(0, str(TOOLS))  # for the files that gpu_benchmark.py is split into
+vit, module, gpu = load_tool("vit_benchmark"), load_tool("module_benchmark"), load_tool("gpu_benchmark")
 SMALL = ["--model", "test_vit", "--val-batchsize", "2", "--repeats", "2", "--device", "cpu"]
 
 
@@ -36,6 +40,17 @@ def test_models_are_timed_tabled_and_plotted(tmp_path, capsys):
     assert (tmp_path / "r.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_profile_by_kernel(tmp_path, capsys):
+    assert vit.main([*SMALL, "--no-compile", "--recipes", "w8a8", "--profile", "--bandwidth", "4.3", "--peak", "1600", "--json",
+                     str(tmp_path / "r.json")]) == 0
+    out = capsys.readouterr().out
+    assert "floors at 4.3 TB/s and 1600 TOPS; measured: nothing" in out and "w8a8, kernel by kernel" in out and "one block" in out
+    (cases,) = json.loads((tmp_path / "r.json").read_text())["models"].values()
+    profile = cases["w8a8"]["profile"]
+    assert {"norm", "qkv", "attention", "proj", "fc1", "fc2", "head"} <= {part["role"] for part in profile["parts"]}
+    assert profile["blocks"] == {"blocks": 6} and "profile" not in cases["float32"]
+
+
 def test_a_failing_compiler_is_a_row_that_says_so(capsys, monkeypatch):
     def broken(model):
         raise RuntimeError("Failed to find C compiler\nset CC")
@@ -49,7 +64,7 @@ def test_a_failing_compiler_is_a_row_that_says_so(capsys, monkeypatch):
 @pytest.mark.parametrize("args, message", [
     (["--recipes", "w3"], "w3"), (["--model", "deit_q"], "unknown model"), (["--model", ","], "at least one model"),
     (["--val-batchsize", "0"], "--val-batchsize must be at least 1"), (["--json", "no/such/x.json"], "no folder no/such"),
-    (["--device", "nothing"], "device 'nothing' cannot be used")])
+    (["--device", "nothing"], "device 'nothing' cannot be used"), (["--profile", "--peak", "0"], "--peak must be above 0")])
 def test_mistakes_of_vit_benchmark(args, message, capsys):
     assert vit.main([*SMALL, "--no-compile", *args]) == 2
     err = capsys.readouterr().err
@@ -80,3 +95,90 @@ def test_mistakes_of_module_benchmark(capsys):
     with pytest.raises(SystemExit) as stop:
         module.main(["--layer_type", "nothing"])
     assert stop.value.code == 2
+
+
+TINY = ["--device", "cpu", "--no-compile", "--repeats", "1", "--side", "32", "--batch", "2", "--models", "test_vit",
+        "--small-models", "test_vit", "--small-batches", "1"]
+
+
+def test_everything_of_one_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(gpu.GOALS, "test_vit", (1e-9, 1e9))
+    paths = tmp_path / "t.json", tmp_path / "t.md"
+    assert gpu.main([*TINY, "--recipes", "w8a8,w4a8", "--json", str(paths[0]), "--markdown", str(paths[1])]) == 0
+    out, report, page = capsys.readouterr().out, json.loads(paths[0].read_text()), paths[1].read_text()
+    titles = ["GEMM 32³", "test_vit, W8A8, each kernel of a block at batch 2", "test_vit, batch 2", "test_vit, batch 1"]
+    assert [table["title"] for table in report["tables"]] == titles and all(f"## {title}" in page for title in titles)
+    layers, model, small = ({row[0]: row for row in table["rows"]} for table in report["tables"][1:])
+    assert list(layers) == ["norm", "qkv", "attention", "proj", "fc1", "fc2"]
+    assert layers["qkv"][1] == "202 x 64 -> 192 int8" and layers["proj"][1].endswith(" + residual")
+    assert list(model) == ["fp16", "w8a8", "w4a8", "torchao int8", "torchao fp8"] and list(small) == ["fp16", "w8a8"]
+    if not gpu.models.has_torchao():
+        assert model["torchao fp8"][-1] == "ImportError: torchao is not installed"
+    goals = {goal["what"]: goal for goal in report["goals"]}
+    assert {"GEMM, TOPS", "test_vit qkv, time over its floor", "test_vit, W8A8 over the best 16-bit",
+            "test_vit, w4a8 time over W8A8's", "test_vit at batch 1, W8A8 over the best 16-bit"} <= set(goals)
+    assert goals["test_vit, w4a8 weights over W8A8's"]["found"] < 0.7
+    assert "≥ 1e-09 met" in page and "≥ 1e+09 MISSED" in page and "All goals" in out and "python tools/gpu_benchmark.py" in page
+
+
+def test_one_failure_does_not_lose_the_rest(capsys, monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(gpu.kernels, "time_layers", broken)
+    assert gpu.main([*TINY, "--sections", "layers,gemm"]) == 1
+    out = capsys.readouterr().out
+    assert "each kernel of a block at batch 2: failed" in out and "RuntimeError: no such kernel" in out and "vitq W8A8" in out
+
+
+def test_a_case_that_fails_is_a_row(monkeypatch):
+    convert = vitq.convert
+
+    def moody(model, recipe, *args):
+        if recipe.name == "w4a8":
+            raise ValueError("not today")
+        return convert(model, recipe, *args)
+
+    monkeypatch.setattr(vitq, "convert", moody)
+    cases = gpu.models.time_cases(gpu.models.float_model("test_vit", torch.device("cpu")), 1, ["w4a8", "w8a8"], 1)
+    assert cases["w4a8"].note == "ValueError: not today" and cases["w4a8"].timing is None and cases["w8a8"].timing.median_ms > 0
+
+
+def test_goals_say_whether_they_are_met():
+    assert gpu.Goal("speed", 2.25, 2.0, 2.6).cells() == ("speed", "2.25", "≥ 2 met", "≥ 2.6 MISSED")
+    assert gpu.Goal("memory", 0.7, 0.75, at_least=False).cells() == ("memory", "0.70", "≤ 0.75 met", None)
+
+
+def test_jobs_of_the_processes_that_compile_ahead(monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, command, **kwargs):
+            started.append(command[-1])
+
+        def wait(self, timeout=None):
+            return 0
+
+        def kill(self):
+            pass
+
+    monkeypatch.setattr(gpu.models.subprocess, "Popen", Process)
+    monkeypatch.setattr(gpu.models, "has_torchao", lambda: False)
+    gpu.ahead(["models", "small-batches", "peers"], list(gpu.MODELS), ["deit_s"], [1, 8], 200, torch.device("cuda"))
+    jobs = [job for share in started for job in gpu.models.parse_jobs(share)]
+    assert len(started) == 5 and sorted(jobs) == sorted([(name, 200, "fp16 compiled") for name in gpu.MODELS]
+                                                        + [("deit_s", b, "fp16 compiled") for b in (1, 8)])
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--sections", "gem"], "unknown section gem"), (["--batch", "0"], "--batch must be at least 1"), (["--recipes", "w3"], "w3"),
+    (["--markdown", "no/such/x.md"], "no folder no/such")])
+def test_mistakes_of_gpu_benchmark(args, message, capsys):
+    assert gpu.main([*TINY, *args]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_tools_are_thin():
+    for path in TOOLS.glob("*.py"):
+        text = path.read_text()
+        assert len(text.splitlines()) < 250, path.name

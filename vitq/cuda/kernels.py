@@ -1,179 +1,209 @@
-"""The fallback kernels of the CUDA backend, as `vitq.ops.dispatch` sees them.
+"""The compiled GEMM and attention of the CUDA backend, as `vitq.ops.dispatch` sees them: what they take, their constants,
+outputs.
 
-Triton is imported when a kernel is packed, never here: this module must load on a machine that lacks it, so that
-`supports` can say so.
+`run` is plain Python over tensors, so `torch.compile(fullgraph=True)`, `torch.export` and CUDA graphs take it. It calls
+`torch.ops.vitq.*`, which also run on CPU tensors.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-from dataclasses import dataclass, replace
-from typing import Any
+import sys
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.formats import ActivationFormat, QTensor, pack_int4
+from vitq.cuda import loader, tuning
+from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
+from vitq.cuda.layout import pack_weight, pad_columns, permute_rows, round_up
+from vitq.formats import QTensor
 from vitq.ops.attention import AttentionSpec
 from vitq.ops.common import OutputFormat, signed
 from vitq.ops.dispatch import register
-from vitq.ops.layer_norm import LayerNormSpec
-from vitq.ops.linear import LinearSpec
-from vitq.ops.quantize import on_device
+from vitq.ops.linear import Constants, LinearSpec, check_float_only, fold
+from vitq.ops.windows import Windows
 
-# cuBLASLt's int8 GEMM, as `torch._int_mm` calls it: more than 16 rows, and K and N multiples of 8. Multiples of 16 bytes
-# keep its loads aligned.
-MIN_ROWS, MULTIPLE = 32, 16
-# int32 accumulators held at once; more rows are worked on in chunks. Chunks small enough to stay in the L2 were slower on
-# an H200 (DeiT-S qkv at batch 200: 167 µs whole, 194 in 48 MB chunks, 294 in 8 MB ones), so this only bounds memory.
-ACCUMULATOR_BYTES = 1 << 30
-WIDEST_LAYER_NORM = 32768
-WIDEST_HEAD = 256
-
-KERNELS: dict[str, Any] = {}
-
-
-@functools.cache
-def why_unavailable() -> str | None:
-    """None where Triton kernels can run on the current CUDA device, else the reason."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if os.environ.get("TRITON_INTERPRET") == "1":  # runs on CPU tensors: for debugging and tests
-        return None
-    if torch.version.hip is not None:
-        return "this is a ROCm build of PyTorch; an NVIDIA GPU is needed"
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    major, minor = torch.cuda.get_device_capability()
-    return None if major >= 8 else f"the GPU is sm_{major}{minor}, sm_80 or newer is needed"
-
-
-def _kernel(op: str):
-    def add(cls: type) -> type:
-        KERNELS[op] = cls
-        return register(op, "cuda")(cls)
-
-    return add
-
-
-@_kernel("quantize")
-class TritonQuantize:
-    name = "triton-quantize"
-
-    def supports(self, spec: ActivationFormat) -> str | None:
-        return _why_not_signed(spec) or why_unavailable()
-
-    def pack(self, spec: ActivationFormat, device: torch.device) -> ActivationFormat:
-        return on_device(spec, device)
-
-    def run(self, packed: ActivationFormat, x: Tensor) -> QTensor:
-        from vitq.cuda.triton import quantize
-
-        if packed.dynamic:
-            return QTensor(*quantize.quantize_dynamic(x, packed.bits), 0)
-        codes = quantize.quantize_static(x, packed.scale, packed.zero_point, packed.bits)
-        return QTensor(codes, packed.scale, packed.zero_point)
-
-
-@_kernel("layer_norm_quantize")
-class TritonLayerNorm:
-    name = "triton-layer-norm"
-
-    def supports(self, spec: LayerNormSpec) -> str | None:
-        for parameter in (spec.weight, spec.bias):
-            if parameter is not None and parameter.numel() > WIDEST_LAYER_NORM:
-                return f"{parameter.numel()} features, more than the {WIDEST_LAYER_NORM} that one program holds"
-        return _why_not_signed(spec.output) or why_unavailable()
-
-    def pack(self, spec: LayerNormSpec, device: torch.device) -> LayerNormSpec:
-        weight, bias = (None if t is None else t.detach().to(device, torch.float32).contiguous()
-                        for t in (spec.weight, spec.bias))
-        return LayerNormSpec(weight, bias, spec.eps, on_device(spec.output, device))
-
-    def run(self, packed: LayerNormSpec, x: Tensor) -> QTensor:
-        from vitq.cuda.triton import layer_norm
-
-        codes, scales = layer_norm.layer_norm_quantize(x, packed.weight, packed.bias, packed.eps, packed.output)
-        return QTensor(codes, packed.output.scale, packed.output.zero_point) if scales is None else QTensor(codes, scales, 0)
+WIDEST_HEAD = 128  # of csrc/attention.cu
+LONGEST_SUM = 1 << 17  # products of two codes that an int32 surely holds
+# Codes are rounded by adding 1.5·2^23, which needs |value| < 2^22.
+LARGEST_VALUE = 2.0**22
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """weight: int8 [N', K'], or uint8 [N', K'/2] holding packed int4, both padded with zeros to multiples of MULTIPLE."""
+    """weight: `layout.pack_weight`; scale and zero float32 [S, N'], bias [N'], weight_fp fp16 [N', F']: see
+    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM."""
 
     weight: Tensor
+    bits: int
     n: int
     k: int
-    epilogue: Any
+    segment_ends: tuple[int, ...]
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor
+    weight_fp: Tensor | None
+    activation: str
     dynamic: bool
+    output: OutputFormat | None
+    out_scale: float
+    out_zero_point: int
+    widen_rows: int
 
 
-@_kernel("linear")
-class CublasLtLinear:
-    """Weights of up to 4 bits stay packed int4 in GPU memory; each call widens them into a buffer of its own. The caching
-    allocator hands the same memory to the next layer, and keeps streams and graphs apart, as a shared buffer would not."""
+@register("linear", "cuda")
+class CutlassLinear:
+    """Everything that follows the product runs in its epilogue. Weights of up to 4 bits stay packed in GPU memory."""
 
-    name = "cublaslt-int8+triton-epilogue"
+    @property
+    def name(self) -> str:
+        arch = "" if loader.why_unavailable() else f"sm{loader.kernel_arch(torch.cuda.current_device())}-"
+        return f"cutlass-{arch}s8"
 
     def supports(self, spec: LinearSpec) -> str | None:
-        n, k = spec.params.codes.shape
-        if not n or not k:
-            return f"the weight is empty ({n} x {k})"
-        if spec.activation not in (None, "relu", "gelu", "gelu_tanh"):
-            return f"activation {spec.activation!r} is not in its epilogue"
-        return _why_not_signed(spec.params.input) or why_unavailable()
+        return loader.why_unavailable() or why_not_linear(spec)
 
     def pack(self, spec: LinearSpec, device: torch.device) -> PackedLinear:
-        from vitq.cuda.triton.epilogue import Epilogue
-
-        params = spec.params
+        params, output = spec.params, spec.output
         n, k = params.codes.shape
-        codes = F.pad(params.codes.detach(), (0, -k % MULTIPLE, 0, -n % MULTIPLE))
-        weight = pack_int4(codes) if params.weight_bits <= 4 else codes
-        scale, correction = params.weight_scale.float(), None
-        if not params.input.dynamic:
-            # One float32 product, as the reference forms it. The zero point is subtracted from the accumulator as an
-            # integer for the same reason: in the bias it would round differently.
-            scale = scale * params.input.scale.to(scale.device)
-            if int(params.input.zero_point):
-                row_sums = params.codes.sum(dim=1, dtype=torch.int32)
-                correction = (row_sums * int(params.input.zero_point)).to(device)
-        constants = Epilogue(
-            scale=scale.detach().to(device).contiguous(), correction=correction,
-            bias=None if params.bias is None else params.bias.detach().to(device, torch.float32).contiguous(),
-            activation=spec.activation, output=_output_on(spec.output, device))
-        return PackedLinear(weight.to(device).contiguous(), n, k, constants, params.input.dynamic)
+        bits = 4 if params.weight_bits <= 4 else 8
+        constants = fold(spec)
+        weight_fp = constants.weight_fp
+        if weight_fp is not None:
+            weight_fp = permute_rows(F.pad(weight_fp.half(), (0, -weight_fp.shape[1] % 16))).to(device)
+        scalar = output is not None and not constants.to_codes
+        packed = pack_weight(params.codes.detach(), bits).to(device)
+        ends = params.segment_ends
+        return PackedLinear(
+            weight=packed, bits=bits, n=n, k=k, segment_ends=ends if len(ends) > 1 else (),
+            scale=pad_columns(constants.scale).to(device),
+            zero=None if constants.zero is None else pad_columns(constants.zero).to(device),
+            bias=pad_columns(constants.bias).to(device), weight_fp=weight_fp, activation=spec.activation or "",
+            dynamic=params.input.dynamic, output=None if output is None else output.to(device),
+            out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
+            widen_rows=tuning.widen_rows(packed.device) if bits == 4 else sys.maxsize)
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
-            inplace: bool = False) -> Tensor | QTensor:
-        from vitq.cuda.triton.epilogue import epilogue
-
-        codes, output, n = signed(x), packed.epilogue.output, packed.n
+            inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
+        output, codes, n = packed.output, signed(x), packed.n
+        check_float_only(output, residual, out)
         if codes.shape[-1] != packed.k:
             raise ValueError(f"linear: the input has {codes.shape[-1]} features, the weight takes {packed.k}")
         shape = (*codes.shape[:-1], n)
-        m = codes.shape[:-1].numel()
-        if inplace and residual is not None and output is None and residual.dtype == dtype and residual.is_contiguous():
+        if out is not None:
+            y = out
+        elif inplace and residual is not None and (residual.dtype, residual.shape) == (dtype, shape) and residual.is_contiguous():
             y = residual
+        elif output is None:
+            y = torch.empty(shape, dtype=dtype, device=codes.device)
+        else:  # rows at multiples of 16 bytes are what the next GEMM reads
+            y = torch.empty((*shape[:-1], round_up(n, 16)), dtype=torch.int8, device=codes.device)[..., :n]
+        codes = aligned(codes.reshape(-1, packed.k))
+        m = codes.shape[0]
+        flat, other = y, residual
+        if residual is not None and residual.shape != shape:
+            other = residual.expand(shape)
+        if y.is_contiguous() and (other is None or other.is_contiguous()):
+            flat, other = y.view(m, n), None if other is None else other.view(m, n)
         else:
-            y = torch.empty(shape, dtype=dtype if output is None else torch.int8, device=codes.device)
-        if m:
-            flat = y.view(m, n)
-            row_scale = x.scale.reshape(m).contiguous() if packed.dynamic else None
-            other = None if residual is None else _unit_columns(residual.reshape(m, n))
-            for start, acc in _accumulate(_padded(codes.reshape(m, packed.k)), _widened(packed), m):
-                part = slice(start, start + acc.shape[0])
-                epilogue(packed.epilogue, acc, flat[part], None if row_scale is None else row_scale[part],
-                         None if other is None else other[part])
+            flat, other = groups(y), None if other is None else unit_columns(groups(other))
+        weight, bits = packed.weight, packed.bits
+        if m > packed.widen_rows:
+            weight, bits = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=torch.int8, device=weight.device), 8
+            torch.ops.vitq.widen_int4(weight, packed.weight)
+        sums = codes_fp = None
+        if packed.zero is not None:
+            sums = x.row_sums.reshape(m, -1).contiguous()
+        if packed.weight_fp is not None:
+            codes_fp = x.fp.reshape(m, -1)
+            codes_fp = F.pad(codes_fp, (0, packed.weight_fp.shape[1] - codes_fp.shape[1])).contiguous()
+        torch.ops.vitq.linear(
+            flat, codes, weight, packed.scale, packed.bias, weight_bits=bits,
+            row_scale=x.scale.reshape(m).contiguous() if packed.dynamic else None, residual=other, zero=packed.zero,
+            row_sums=sums, segment_ends=packed.segment_ends, codes_fp=codes_fp, weight_fp=packed.weight_fp,
+            activation=packed.activation, out_scale=packed.out_scale, out_zero_point=packed.out_zero_point,
+            out_bits=8 if output is None else output.bits)
         return y if output is None else QTensor(y, output.scale, output.zero_point)
 
 
-@_kernel("attention")
-class TritonAttention:
-    name = "triton-attention-s8"
+def why_not_linear(spec: LinearSpec) -> str | None:
+    """None where the kernels compute a case exactly as the reference does, else the reason."""
+    params, output = spec.params, spec.output
+    n, k = params.codes.shape
+    if not n or not k:
+        return f"the weight is empty ({n} x {k})"
+    if k >= LONGEST_SUM:
+        return f"{k} input features; sums of {LONGEST_SUM} products or more may leave int32"
+    if spec.activation not in (None, "relu", "gelu", "gelu_tanh"):
+        return f"activation {spec.activation!r} is not in its epilogue"
+    if not params.input.signed:
+        return "unsigned codes do not fit int8"
+    if len(params.segment_ends) > loader.MAX_SEGMENTS:
+        return f"{len(params.segment_ends)} segments, more than {loader.MAX_SEGMENTS}"
+    if output is None:
+        return None
+    if spec.activation is not None:
+        return "an activation before a per-column output format" if output.scale.ndim else None
+    if params.input.dynamic:
+        return "codes of a dynamic input without an activation are not bounded when the weight is packed"
+    if params.weight_fp is not None:
+        return None
+    if (largest := largest_value(params.codes, params.segment_ends, fold(spec))) >= LARGEST_VALUE:
+        return f"values before rounding reach {largest:.3g} codes; it rounds exactly below 2^22"
+    return None
+
+
+def largest_value(codes: Tensor, ends: tuple[int, ...], constants: Constants) -> float:
+    """A bound on |y| for any input of 8-bit codes."""
+    bound = constants.bias.double().abs()
+    for s, (start, end) in enumerate(zip((0, *ends), ends)):
+        bound = bound + 128.0 * codes[:, start:end].double().abs().sum(1) * constants.scale[s].double().abs()
+        if constants.zero is not None:
+            bound = bound + 128.0 * (end - start) * constants.zero[s].double().abs()
+    return float(bound.max())
+
+
+def aligned(codes: Tensor) -> Tensor:
+    """[M, K] with a row stride of whole 16 bytes, as TMA and 16-byte loads need: a copy where it is not. (Where rows start, the
+    operator looks for itself: a trace knows no addresses.)"""
+    if codes.stride(1) == 1 and codes.stride(0) % 16 == 0:
+        return codes
+    m, k = codes.shape
+    rows = torch.empty((m, round_up(k, 16)), dtype=torch.int8, device=codes.device)[:, :k]
+    return rows.copy_(codes)
+
+
+def groups(x: Tensor) -> Tensor:
+    """[.., R, N] as [G, R, N], a view where there is one; [N] and [R, N] as one group."""
+    if x.ndim <= 2:
+        return x.view(1, -1, x.shape[-1]) if x.ndim < 2 else x.unsqueeze(0)
+    return x if x.ndim == 3 else x.flatten(0, -3)
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class PackedAttention:
+    """Keyword arguments of torch.ops.vitq.attention that the case fixes, and the output's format on the device."""
+
+    logit_scale: float
+    v_scale: float
+    q_zero: int
+    v_zero: int
+    p_bits: int
+    output: OutputFormat | None
+    out_scale: float
+    out_zero_point: int
+
+
+@register("attention", "cuda")
+class CudaAttention:
+    """q·k, softmax and p·v of a whole sequence, or of each window of an image, in one kernel."""
+
+    name = "cuda-attention-s8"
 
     def supports(self, spec: AttentionSpec) -> str | None:
         if not 1 <= spec.head_dim <= WIDEST_HEAD:
@@ -182,70 +212,30 @@ class TritonAttention:
             fmt = getattr(spec.params, name)
             if fmt.dynamic:
                 return f"{name} is quantized dynamically; this kernel takes static scales"
-            if why := _why_not_signed(fmt):
-                return f"{name}: {why}"
-        return why_unavailable()
+            if not fmt.signed:
+                return f"{name}: unsigned codes do not fit int8"
+        if spec.output is not None and spec.output.scale.ndim:
+            return "its output takes one scale, not one a column"
+        return loader.why_unavailable()
 
-    def pack(self, spec: AttentionSpec, device: torch.device) -> Any:
-        from vitq.cuda.triton.attention import Constants
+    def pack(self, spec: AttentionSpec, device: torch.device) -> PackedAttention:
+        params, output = spec.params, spec.output
+        return PackedAttention(
+            float(params.q.scale) * float(params.k.scale) * spec.scale, float(params.v.scale), int(params.q.zero_point),
+            int(params.v.zero_point), params.p_bits, None if output is None else output.to(device),
+            1.0 if output is None else float(output.scale), 0 if output is None else int(output.zero_point))
 
-        params = spec.params
-        return Constants(logit_scale=float(params.q.scale) * float(params.k.scale) * spec.scale,
-                         v_scale=float(params.v.scale), q_zero=int(params.q.zero_point), v_zero=int(params.v.zero_point),
-                         p_bits=params.p_bits, output=_output_on(spec.output, device))
-
-    def run(self, packed: Any, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
-            mask: Tensor | None = None) -> Tensor | QTensor:
-        from vitq.cuda.triton.attention import attention
-
-        y = attention(packed, q, k, v, dtype, bias, mask)
-        return y if packed.output is None else QTensor(y, packed.output.scale, packed.output.zero_point)
-
-
-def _why_not_signed(fmt: ActivationFormat) -> str | None:
-    return None if fmt.signed else "unsigned codes do not fit int8"
-
-
-def _output_on(output: OutputFormat | None, device: torch.device) -> OutputFormat | None:
-    if output is None:
-        return None
-    scale = output.scale.detach().to(device, torch.float32).contiguous()
-    zero_point = output.zero_point.detach().to(device, torch.int32)
-    return replace(output, scale=scale, zero_point=zero_point.expand(scale.shape).contiguous())
-
-
-def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _padded(codes: Tensor) -> Tensor:
-    """[M, K] as a contiguous matrix that the GEMM takes. What the padding holds does not matter: extra columns meet zero
-    weights, extra rows are not read."""
-    m, k = codes.shape
-    if m > 16 and k % MULTIPLE == 0:
-        return codes.contiguous()
-    padded = torch.empty((m if m > 16 else MIN_ROWS, k + -k % MULTIPLE), dtype=torch.int8, device=codes.device)
-    padded[:m, :k].copy_(codes)
-    return padded
-
-
-def _widened(packed: PackedLinear) -> Tensor:
-    if packed.weight.dtype == torch.int8:
-        return packed.weight
-    from vitq.cuda.triton.quantize import unpack_int4
-
-    return unpack_int4(packed.weight)
-
-
-def _accumulate(a: Tensor, weight: Tensor, m: int):
-    """Yield (first row, int32 [rows, N']) until `m` rows of a·weightᵀ are done; the next item overwrites the last."""
-    total, n = a.shape[0], weight.shape[0]
-    # whole tiles of 256 rows, and never 16 rows or fewer left over
-    chunk = max(ACCUMULATOR_BYTES // (4 * n) // 256, 1) * 256
-    acc = torch.empty((min(total, chunk + 16), n), dtype=torch.int32, device=a.device)
-    start = 0
-    while start < total:
-        stop = start + chunk if total - start > chunk + 16 else total
-        torch._int_mm(a[start:stop], weight.t(), out=acc[: stop - start])
-        yield start, acc[: min(stop, m) - start]
-        start = stop
+    def run(self, packed: PackedAttention, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
+            mask: Tensor | None = None, window: Windows | None = None, pad: Tensor | None = None) -> Tensor | QTensor:
+        """As `vitq.ops.attention.CutsWindows.run` says."""
+        b, n, h, d = q.shape
+        output = packed.output
+        y = torch.empty((b, n, h * d), dtype=dtype if output is None else torch.int8, device=q.device)
+        q, k, v = (unit_columns(t) for t in (q, k, v))
+        bias, mask = (None if t is None else unit_columns(t.float()) for t in (bias, mask))
+        torch.ops.vitq.attention(
+            y, q, k, v, logit_scale=packed.logit_scale, v_scale=packed.v_scale, q_zero=packed.q_zero, v_zero=packed.v_zero,
+            p_bits=packed.p_bits, bias=bias, mask=mask, window=[] if window is None else window.list(),
+            pad=None if window is None or pad is None else pad.contiguous(), out_scale=packed.out_scale,
+            out_zero_point=packed.out_zero_point, out_bits=8 if output is None else output.bits)
+        return y if output is None else QTensor(y, output.scale, output.zero_point)

@@ -59,6 +59,25 @@ class BlockSite:
 
 
 @dataclass(frozen=True)
+class MergeSite:
+    """Swin's patch merging: 2 x 2 neighbours side by side, a plain LayerNorm `NAME.norm`, the linear layer `NAME.reduction`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class StemSite:
+    """A stem that is a plain patch embedding of images of one size. kind 'tokens': its patches follow the `prefix` parameters
+    [1, n, C] of the root, and `position` [1, N, C] is added to all, or to the patches alone if `patches_only`; nothing else
+    happens before the blocks but `norm_pre`. kind 'image': they stay an image [B, H, W, C] and go through a norm."""
+
+    kind: str
+    prefix: tuple[str, ...] = ()
+    position: str = ""
+    patches_only: bool = False
+
+
+@dataclass(frozen=True)
 class FloatSite:
     """A part with weights that stays in float on purpose, and why."""
 
@@ -79,4 +98,6 @@ class Prepared:
     attentions: list[AttentionSite] = field(default_factory=list)
     mlps: list[MlpSite] = field(default_factory=list)
     blocks: list[BlockSite] = field(default_factory=list)
+    merges: list[MergeSite] = field(default_factory=list)
     floats: list[FloatSite] = field(default_factory=list)
+    stem: StemSite | None = None

@@ -6,19 +6,23 @@ from torch import nn
 
 from vitq.models.adapter import UnsupportedModelError, check_children, float_part, is_plain_layer_norm, kind
 from vitq.models.attention import RelativePositionBias, TappedAttention
-from vitq.models.sites import AttentionSite, BlockSite, LinearSite, Prepared
-from vitq.models.vit import mlp, patch_embed
+from vitq.models.sites import AttentionSite, BlockSite, LinearSite, MergeSite, Prepared, StemSite
+from vitq.models.vit import is_plain_embed, mlp, patch_embed
 
 
 def fill(prepared: Prepared) -> None:
     """Find the sites of `prepared.model` and put `TappedAttention` in place of timm's WindowAttention."""
     model = prepared.model
     patch_embed(prepared, "patch_embed")
+    if is_plain_embed(model.patch_embed) and model.patch_embed.output_fmt == "NHWC":
+        prepared.stem = StemSite("image")
     for i, stage in enumerate(model.layers):
         if hasattr(stage.downsample, "reduction"):
             at = f"layers.{i}.downsample"
             norm = f"{at}.norm" if is_plain_layer_norm(stage.downsample.norm) else None
             prepared.linears.append(LinearSite(f"{at}.reduction", "reduction", norm))
+            if norm is not None and kind(stage.downsample) == "PatchMerging":
+                prepared.merges.append(MergeSite(at))
         for j, block in enumerate(stage.blocks):
             _block(prepared, f"layers.{i}.blocks.{j}", block, strict=model.patch_embed.strict_img_size)
     if isinstance(getattr(model.head, "fc", None), nn.Linear):

@@ -7,13 +7,14 @@ from torch import nn
 from vitq.models.adapter import (UnsupportedModelError, activation_name, check_children, float_part, fold_layer_scale,
                                  is_plain_layer_norm, kind, plain_linears)
 from vitq.models.attention import TappedAttention
-from vitq.models.sites import AttentionSite, BlockSite, LinearSite, MlpSite, Prepared
+from vitq.models.sites import AttentionSite, BlockSite, LinearSite, MlpSite, Prepared, StemSite
 
 
 def fill(prepared: Prepared) -> None:
     """Find the sites of `prepared.model` and put `TappedAttention` in place of timm's Attention."""
     model = prepared.model
     patch_embed(prepared, "patch_embed")
+    prepared.stem = _stem(model)
     float_part(prepared, "", "tokens and position embeddings")
     for i, block in enumerate(model.blocks):
         _block(prepared, f"blocks.{i}", block)
@@ -23,6 +24,27 @@ def fill(prepared: Prepared) -> None:
     for name in ("head", "head_dist"):
         if isinstance(getattr(model, name, None), nn.Linear):
             prepared.linears.append(LinearSite(name, "head"))
+
+
+def _stem(model: nn.Module) -> StemSite | None:
+    """What timm's patch_embed and _pos_embed amount to, or None where they do more than a StemSite says."""
+    embed, position = model.patch_embed, model.pos_embed
+    if not is_plain_embed(embed) or not embed.flatten or position is None or not isinstance(embed.norm, nn.Identity):
+        return None
+    if not isinstance(model.patch_drop, nn.Identity) or getattr(model.pos_drop, "p", 0):
+        return None
+    # VisionTransformerDistilled leaves register tokens out.
+    names = ("cls_token", "dist_token") if hasattr(model, "dist_token") else ("cls_token", "reg_token")
+    prefix = tuple(name for name in names if getattr(model, name) is not None)
+    tokens = sum(getattr(model, name).shape[1] for name in prefix)
+    covered = embed.num_patches + (0 if model.no_embed_class else tokens)
+    fits = tokens == model.num_prefix_tokens and position.shape[1] == covered
+    return StemSite("tokens", prefix, "pos_embed", model.no_embed_class) if fits else None
+
+
+def is_plain_embed(embed: nn.Module) -> bool:
+    """timm's PatchEmbed for images of one size, which neither resamples nor pads."""
+    return kind(embed) == "PatchEmbed" and embed.strict_img_size and embed.img_size is not None and not embed.dynamic_img_pad
 
 
 def patch_embed(prepared: Prepared, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,10 +13,9 @@ from vitq.formats import ActivationFormat, QTensor
 from vitq.nn.linear import QuantLinear
 from vitq.nn.packed import PackedModule, Row
 from vitq.ops.attention import AttentionSpec, window_bias
-from vitq.ops.common import OutputFormat
-from vitq.ops.quantize import on_device
+from vitq.ops.common import OutputFormat, signed
+from vitq.ops.windows import Windows, from_windows, shift_mask, to_windows
 from vitq.plan import AttentionParams
-from vitq.quantizers.uniform import quantize
 from vitq.recipe import LayerSpec
 
 
@@ -40,7 +40,6 @@ class QuantAttention(PackedModule):
             self.register_buffer("operand_zero_point", torch.zeros(3, dtype=torch.int32))
         self._output: OutputFormat | None = None
         self._codes_in = False
-        self._bias: Tensor | None = None
 
     def set_params(self, params: AttentionParams) -> None:
         for i, fmt in enumerate((params.q, params.k, params.v)):
@@ -70,16 +69,23 @@ class QuantAttention(PackedModule):
     def device(self) -> torch.device:
         return (next(self.parameters(), None) if next(self.buffers(), None) is None else next(self.buffers())).device
 
-    def invalidate(self) -> None:
-        super().invalidate()
-        self._bias = None
-
     def cases(self) -> dict[str, Any]:
         if not self.quantized:
             return {}
-        q, k, v = self.operands()
-        return {"attention": AttentionSpec(AttentionParams(q, k, v, self.p_bits), self.num_heads, self.head_dim, self.scale,
-                                           self._output)}
+        formats = self.operands()
+        cases: dict[str, Any] = {"attention": AttentionSpec(AttentionParams(*formats, self.p_bits), self.num_heads, self.head_dim,
+                                                            self.scale, self._output)}
+        if not self._codes_in:
+            cases |= {f"quantize:{name}": fmt for name, fmt in zip("qkv", formats)}
+        return cases
+
+    def derive(self) -> dict[str, Tensor]:
+        """bias: the relative position bias [H, N, N], gathered. pad [3, H, D]: what qkv makes of a token of zeros, which is
+        what Swin pads its windows with."""
+        if self.position_bias is None:
+            return {}
+        zeros = torch.zeros(1, 1, self.qkv.in_features, dtype=self.dtype, device=self.device())
+        return {"bias": self.position_bias(), "pad": torch.stack([t.view(t.shape[2:]) for t in self._project(zeros)])}
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False,
                 mask: Tensor | None = None) -> Tensor:
@@ -87,35 +93,53 @@ class QuantAttention(PackedModule):
             mask = window_mask(attn_mask, is_causal, x.shape[0], x.shape[1], x.device)
         return self.proj(self.attend(x, mask))
 
-    def attend(self, x: Tensor | QTensor, mask: Tensor | None = None) -> Tensor | QTensor:
+    def attend(self, x: Tensor | QTensor, mask: Tensor | None = None, window: Windows | None = None,
+               first: int | None = None) -> Tensor | QTensor:
         """x [B, N, C] -> what proj reads [B, N, H·D]: codes, or float where a norm, a gate or the recipe asks for it.
 
-        mask: float [W, N, N]; row b of the batch uses mask[b % W].
+        mask: float [W, N, N]; row b of the batch uses mask[b % W]. window: x is [B, height, width, C] instead, and each
+        window of it attends to itself; the result is [B, height, width, H·D]. first: only the first tokens' rows of the
+        result are wanted, [B, first, H·D].
         """
-        b, n, _ = x.shape
-        if self._bias is None and self.position_bias is not None:
-            self._bias = self.position_bias()
-        shape = (b, n, 3, self.num_heads, self.head_dim)
+        lead = x.shape[:-1]
+        q, k, v = self._project(x)
+        if first is not None:
+            lead, q, mask = (lead[0], first), q[:, :first], None if mask is None else mask[:, :first]
+        if self.gate is None:
+            del x  # attention is the block's widest point: let the norm's codes go
+        bias, pad = self.derived("bias"), self.derived("pad")
+        if self.quantized:
+            y = self.call("attention", q, k, v, dtype=self.dtype, bias=bias, mask=mask, window=window, pad=pad)
+        else:
+            y = self._float_attention(q, k, v, bias, mask, window, pad)
+        del q, k, v
+        if isinstance(y, QTensor):
+            return QTensor(y.codes.view(*lead, y.codes.shape[-1]), y.scale, y.zero_point)
+        y = self.norm(y.view(*lead, y.shape[-1]))
+        return y if self.gate is None else y * self.gate(x)[:, :first].sigmoid()
+
+    def _project(self, x: Tensor | QTensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, ..., C] -> q, k, v [B, N, H, D]: codes, or float where the attention is."""
+        shape = (x.shape[0], math.prod(x.shape[1:-1]), 3, self.num_heads, self.head_dim)
         qkv = self.qkv(x)
         if self._codes_in:
-            q, k, v = qkv.codes.view(shape).unbind(2)
-        else:
-            q, k, v = qkv.view(shape).unbind(2)
-            q, k = self.q_norm(q), self.k_norm(k)
-            if self.quantized:
-                formats = [on_device(fmt, q.device) for fmt in self.operands()]
-                q, k, v = (quantize(t, f.scale, f.zero_point, f.bits) for t, f in zip((q, k, v), formats))
+            return qkv.codes.view(shape).unbind(2)
+        q, k, v = qkv.view(shape).unbind(2)
+        q, k = self.q_norm(q), self.k_norm(k)
         if self.quantized:
-            y = self.call("attention", q, k, v, dtype=self.dtype, bias=self._bias, mask=mask)
-        else:
-            extra = window_bias(self._bias, mask, b)
-            y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale,
-                                               attn_mask=None if extra is None else extra.to(q.dtype))
-            y = y.transpose(1, 2).reshape(b, n, -1)
-        if isinstance(y, QTensor):
-            return y
-        y = self.norm(y)
-        return y if self.gate is None else y * self.gate(x).sigmoid()
+            q, k, v = (signed(self.call(f"quantize:{name}", t)) for name, t in zip("qkv", (q, k, v)))
+        return q, k, v
+
+    def _float_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
+                         window: Windows | None, pad: Tensor | None) -> Tensor:
+        if window is not None:
+            q, k, v = (to_windows(t, window, p) for t, p in zip((q, k, v), pad))
+            mask = shift_mask(window, q.device)
+        extra = window_bias(bias, mask, q.shape[0])
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), scale=self.scale,
+                                           attn_mask=None if extra is None else extra.to(q.dtype))
+        y = y.transpose(1, 2).reshape(q.shape[0], q.shape[1], self.num_heads * self.head_dim)
+        return y if window is None else from_windows(y, window)
 
     def rows(self, layer: str) -> list[Row]:
         if not self.quantized:

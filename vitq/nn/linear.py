@@ -11,6 +11,7 @@ from vitq.formats import ActivationFormat, QTensor, pack_int4, unpack_int4
 from vitq.nn.packed import PackedModule, Row
 from vitq.ops.common import OutputFormat
 from vitq.ops.linear import LinearSpec
+from vitq.ops.patches import PatchesSpec
 from vitq.plan import LinearParams
 from vitq.recipe import LayerSpec
 
@@ -66,19 +67,22 @@ class QuantLinear(PackedModule):
         params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format())
         return {"quantize": self.input_format(), "linear": LinearSpec(params, self._activation, self._output)}
 
-    def forward(self, x: Tensor | QTensor, *, residual: Tensor | None = None, inplace: bool = False) -> Tensor | QTensor:
-        """x [..., K] float or codes -> [..., N]. residual [..., N] is added; inplace says it may be overwritten."""
+    def forward(self, x: Tensor | QTensor, *, residual: Tensor | None = None, inplace: bool = False,
+                out: Tensor | None = None) -> Tensor | QTensor:
+        """x [..., K] float or codes -> [..., N]. residual [..., N] is added; inplace says it may be overwritten; out [..., N],
+        of any strides but a contiguous N, is filled and returned."""
         if not isinstance(x, QTensor):
             x = self.call("quantize", x)
-        return self.call("linear", x, dtype=self.dtype, residual=residual, inplace=inplace)
+        return self.call("linear", x, dtype=self.dtype, residual=residual, inplace=inplace, out=out)
 
     def row(self, layer: str, role: str, note: str = "") -> Row:
-        choice, quantize = self.packed()["linear"][0], self.packed()["quantize"][0]
+        choices = {op: choice for op, (choice, _) in self.packed().items()}
+        choice = choices.pop("linear")
         storage = ""
         if self.weight_bits <= 4 and choice.backend != "cuda":
             storage = "packed int4 in the file, widened to int8 here"
         notes = [note, storage, choice.reason and f"fell back: {choice.reason}",
-                 quantize.reason and f"a float input is quantized by {quantize.kernel.name}: {quantize.reason}"]
+                 *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
         kind = "dynamic per token" if self.dynamic else "static per tensor"
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
                    self.own_bytes(), "; ".join(n for n in notes if n))
@@ -92,14 +96,25 @@ class QuantPatchConv(QuantLinear):
     """A convolution whose stride is its kernel, as one GEMM over patches: [B, C, H, W] -> [B, O, H/ph, W/pw]."""
 
     def __init__(self, conv: nn.Conv2d, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
-        self_features = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
-        super().__init__(self_features, conv.out_channels, spec, dtype=dtype, backend=backend)
+        features = conv.in_channels * conv.kernel_size[0] * conv.kernel_size[1]
+        super().__init__(features, conv.out_channels, spec, dtype=dtype, backend=backend)
         self.kernel_size = conv.kernel_size
 
-    def forward(self, x: Tensor) -> Tensor:
-        (ph, pw), (b, c, height, width) = self.kernel_size, x.shape
-        h, w = height // ph, width // pw
-        x = self.call("quantize", x[:, :, : h * ph, : w * pw].contiguous())
-        patches = x.codes.view(b, c, h, ph, w, pw).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, -1)
-        y = self.call("linear", QTensor(patches, x.scale, x.zero_point), dtype=self.dtype)
-        return y.transpose(1, 2).unflatten(2, (h, w))
+    def cases(self) -> dict[str, Any]:
+        cases = super().cases()
+        return {"quantize_patches": PatchesSpec(cases["quantize"], self.kernel_size), "linear": cases["linear"]}
+
+    def patches(self, images: Tensor) -> tuple[QTensor, Tensor]:
+        """images [B, C, H, W] -> codes [B, H/ph, W/pw, K], and float32 [B]: NaN for an image that is not finite, else 0."""
+        x, broken = self.call("quantize_patches", images)
+        (ph, pw), (b, _, height, width) = self.kernel_size, images.shape
+        return QTensor(x.codes.view(b, height // ph, width // pw, x.codes.shape[-1]), x.scale, x.zero_point), broken
+
+    def forward(self, x: Tensor | QTensor, *, residual: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+        """x: images, or the codes of `patches`. residual and out [B, H/ph·W/pw, O] are as in `QuantLinear`; out is returned."""
+        if not isinstance(x, QTensor):
+            x, _ = self.patches(x)
+        b, h, w, k = x.codes.shape
+        x = QTensor(x.codes.view(b, h * w, k), x.scale, x.zero_point)
+        y = self.call("linear", x, dtype=self.dtype, residual=residual, out=out)
+        return y.unflatten(1, (h, w)).permute(0, 3, 1, 2) if out is None else y

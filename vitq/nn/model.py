@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq.nn.packed import check_keeps_dtype, link_all
+from vitq.formats import QTensor
+from vitq.nn.block import QuantBlock
+from vitq.nn.packed import check_keeps_dtype, is_packed, link_all, pack_all
+from vitq.ops.patches import nan_guard
 from vitq.recipe import Recipe
 
 
 @dataclass
 class ModelInfo:
-    """What `vitq.save` and `vitq.explain` know of a converted model beside its tensors."""
+    """What `vitq.save` and `vitq.explain` know of a converted model beside its tensors. stem: the adapter's StemSite, if any;
+    version counts how often the tensors were replaced."""
 
     recipe: Recipe
     roles: dict[str, str]
@@ -25,6 +29,8 @@ class ModelInfo:
     backend: str
     calibration: dict[str, Any] = field(default_factory=dict)
     source: dict[str, Any] = field(default_factory=dict)
+    stem: Any = None
+    version: int = 0
 
 
 class QuantizedModel:
@@ -37,13 +43,8 @@ class QuantizedModel:
 
         Raises TypeError for images that are not floating point.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"images must be floating point and preprocessed as the model expects, got {x.dtype}")
-        x = x.float() if x.dtype == torch.float64 else x
-        y = super().forward(x, *args, **kwargs)
-        # Codes have no NaN, so a broken image would come out as a plausible class; 0 · sum is 0 unless it holds one.
-        broken = x.flatten(1).sum(dim=1, dtype=torch.float32) * 0
-        return y.float() + broken.view(-1, *(1,) * (y.ndim - 1))
+        x = floating(x)
+        return with_guard(super().forward(x, *args, **kwargs), nan_guard(x))
 
     def train(self, mode: bool = True):
         if mode:
@@ -52,15 +53,24 @@ class QuantizedModel:
         return super().train(mode)
 
     def load_state_dict(self, *args: Any, **kwargs: Any):
+        packed = is_packed(self)
         result = super().load_state_dict(*args, **kwargs)
-        link_all(self)
+        self._refresh(packed)
         return result
 
     def _apply(self, fn, recurse: bool = True):
         check_keeps_dtype(fn)
+        packed = is_packed(self)
         super()._apply(fn, recurse)
-        link_all(self)  # output formats are copies of the consumers' buffers, which have just moved
+        self._refresh(packed)
         return self
+
+    def _refresh(self, pack: bool) -> None:
+        """After buffers have moved or changed: output formats are copies of the consumers' buffers, packed forms of all."""
+        link_all(self)
+        if pack:
+            pack_all(self)
+        self.vitq.version += 1
 
     def __reduce_ex__(self, protocol):
         raise TypeError("a quantized model is not pickled: use vitq.save(model, folder) and vitq.load(folder)")
@@ -71,16 +81,119 @@ class QuantizedModel:
         clone = self.__class__.__new__(self.__class__)
         memo[id(self)] = clone
         clone.__dict__.update({key: copy.deepcopy(value, memo) for key, value in self.__dict__.items()})
+        if is_packed(self):
+            pack_all(clone)
         return clone
 
 
+class QuantizedVit(QuantizedModel):
+    """A ViT with a `StemSite`: the patch embedding's GEMM adds the position embedding and writes between the prefix tokens.
+
+    Where the head reads the prefix tokens alone (the class token), `forward` computes no other after the last attention.
+    All are there for `forward_features` and where any hook is registered. `forward_intermediates` is timm's own and rounds
+    to the 16-bit dtype once more before the position embedding is added.
+    """
+
+    _prefix: Tensor | None = None
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """As `QuantizedModel.forward`. Raises ValueError for images of another size than the model's."""
+        head_only = self.global_pool == "token" and self.attn_pool is None and not watched(self)
+        x, broken = self._tokens(floating(x), attn_mask, is_causal, self.num_prefix_tokens if head_only else None)
+        return with_guard(self.forward_head(self.norm(x)), broken)
+
+    def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Images -> tokens [B, N, C], normalised."""
+        return self.norm(self._tokens(floating(x), attn_mask, is_causal, None)[0])
+
+    def _tokens(self, images: Tensor, attn_mask: Tensor | None, is_causal: bool, first: int | None) -> tuple[Tensor, Tensor]:
+        """The (first) tokens after the last block, and what `nan_guard` says of the images."""
+        codes, broken = quantized_patches(self.patch_embed, images)
+        proj, stem, count = self.patch_embed.proj, self.vitq.stem, self._prefix.shape[1]
+        x = torch.empty(images.shape[0], count + self.patch_embed.num_patches, self.embed_dim, dtype=proj.dtype,
+                        device=images.device)
+        x[:, :count] = self._prefix
+        position = getattr(self, stem.position)
+        position = position if stem.patches_only else position[:, count:]
+        proj(codes, residual=position.expand(images.shape[0], -1, -1), out=x[:, count:])
+        del codes
+        x = self.norm_pre(x)
+        masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
+        inplace, (*blocks, last) = not watched(self), self.blocks
+        for block in blocks:
+            x = run_block(block, x, inplace, **masks)
+        return run_block(last, x, inplace, first, **masks), broken
+
+    def _refresh(self, pack: bool) -> None:
+        super()._refresh(pack)
+        stem, tokens = self.vitq.stem, [getattr(self, name).detach() for name in self.vitq.stem.prefix]
+        position = getattr(self, stem.position).detach()
+        prefix = torch.cat(tokens, dim=1) if tokens else position[:, :0]
+        self._prefix = prefix if stem.patches_only else prefix + position[:, : prefix.shape[1]]
+
+
+class QuantizedSwin(QuantizedModel):
+    """A Swin with a `StemSite`: the pixels are read once, for their codes and for what is not finite among them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `QuantizedModel.forward`. Raises ValueError for images of another size than the model's."""
+        codes, broken = quantized_patches(self.patch_embed, floating(x))
+        x = self.patch_embed.norm(self.patch_embed.proj(codes).permute(0, 2, 3, 1))
+        del codes
+        inplace = not watched(self)
+        for stage in self.layers:
+            x = stage.downsample(x)
+            for block in stage.blocks:
+                x = run_block(block, x, inplace)
+        return with_guard(self.forward_head(self.norm(x)), broken)
+
+
+def quantized_patches(embed: nn.Module, images: Tensor) -> tuple[QTensor, Tensor]:
+    """Codes of the patches of images that fit timm's `embed`, and what `nan_guard` says of the images."""
+    proj = embed.proj
+    expected = (proj.in_features // (proj.kernel_size[0] * proj.kernel_size[1]), *embed.img_size)
+    if images.shape[1:] != expected:
+        raise ValueError(f"images must be [batch, {', '.join(str(n) for n in expected)}], got {list(images.shape)}")
+    return proj.patches(images)
+
+
+def run_block(block: nn.Module, x: Tensor, inplace: bool, first: int | None = None, **masks: Any) -> Tensor:
+    """block(x), overwriting x if it may; only the first tokens of its result if `first` is given."""
+    if isinstance(block, QuantBlock):
+        return block(x, **masks, first=first, inplace=inplace)
+    return block(x, **masks)[:, :first]
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether hooks look at what goes into or out of a module, or of one inside of it: then everything is computed and kept."""
+    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+
+
+def floating(x: Tensor) -> Tensor:
+    """Images in float32 or a 16-bit float. Raises TypeError for others than floating point."""
+    if not x.is_floating_point():
+        raise TypeError(f"images must be floating point and preprocessed as the model expects, got {x.dtype}")
+    return x.float() if x.dtype == torch.float64 else x
+
+
+def with_guard(y: Tensor, broken: Tensor) -> Tensor:
+    """Codes have no NaN, so a broken image would come out as a plausible class: add its NaN, or 0, to float32 logits [B, ...]."""
+    return y.float() + broken.view(-1, *(1,) * (y.ndim - 1))
+
+
 @lru_cache(maxsize=None)
-def quantized_class(source: type) -> type:
-    """The class of a converted `source`: an instance of both `QuantizedModel` and `source`."""
-    return type(f"Quantized{source.__name__}", (QuantizedModel, source), {"__module__": __name__})
+def quantized_class(source: type, base: type) -> type:
+    """The class of a converted `source`: an instance of both `base`, a QuantizedModel, and `source`."""
+    return type(f"Quantized{source.__name__}", (base, source), {"__module__": __name__})
 
 
-def cast_input(module: nn.Module, args: tuple) -> tuple:
-    """Forward pre-hook: the images come in float32, a float stem computes in its own dtype."""
-    parameter = next(module.parameters(), None)
-    return args if parameter is None else (args[0].to(parameter.dtype), *args[1:])
+@lru_cache(maxsize=None)
+def casting_class(source: type) -> type:
+    """`source` whose forward casts its input to the dtype of its weights: images come in float32, a float stem computes in
+    its own dtype; a float head is float32 and reads 16-bit features."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        parameter = next(self.parameters(), None)
+        return source.forward(self, x if parameter is None else x.to(parameter.dtype), *args, **kwargs)
+
+    return type(source.__name__, (source,), {"forward": forward, "__module__": __name__})

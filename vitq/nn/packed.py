@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitq.ops import dispatch
 
@@ -25,19 +25,25 @@ class Row:
 
 
 class PackedModule(nn.Module):
-    """state_dict holds device-neutral buffers; `_packed` what the chosen kernels made of them.
+    """state_dict holds device-neutral buffers; `_packed` what the chosen kernels made of them, `_derived` what this module did.
 
-    The packed form is derived: it is made on first use, dropped when the buffers move or are loaded, and never copied
-    or saved (oneDNN's packed weights cannot be).
+    The packed form is made by `pack_all` or else on first use, dropped when the buffers move or are loaded, and never
+    copied or saved (oneDNN's packed weights cannot be). A forward changes nothing and reads no value on the host, so
+    that it can be traced and captured.
     """
 
     def __init__(self, backend: str):
         super().__init__()
         self.backend = dispatch.check_backend(backend)
         self._packed: dict[str, tuple[dispatch.Choice, Any]] | None = None
+        self._derived: dict[str, Tensor] = {}
 
     def cases(self) -> dict[str, Any]:
-        """op -> spec, for every op this module runs itself. Subclasses override."""
+        """op -> spec, for every op this module runs itself; "op:label" where it runs one op in several ways. Subclasses override."""
+        return {}
+
+    def derive(self) -> dict[str, Tensor]:
+        """Constants that come of the buffers and of children once these are packed. Subclasses override."""
         return {}
 
     def link(self) -> None:
@@ -48,20 +54,34 @@ class PackedModule(nn.Module):
 
     def packed(self) -> dict[str, tuple[dispatch.Choice, Any]]:
         if self._packed is None:
-            cases, packed = self.cases(), {}
-            device = self.device() if cases else None
-            for op, spec in cases.items():
-                choice = dispatch.choose(op, self.backend, spec, device)
-                packed[op] = choice, choice.kernel.pack(spec, device)
-            self._packed = packed
+            self._pack()
         return self._packed
 
-    def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
-        choice, packed = self.packed()[op]
+    @torch.no_grad()
+    def _pack(self) -> None:
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"this {type(self).__name__} was moved or loaded by itself and has not run since: call it once, or "
+                               "move and load the whole model, before it is traced")
+        cases, packed = self.cases(), {}
+        device = self.device() if cases else None
+        for case, spec in cases.items():
+            op = case.partition(":")[0]
+            choice = dispatch.choose(op, self.backend, spec, device)
+            packed[case] = choice, choice.kernel.pack(spec, device)
+        self._packed = packed
+        self._derived = self.derive()
+
+    def derived(self, name: str) -> Tensor | None:
+        """One of the constants of `derive`, None where there is none of this name."""
+        self.packed()
+        return self._derived.get(name)
+
+    def call(self, case: str, *args: Any, **kwargs: Any) -> Any:
+        choice, packed = self.packed()[case]
         return choice.kernel.run(packed, *args, **kwargs)
 
     def invalidate(self) -> None:
-        self._packed = None
+        self._packed, self._derived = None, {}
 
     def own_bytes(self) -> int:
         return sum(b.numel() * b.element_size() for b in self.buffers(recurse=False))
@@ -77,7 +97,7 @@ class PackedModule(nn.Module):
         self.invalidate()
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_packed": None}
+        return {**self.__dict__, "_packed": None, "_derived": {}}
 
 
 def check_keeps_dtype(fn) -> None:
@@ -100,7 +120,11 @@ def link_all(model: nn.Module) -> None:
 
 
 def pack_all(model: nn.Module) -> None:
-    """Choose kernels and pack weights now rather than in the first forward."""
+    """Choose kernels and pack weights now rather than in the first forward: no trace or capture may do it."""
     for module in model.modules():
         if isinstance(module, PackedModule):
             module.packed()
+
+
+def is_packed(model: nn.Module) -> bool:
+    return any(module._packed is not None for module in model.modules() if isinstance(module, PackedModule))

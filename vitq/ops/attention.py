@@ -3,19 +3,25 @@
 Probabilities are requantized between the two matmuls: with e = exp(logit − row maximum), the unsigned code is
 round(e·P), P = 2^p_bits − 1, and the row is divided by P·Σe at the end. So the largest probability of each row uses the
 top code, and 1/197 does not vanish, which a fixed scale of 1/P would let happen.
+
+Tokens are those of a sequence, or of an image that is cut into windows (`vitq.ops.windows`): then q, k, v and the result
+are in image order, and each window attends to itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.cpu import loader
 from vitq.formats import QTensor
 from vitq.ops.common import OutputFormat, requantize
 from vitq.ops.dispatch import register
+from vitq.ops.windows import Windows, from_windows, shift_mask, to_windows
 from vitq.plan import AttentionParams
 
 
@@ -39,9 +45,39 @@ def window_bias(bias: Tensor | None, mask: Tensor | None, batch: int) -> Tensor 
     return total
 
 
+class CutsWindows:
+    """`run` for kernels whose `attend` knows sequences only: windows are cut before and put back after."""
+
+    fewer_queries = False  # whether `attend` takes fewer queries than keys
+
+    def run(self, packed: Any, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
+            mask: Tensor | None = None, window: Windows | None = None, pad: Tensor | None = None) -> Tensor | QTensor:
+        """q, k, v int8 [B, N, H, D], strided with a contiguous D -> [B, N, H·D] in `dtype`, or codes; q may have fewer tokens M.
+
+        bias: float32 [H, M, N]; mask: float32 [W, M, N], row b of the batch uses mask[b % W]. With `window`, M = N =
+        height·width tokens in image order, bias is [H, T, T] over the T tokens of a window, the mask is the shift's own,
+        and pad int8 [3, H, D] holds the codes of q, k and v where the image is padded.
+        """
+        if window is None and q.shape[1] < k.shape[1] and not self.fewer_queries:
+            queries, missing = q.shape[1], k.shape[1] - q.shape[1]
+            bias, mask = (None if t is None else F.pad(t, (0, 0, 0, missing)) for t in (bias, mask))
+            y = self.attend(packed, F.pad(q, (0, 0, 0, 0, 0, missing)), k, v, dtype, bias, mask)
+            if isinstance(y, QTensor):
+                return QTensor(y.codes[:, :queries].contiguous(), y.scale, y.zero_point)
+            return y[:, :queries].contiguous()
+        if window is None:
+            return self.attend(packed, q, k, v, dtype, bias, mask)
+        q, k, v = (to_windows(t, window, None if pad is None else pad[i]) for i, t in enumerate((q, k, v)))
+        y = self.attend(packed, q, k, v, dtype, bias, shift_mask(window, q.device))
+        if isinstance(y, QTensor):
+            return QTensor(from_windows(y.codes, window), y.scale, y.zero_point)
+        return from_windows(y, window)
+
+
 @register("attention", "reference")
-class ReferenceAttention:
+class ReferenceAttention(CutsWindows):
     name = "torch-int32"
+    fewer_queries = True
 
     def supports(self, spec: AttentionSpec) -> str | None:
         return None
@@ -49,9 +85,8 @@ class ReferenceAttention:
     def pack(self, spec: AttentionSpec, device) -> AttentionSpec:
         return spec
 
-    def run(self, packed: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype,
-            bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor | QTensor:
-        """q, k, v int8 [B, N, H, D]; bias [H, N, N]; mask [W, N, N] -> [B, N, H·D]."""
+    def attend(self, packed: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None,
+               mask: Tensor | None) -> Tensor | QTensor:
         params, (b, n, h, d) = packed.params, q.shape
         q, k, v = ((t.transpose(1, 2).double() - f.zero_point.to(t.device))
                    for t, f in ((q, params.q), (k, params.k), (v, params.v)))
@@ -72,7 +107,7 @@ class ReferenceAttention:
 
 
 @register("attention", "cpu")
-class CpuAttention:
+class CpuAttention(CutsWindows):
     name = "c-vnni"
 
     def supports(self, spec: AttentionSpec) -> str | None:
@@ -95,8 +130,8 @@ class CpuAttention:
                          v_zero_point=int(params.v.zero_point), p_bits=params.p_bits, **output)
         return spec, constants, 0 if spec.output is None else int(spec.output.zero_point) + 128
 
-    def run(self, packed: tuple, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
-            mask: Tensor | None = None) -> Tensor | QTensor:
+    def attend(self, packed: tuple, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None,
+               mask: Tensor | None) -> Tensor | QTensor:
         from vitq.cpu import kernels
 
         spec, constants, handed_on = packed

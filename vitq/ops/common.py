@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,19 @@ class OutputFormat:
     def of(cls, fmt: ActivationFormat) -> OutputFormat | None:
         """The format in which a static consumer wants its input; None for a dynamic one, which quantizes itself."""
         return None if fmt.dynamic else cls(fmt.bits, fmt.scale, fmt.zero_point)
+
+    def to(self, device: torch.device) -> OutputFormat:
+        """The same on a device, contiguous, the zero point as long as the scale."""
+        scale = self.scale.detach().to(device, torch.float32).contiguous()
+        zero_point = self.zero_point.detach().to(device, torch.int32).expand(scale.shape).contiguous()
+        return replace(self, scale=scale, zero_point=zero_point)
+
+
+def fma32(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a·b + c of float32 tensors with one rounding to float32, as the hardware's fused multiply-add has it: every backend's
+    epilogue is made of these, so that results are equal bit for bit."""
+    # The product is exact in float64. The sum is rounded there first, which changes the result once in 2^29 cases at most.
+    return (a.double() * b.double() + c.double()).float()
 
 
 def activate(y: Tensor, activation: str | None) -> Tensor:

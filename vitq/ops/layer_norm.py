@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,17 +10,20 @@ from torch import Tensor
 from vitq.cpu import loader
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
-from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device, readable
+from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device, readable, why_not_plain
+from vitq.ops.windows import merge_patches
 
 
 @dataclass(frozen=True)
 class LayerNormSpec:
-    """weight, bias: float32 [C] or None; output: how the result is quantized."""
+    """weight, bias: float32 [C] or None; output: how the result is quantized. merge: x is [B, H, W, C/4], H and W even, and
+    `vitq.ops.windows.merge_patches` of it is what is normalised."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
     output: ActivationFormat
+    merge: bool = False
 
 
 @register("layer_norm_quantize", "cpu")
@@ -28,7 +31,7 @@ class CpuLayerNorm:
     name = "c-layer-norm"
 
     def supports(self, spec: LayerNormSpec) -> str | None:
-        return loader.why_unavailable()
+        return why_not_plain(spec.output) or loader.why_unavailable()
 
     def pack(self, spec: LayerNormSpec, device) -> tuple:
         return spec, *cpu_constants(spec.output)
@@ -37,6 +40,7 @@ class CpuLayerNorm:
         from vitq.cpu import kernels
 
         spec, fmt, scale, zero_point, handed_on = packed
+        x = merge_patches(x) if spec.merge else x
         codes, row_scale = kernels.layer_norm_quantize(readable(x), spec.weight, spec.bias, spec.eps, scale, zero_point,
                                                        fmt.qmin, fmt.qmax)
         return QTensor(codes, fmt.scale if row_scale is None else row_scale, handed_on)
@@ -50,8 +54,9 @@ class ReferenceLayerNorm:
         return None
 
     def pack(self, spec: LayerNormSpec, device) -> LayerNormSpec:
-        return LayerNormSpec(spec.weight, spec.bias, spec.eps, on_device(spec.output, device))
+        return replace(spec, output=on_device(spec.output, device))
 
     def run(self, packed: LayerNormSpec, x: Tensor) -> QTensor:
+        x = merge_patches(x) if packed.merge else x
         y = F.layer_norm(x.float(), x.shape[-1:], packed.weight, packed.bias, packed.eps)
         return ReferenceQuantize().run(packed.output, y)

@@ -2,7 +2,12 @@
 
     y[m, n] = act( sx[m]·sw[n]·(Σ_k qx[m,k]·qw[n,k] − zx·Σ_k qw[n,k]) + b[n] ) + residual[m, n]
 
-then either cast to a float dtype or requantized to codes. All scaling is done in float32 from the int32 accumulator.
+then either cast to a float dtype or requantized to codes. Scaling is done in float32 from the int32 accumulators, by fused
+multiply-adds with the constants that `fold` makes, the same on every backend:
+
+    static:   y = fma(acc, scale, bias)          dynamic:  y = fma(acc·r, scale, bias), r the row's scale
+
+Several segments continue the chain: y = bias; then for each y = fma(acc_s·r, scale_s, y), y = fma(−row_sum_s·r, zero_s, y).
 """
 
 from __future__ import annotations
@@ -14,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vitq.formats import QTensor, int_range
-from vitq.ops.common import OutputFormat, activate, requantize, signed, unsigned
+from vitq.ops.common import OutputFormat, activate, fma32, requantize, signed, unsigned
 from vitq.ops.dispatch import cpu_int8_isa, register
 from vitq.plan import LinearParams
 
@@ -28,12 +33,59 @@ class LinearSpec:
     output: OutputFormat | None = None
 
 
+class Constants(NamedTuple):
+    """What follows the accumulators, on the weight's device: scale and zero float32 [S, N] (zero None for symmetric weights),
+    bias float32 [N]. to_codes: the output format is in them, so the chain of fused multiply-adds gives codes that only need
+    rounding."""
+
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor
+    weight_fp: Tensor | None
+    to_codes: bool
+
+
+def fold(spec: LinearSpec) -> Constants:
+    """A static input's scale goes into `scale`, its zero point into `bias`; and without an activation in between the output's
+    scale and zero point into both. Products are formed in float64 and rounded once."""
+    params, output = spec.params, spec.output
+    device, n = params.codes.device, params.codes.shape[0]
+    ends = params.segment_ends
+    scale = params.weight_scale.to(device, torch.float32).view(len(ends), n)
+    bias = torch.zeros(n, dtype=torch.float64, device=device) if params.bias is None else params.bias.to(device, torch.float64)
+    weight_zero = None if params.weight_zero is None else params.weight_zero.to(device).view(len(ends), n)
+    if not params.input.dynamic:
+        scale = scale * params.input.scale.to(device)
+        zero_point = params.input.zero_point.to(device, torch.float64)
+        for s, (start, end) in enumerate(zip((0, *ends), ends)):
+            codes = params.codes[:, start:end].sum(dim=1, dtype=torch.int64).double()
+            if weight_zero is not None:
+                codes = codes - (end - start) * weight_zero[s].double()
+            bias = bias - zero_point * codes * scale[s].double()
+    zero = None if weight_zero is None else scale * weight_zero.float()
+    bias, weight_fp = bias.float(), None if params.weight_fp is None else params.weight_fp.to(device)
+    if output is None or spec.activation is not None:
+        return Constants(scale, zero, bias, weight_fp, False)
+    out_scale, out_zero = output.scale.to(device, torch.float64), output.zero_point.to(device, torch.float64)
+    if weight_fp is not None:
+        weight_fp = (weight_fp.double() / out_scale.expand(n)[:, None]).to(weight_fp.dtype)
+    return Constants((scale.double() / out_scale).float(), None if zero is None else (zero.double() / out_scale).float(),
+                     (bias.double() / out_scale + out_zero).float(), weight_fp, True)
+
+
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [.., M, K] · b [.., N, K]ᵀ of integer codes -> int32 [.., M, N], exactly.
 
     Through float64 BLAS, which is exact below 2^53 and far faster than torch's integer loops.
     """
     return (a.double() @ b.double().transpose(-2, -1)).to(torch.int32)
+
+
+def check_float_only(output: OutputFormat | None, residual: Tensor | None, out: Tensor | None) -> None:
+    """Raises ValueError for what only a float result can have, where codes are written."""
+    for name, given in (("residual", residual), ("out", out)):
+        if given is not None and output is not None:
+            raise ValueError(f"linear: this layer writes codes, so it takes no {name}")
 
 
 @register("linear", "reference")
@@ -44,23 +96,35 @@ class ReferenceLinear:
         return None
 
     def pack(self, spec: LinearSpec, device) -> tuple:
-        codes = spec.params.codes.to(device)
-        return spec, codes, codes.sum(dim=1, dtype=torch.int32)
+        constants = [t.to(device) if isinstance(t, Tensor) else t for t in fold(spec)]
+        return spec, spec.params.codes.to(device), Constants(*constants)
 
     def run(self, packed: tuple, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
-            inplace: bool = False) -> Tensor | QTensor:
-        spec, codes, row_sums = packed
-        params = spec.params
-        acc = int_matmul(signed(x), codes)
-        if not params.input.dynamic:
-            acc = acc - params.input.zero_point.to(acc.device) * row_sums
-        y = acc.float() * (x.scale.to(acc.device) * params.weight_scale)
-        if params.bias is not None:
-            y = y + params.bias
+            inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
+        """x: codes [.., K] -> [.., N] in `dtype`, or codes. residual: float [.., N], added last; inplace: it may be overwritten.
+        out: float [.., N], any strides with contiguous columns, is filled and returned; it may be the residual."""
+        spec, weight, constants = packed
+        check_float_only(spec.output, residual, out)
+        codes, y, start = signed(x), constants.bias, 0
+        for s, end in enumerate(spec.params.segment_ends):
+            value = int_matmul(codes[..., start:end], weight[:, start:end]).float()
+            y = fma32(value * x.scale if spec.params.input.dynamic else value, constants.scale[s], y)
+            if constants.zero is not None:
+                sums = x.row_sums[..., s : s + 1].float()
+                y = fma32(-(sums * x.scale if spec.params.input.dynamic else sums), constants.zero[s], y)
+            start = end
+        if constants.weight_fp is not None:
+            fp = x.fp[..., : constants.weight_fp.shape[1]]
+            y = (y.double() + fp.double() @ constants.weight_fp.double().T).float()
+        if constants.to_codes:
+            rounded = torch.round(y).clamp(*int_range(spec.output.bits)).to(torch.int8)
+            return QTensor(rounded, spec.output.scale.to(y.device), spec.output.zero_point.to(y.device))
         y = activate(y, spec.activation)
         if residual is not None:
             y = y + residual.float()
-        return y.to(dtype) if spec.output is None else requantize(y, spec.output)
+        if spec.output is not None:
+            return requantize(y, spec.output)
+        return y.to(dtype) if out is None else out.copy_(y)
 
 
 class OneDnnWeights(NamedTuple):
@@ -89,6 +153,8 @@ class OneDnnLinear:
     def supports(self, spec: LinearSpec) -> str | None:
         if cpu_int8_isa() is None:
             return "this CPU has neither AMX nor AVX512-VNNI"
+        if not spec.params.plain:
+            return "segments, asymmetric weights and float16 columns are not in its GEMM"
         if spec.activation is not None and spec.output is not None and spec.output.scale.ndim:
             return "an activation before a per-column output format"
         return None
@@ -123,7 +189,13 @@ class OneDnnLinear:
                              tail, handed_on, limits)
 
     def run(self, packed: OneDnnWeights, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
-            inplace: bool = False) -> Tensor | QTensor:
+            inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
+        check_float_only(packed.spec.output, residual, out)
+        y = self._run(packed, x, dtype, residual, inplace)
+        return y if out is None else out.copy_(y)
+
+    def _run(self, packed: OneDnnWeights, x: QTensor, dtype: torch.dtype, residual: Tensor | None,
+             inplace: bool) -> Tensor | QTensor:
         spec, weight, scale, zeros, bias, out_scale, out_zero, tail, handed_on, limits = packed
         codes = unsigned(x)
         if tail is not None:
@@ -137,8 +209,7 @@ class OneDnnLinear:
                 y.clamp_(*limits)
             return QTensor(y, spec.output.scale, handed_on)
         if dtype == torch.float16:  # which oneDNN does not write
-            y = self.run(packed, x, dtype=torch.float32, residual=None if residual is None else residual.float())
-            return y.to(dtype)
+            return self._run(packed, x, torch.float32, None if residual is None else residual.float(), False).to(dtype)
         if residual is None:
             return torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, 1.0, 0, dtype, post, [],
                                                       algorithm)

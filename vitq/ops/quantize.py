@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ class CpuQuantize:
     name = "c-quantize"
 
     def supports(self, spec: ActivationFormat) -> str | None:
-        return loader.why_unavailable()
+        return why_not_plain(spec) or loader.why_unavailable()
 
     def pack(self, spec: ActivationFormat, device) -> tuple:
         return cpu_constants(spec)
@@ -40,11 +42,21 @@ class ReferenceQuantize:
         return on_device(spec, device)
 
     def run(self, packed: ActivationFormat, x: Tensor) -> QTensor:
+        columns, x, sums, fp = packed.columns, x.float(), None, None
+        if columns is not None:
+            fp = None if columns.fp is None else x[..., columns.fp.long()].half()
+            if columns.order is not None:
+                x = x[..., columns.order.clamp_min(0).long()].masked_fill(columns.order < 0, 0.0)
         if packed.dynamic:
-            codes, scale = uniform.quantize_per_token(x.float(), packed.bits)
-            return QTensor(codes, scale, 0)
-        codes = uniform.quantize(x.float(), packed.scale, packed.zero_point, packed.bits)
-        return QTensor(codes, packed.scale, packed.zero_point)
+            codes, scale, zero_point = *uniform.quantize_per_token(x, packed.bits), 0
+        else:
+            scale, zero_point = packed.scale, packed.zero_point
+            codes = uniform.quantize(x, scale, zero_point, packed.bits)
+        if columns is not None:
+            if columns.row_sums:
+                ends = columns.segment_ends or (codes.shape[-1],)
+                sums = torch.stack([codes[..., a:b].sum(-1, dtype=torch.int32) for a, b in zip((0, *ends), ends)], -1)
+        return QTensor(codes, scale, zero_point, sums, fp)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -55,9 +67,15 @@ def readable(x: Tensor) -> Tensor:
 
 
 def on_device(fmt: ActivationFormat, device) -> ActivationFormat:
+    columns = None if fmt.columns is None else fmt.columns.to(device)
     if fmt.dynamic:
-        return fmt
-    return ActivationFormat(fmt.bits, scale=fmt.scale.to(device), zero_point=fmt.zero_point.to(device))
+        return replace(fmt, columns=columns)
+    return replace(fmt, scale=fmt.scale.to(device), zero_point=fmt.zero_point.to(device), columns=columns)
+
+
+def why_not_plain(fmt: ActivationFormat) -> str | None:
+    """The reason of kernels that write each feature's code in its place and nothing else."""
+    return None if fmt.columns is None else "it does not reorder columns, sum codes or keep float16 ones"
 
 
 def cpu_constants(fmt: ActivationFormat) -> tuple[ActivationFormat, float | None, int, int]:

@@ -1,9 +1,10 @@
 """Everything that follows an int8 GEMM, in one pass over its int32 accumulators.
 
-    y = act(sx[m]·sw[n]·(acc − correction[n]) + bias[n]) + residual
+    y = act(fma(acc·sx[m], scale[n], bias[n])) + residual
 
-then cast, or requantized. Fused multiply-adds are switched off: with them the float result, and so a code at a tie, would
-differ from the reference's.
+then cast, or requantized; without an activation the output format is in scale and bias, and y only needs rounding
+(`vitq.ops.linear.fold`). Other multiply-adds are not fused: a float result, and so a code at a tie, would differ from the
+reference's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vitq.cuda.triton.common import activate, on_device, to_codes
+from vitq.cuda.triton.common import activate, on_device, rint, to_codes
 from vitq.formats import int_range
 from vitq.ops.common import OutputFormat
 
@@ -25,40 +26,37 @@ TILE = (16, 64, 4)  # rows, columns, warps: on an H200 the best by 5 % of eight 
 
 @dataclass(frozen=True, eq=False)
 class Epilogue:
-    """A layer's constants on the GPU. scale: float32 [N], with the static input scale in it; correction: int32 [N], the
-    input's zero point times each row sum of the weight, or None; output: its tensors on the GPU too."""
+    """A layer's constants on the GPU. scale, bias: float32 [N] of `vitq.ops.linear.fold`; folded: the output format is in
+    them; output: its tensors on the GPU too."""
 
     scale: Tensor
-    correction: Tensor | None
-    bias: Tensor | None
+    bias: Tensor
+    folded: bool
     activation: str | None
     output: OutputFormat | None
 
 
 @triton.jit(do_not_specialize=["m"])  # batch sizes come and go, kernels should not
-def _epilogue(acc, out, scale, correction, bias, row_scale, residual, out_scale, out_zero, m, n, acc_stride, out_stride,
-              residual_stride, qmin, qmax, HAS_CORRECTION: tl.constexpr, HAS_BIAS: tl.constexpr,
-              HAS_ROW_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-              REQUANTIZE: tl.constexpr, PER_COLUMN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _epilogue(acc, out, scale, bias, row_scale, residual, out_scale, out_zero, m, n, acc_stride, out_stride,
+              residual_stride, qmin, qmax, HAS_ROW_SCALE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+              ACTIVATION: tl.constexpr, REQUANTIZE: tl.constexpr, FOLDED: tl.constexpr, PER_COLUMN: tl.constexpr,
+              ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     tiles = tl.cdiv(n, COLUMNS)
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = (tl.program_id(0) % tiles) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     real = column < n
     inside = (row < m) & real
-    total = tl.load(acc + row * acc_stride + column, mask=inside, other=0)
-    if HAS_CORRECTION:
-        total = total - tl.load(correction + column, mask=real, other=0)
-    s = tl.load(scale + column, mask=real, other=0.0)
+    y = tl.load(acc + row * acc_stride + column, mask=inside, other=0).to(tl.float32)
     if HAS_ROW_SCALE:
-        s = s * tl.load(row_scale + row, mask=row < m, other=0.0)
-    y = total.to(tl.float32) * s
-    if HAS_BIAS:
-        y = y + tl.load(bias + column, mask=real, other=0.0)
+        y = y * tl.load(row_scale + row, mask=row < m, other=0.0)
+    y = tl.fma(y, tl.load(scale + column, mask=real, other=0.0), tl.load(bias + column, mask=real, other=0.0))
     y = activate(y, ACTIVATION)
     if HAS_RESIDUAL:
         y = y + tl.load(residual + row * residual_stride + column, mask=inside, other=0.0).to(tl.float32)
     place = out + row * out_stride + column
-    if REQUANTIZE:
+    if FOLDED:
+        tl.store(place, tl.minimum(tl.maximum(rint(y), qmin), qmax).to(tl.int8), mask=inside)
+    elif REQUANTIZE:
         if PER_COLUMN:
             s_out = tl.load(out_scale + column, mask=real, other=1.0)
             z_out = tl.load(out_zero + column, mask=real, other=0).to(tl.float32)
@@ -85,10 +83,10 @@ def epilogue(constants: Epilogue, acc: Tensor, out: Tensor, row_scale: Tensor | 
     height, width, warps = TILE
     with on_device(acc):
         _epilogue[(triton.cdiv(m, height) * triton.cdiv(n, width),)](
-            acc, out, constants.scale, constants.correction, constants.bias, row_scale, residual,
+            acc, out, constants.scale, constants.bias, row_scale, residual,
             None if output is None else output.scale, None if output is None else output.zero_point, m, n, acc.stride(0),
             out.stride(0), 0 if residual is None else residual.stride(0), float(qmin), float(qmax),
-            HAS_CORRECTION=constants.correction is not None, HAS_BIAS=constants.bias is not None,
             HAS_ROW_SCALE=row_scale is not None, HAS_RESIDUAL=residual is not None, ACTIVATION=constants.activation,
-            REQUANTIZE=output is not None, PER_COLUMN=output is not None and output.scale.ndim > 0, ROWS=height,
-            COLUMNS=width, num_warps=warps, enable_fp_fusion=False)
+            REQUANTIZE=output is not None, FOLDED=constants.folded,
+            PER_COLUMN=output is not None and output.scale.ndim > 0, ROWS=height, COLUMNS=width, num_warps=warps,
+            enable_fp_fusion=False)

@@ -1,0 +1,373 @@
+"""torch.ops.vitq.*: opcheck and the reference's own arithmetic on CPU; on a GPU each case again, the kernels against the
+reference.
+
+Integers and plain quantization are equal bit for bit; after a norm, GELU or softmax a code may differ by 1 in 0.1 % of elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cuda_cases import CASES, attention, linear, rows
+from torch import Tensor
+
+import vitq.cuda
+from vitq.cuda import loader
+
+NAMES = ("linear", "attention", "rows", "patches", "widen_int4")
+OUTPUTS = {"linear": ("out",), "attention": ("out",), "rows": ("out", "sum", "row_scale", "row_sums", "fp_out"),
+           "patches": ("out",), "widen_int4": ("out",)}
+
+
+# running them ----------------------------------------------------------------------------------------------------------
+
+def call(op: str, arguments: dict[str, Any]) -> None:
+    getattr(torch.ops.vitq, op)(**arguments)
+
+
+def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Copies on the device with the same strides and the same sharing of memory (a residual that is `out`)."""
+    moved: dict[int, Tensor] = {}
+
+    def move(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in moved or not storage.nbytes():
+            whole = t.as_strided((storage.nbytes() // t.element_size(),), (1,), 0)
+            moved[storage.data_ptr()] = whole.to(device, copy=True)
+        return moved[storage.data_ptr()].as_strided(t.shape, t.stride(), t.storage_offset())
+
+    return {name: move(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def differences(op: str, got: dict[str, Any], want: dict[str, Any], share: float, error: float) -> list[str]:
+    """What of the outputs is not as it may be."""
+    wrong = []
+    for name in OUTPUTS[op]:
+        if want.get(name) is None or not want[name].numel():
+            continue
+        a, b = got[name].cpu(), want[name]
+        if b.dtype == torch.uint8:  # packed int4
+            a, b = (torch.stack([(t & 15).to(torch.int8), (t >> 4).to(torch.int8)]) for t in (a, b))
+            a, b = ((t ^ 8) - 8 for t in (a, b))
+        if b.is_floating_point():
+            limit = max(error, 1e-3 if share and b.dtype == torch.float16 else 0)
+            off = (a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-30)
+            if not torch.isfinite(a).all() or (not torch.equal(a, b) if not limit else off > limit):
+                wrong.append(f"{name}: relative error {off:.3g}, allowed {limit}")
+            continue
+        off = (a.int() - b.int()).abs()
+        # sums of codes may differ by as many as codes did
+        most = 0 if not share else 1 if name == "out" else max(1, int(share * b.numel()) + 3)
+        many = max(share * off.numel(), 2) if name == "out" else off.numel()
+        if int(off.max()) > most or int((off > 0).sum()) > many * bool(share):
+            wrong.append(f"{name}: {int((off > 0).sum())} of {off.numel()} differ, by up to {int(off.max())}; "
+                         f"allowed {most} in {share}")
+    return wrong
+
+
+def check(name: str, device: str = "cuda") -> dict[str, Any]:
+    op, make, share, error = CASES[name]
+    want = make()
+    got = on(device, want)
+    call(op, want)
+    call(op, got)
+    assert not (wrong := differences(op, got, want, share, error)), (name, wrong)
+    return got
+
+
+def families(every: int = 1) -> list[str]:
+    return list(CASES)[::every]
+
+
+@pytest.mark.parametrize("op", NAMES)
+def test_registered(op: str) -> None:
+    overload = getattr(torch.ops.vitq, op).default
+    for key in ("CPU", "CUDA", "Meta"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"vitq::{op}", key)
+    assert overload._schema.is_mutable and not overload._schema.returns
+
+
+@pytest.mark.parametrize("name", [n for n in families(23) if not n.startswith("attention (2, 1025")])
+def test_opcheck(name: str) -> None:
+    op, make, _, _ = CASES[name]
+    result = torch.library.opcheck(getattr(torch.ops.vitq, op).default, (), make())
+    assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", families())
+def test_cuda_equals_the_reference(name: str) -> None:
+    check(name)
+
+
+# some of each kind, with the configurations and circumstances in which a kernel could go wrong ----------------------------------
+
+def some(op: str, every: int) -> list[str]:
+    return [name for name, (which, *_) in CASES.items() if which == op][::every]
+
+
+def hopper() -> bool:
+    return loader.why_unavailable() is None and loader.capability(torch.cuda.current_device()) == 90
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+@pytest.mark.parametrize("name", some("linear", 7))
+def test_every_configuration(name: str, kernel: str) -> None:
+    """A configuration either refuses the case or is exact."""
+    if kernel == "sm90" and not hopper():
+        pytest.skip("needs an sm_90 GPU")
+    op, make, share, error = CASES[name]
+    want = make()
+    got = on("cuda", want)
+    call(op, want)
+    ran = 0
+    for index in range(getattr(loader.library(), f"vitq_linear_{kernel}_configs")()):
+        try:
+            call(op, {**got, "config": f"{kernel}:{index}"})
+        except RuntimeError as refused:
+            assert "code -2" in str(refused), refused
+            continue
+        ran += 1
+        if "in place" not in name:
+            assert not (wrong := differences(op, got, want, share, error)), (name, index, wrong)
+            got["out"].zero_()
+    sizes = want["out"].numel()
+    hopper_refuses = kernel == "sm90" and (want["weight_bits"] == 4 or want["input_bits"] == 4)
+    assert ran or not sizes or hopper_refuses
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for op in NAMES for n in some(op, 25)])
+def test_twenty_runs_are_equal(name: str) -> None:
+    op, make, _, _ = CASES[name]
+    if "in place" in name:
+        pytest.skip("changes its input")
+    got = on("cuda", make())
+    call(op, got)
+    first = {k: got[k].clone() for k in OUTPUTS[op] if isinstance(got.get(k), Tensor)}
+    for _ in range(20):
+        call(op, got)
+        assert all(torch.equal(got[k], first[k]) for k in first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for op in NAMES for n in some(op, 40)])
+def test_side_streams(name: str) -> None:
+    """The kernel waits for what its stream does, and only that: a long copy before it would show."""
+    op, make, share, error = CASES[name]
+    want = make()
+    arguments = on("cuda", want)
+    call(op, want)
+    stream, late = torch.cuda.Stream(), {k: v for k,
+                                         v in arguments.items() if isinstance(v, Tensor) and k not in OUTPUTS[op] and v.numel()}
+    kept = {k: v.clone() for k, v in late.items()}
+    if "in place" not in name:
+        for value in late.values():
+            if 0 not in value.stride():
+                value.zero_()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        for k, value in late.items():
+            if 0 not in value.stride() and "in place" not in name:
+                value.copy_(kept[k])
+        call(op, arguments)
+    stream.synchronize()
+    assert not (wrong := differences(op, arguments, want, share, error)), wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", [n for op in NAMES for n in some(op, 40)])
+def test_second_gpu(name: str) -> None:
+    assert torch.cuda.current_device() == 0
+    got = check(name, "cuda:1")
+    assert got["out"].device.index == 1 and torch.cuda.current_device() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [n for op in NAMES for n in some(op, 25)])
+def test_capture(name: str) -> None:
+    op, make, share, error = CASES[name]
+    if "in place" in name:
+        pytest.skip("changes its input")
+    want = make()
+    got = on("cuda", want)
+    call(op, want)
+    call(op, got)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(op, got)
+    for output in OUTPUTS[op]:
+        if isinstance(got.get(output), Tensor):
+            got[output].zero_()
+    graph.replay()
+    assert not (wrong := differences(op, got, want, share, error)), wrong
+
+
+@pytest.mark.gpu
+def test_sm80_kernels_where_they_are_forced(monkeypatch) -> None:
+    from vitq.cuda import tuning
+
+    monkeypatch.setenv("VITQ_FORCE_ARCH", "80")
+    loader.kernel_arch.cache_clear()
+    tuning.pick.cache_clear()
+    try:
+        assert loader.kernel_arch(torch.cuda.current_device()) == 80
+        for name in some("linear", 11):
+            check(name)
+    finally:
+        monkeypatch.undo()
+        loader.kernel_arch.cache_clear()
+        tuning.pick.cache_clear()
+
+
+@pytest.mark.gpu
+def test_compiled_by_inductor() -> None:
+    """The operators write into buffers that inductor allocates."""
+    arguments = on("cuda", linear(64, 96, 64, out=torch.float16, residual=torch.float16))
+
+    def run(codes: Tensor, residual: Tensor) -> Tensor:
+        out = torch.empty_like(residual)
+        torch.ops.vitq.linear(**{**arguments, "out": out, "codes": codes, "residual": residual})
+        return out * 2
+
+    torch._dynamo.reset()
+    got = torch.compile(run, fullgraph=True)(arguments["codes"], arguments["residual"])
+    assert torch.equal(got, run(arguments["codes"], arguments["residual"]))
+
+
+# what is refused -----------------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "linear": [
+        ({"out": torch.zeros(2, 3, 4, 5)}, "out is"), ({"out": torch.zeros(8, 40, dtype=torch.float64)}, "float64"),
+        ({"codes": torch.zeros(7, 64, dtype=torch.int8)}, "7 rows"), ({"codes": torch.zeros(8, 64)}, "codes is torch.float32"),
+        ({"weight": torch.zeros(40, 64, dtype=torch.int8)}, "layout.pack_weight"), ({"weight_bits": 5}, "weight_bits is 5"),
+        ({"scale": torch.ones(40)}, "scale is [40]"), ({"bias": torch.zeros(64).half()}, "bias is torch.float16"),
+        ({"activation": "silu"}, "'silu'"), ({"segment_ends": [20, 64]}, "segment_ends is [20, 64]"),
+        ({"row_sums": torch.zeros(8, 1, dtype=torch.int32)}, "row_sums is given alone"),
+        ({"residual": torch.zeros(8, 39)}, "[8, 39]"), ({"out_bits": 9}, "2 to 8 bits"),
+        ({"out": torch.zeros(8, 40, dtype=torch.int8), "residual": torch.zeros(8, 40)}, "residual is given"),
+        ({"codes_fp": torch.zeros(8, 16).half()}, "codes_fp is given alone")],
+    "attention": [
+        ({"q": torch.zeros(2, 5, 2, 16)}, "q is torch.float32"), ({"k": torch.zeros(2, 5, 2, 8, dtype=torch.int8)}, "k, v is"),
+        ({"out": torch.zeros(2, 5, 31)}, "out is [2, 5, 31]"), ({"p_bits": 9}, "p_bits is 9"),
+        ({"bias": torch.zeros(3, 5, 5)}, "bias is torch.float32 [3, 5, 5]"),
+        ({"mask": torch.zeros(3, 5, 5)}, "mask is of 3 windows"),
+        ({"window": [2, 3, 1, 1, 0, 0]}, "window is [2, 3, 1, 1, 0, 0]"), ({"window": [5, 1, 3, 1, 0, 0]}, "pad is None")],
+    "rows": [
+        ({"x": torch.zeros(4, 8, dtype=torch.int32)}, "x is torch.int32"), ({"x": torch.zeros(8, 4).t()}, "contiguous columns"),
+        ({"norm": "batch"}, "'batch'"), ({"out": torch.zeros(4, 9, dtype=torch.int8)}, "out is [4, 9]"),
+        ({"out": torch.zeros(4, 8)}, "float result of a norm"), ({"scale": 0.0}, "scale is 0.0"), ({"bits": 1}, "2 to 8 bits"),
+        ({"weight": torch.zeros(7)}, "weight is torch.float32 [7]"), ({"segment_ends": [4]}, "segment_ends is [4]"),
+        ({"row_scale": torch.zeros(3)}, "row_scale is"),
+        ({"fp_order": torch.zeros(2, dtype=torch.int32)}, "fp_order is given alone"), ({"merge": True}, "[.., H, W, C]"),
+        ({"residual": torch.zeros(4, 7)}, "residual is")],
+    "patches": [({"images": torch.zeros(2, 3, 8, 8).permute(0, 2, 3, 1)}, "contiguous float [B, C, H, W]"),
+                ({"patch_h": 0}, "(0, 4)"), ({"out": torch.zeros(8, 47, dtype=torch.int8)}, "int8 [8, 48]"),
+                ({"scale": -1.0}, "scale is -1.0")],
+    "widen_int4": [({"packed": torch.zeros(32, 33, dtype=torch.uint8)}, "[32, 33]"),
+                   ({"out": torch.zeros(32, 63, dtype=torch.int8)}, "[32, 63]")],
+}
+VALID: dict[str, Callable[[], dict[str, Any]]] = {
+    "linear": lambda: linear(8, 40, 64), "attention": lambda: attention(2, 5, 2, 16), "rows": lambda: rows(torch.zeros(4, 8)),
+    "patches": lambda: dict(out=torch.zeros(8, 48, dtype=torch.int8), images=torch.zeros(2, 3, 8, 8), patch_h=4, patch_w=4,
+                            scale=1.0, zero_point=0, bits=8),
+    "widen_int4": lambda: dict(out=torch.zeros(32, 64, dtype=torch.int8), packed=torch.zeros(32, 32, dtype=torch.uint8))}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("op, change, words",
+                         [(op, change, words) for op, changes in REFUSED.items() for change, words in changes])
+def test_mistakes_name_the_argument(op: str, change: dict[str, Any], words: str, device: str) -> None:
+    arguments = on(device, {**VALID[op](), **change})
+    with pytest.raises((ValueError, TypeError)) as caught:
+        call(op, arguments)
+    assert words in str(caught.value)
+
+
+@pytest.mark.gpu
+def test_tensors_of_two_devices_are_refused() -> None:
+    arguments = on("cuda", linear(8, 40, 64))
+    with pytest.raises((ValueError, RuntimeError, NotImplementedError)):
+        call("linear", {**arguments, "scale": arguments["scale"].cpu()})
+
+
+def test_import_needs_no_library() -> None:
+    assert vitq.cuda.why_unavailable is loader.why_unavailable
+
+
+# what the library is given, without one ------------------------------------------------------------------------------------
+
+@pytest.fixture
+def launched(monkeypatch) -> list:
+    """Structs that the CUDA implementations, called on CPU tensors, would hand to the library."""
+    from vitq.cuda import ops, tuning
+
+    calls: list = []
+    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_attention", "vitq_rows", "vitq_patches")
+    monkeypatch.setattr(loader, "library", lambda: type("Library", (), {name: name for name in names}))
+    monkeypatch.setattr(ops, "_launch", lambda function, arguments, device: calls.append((function, arguments)) or 0)
+    monkeypatch.setattr(tuning, "pick", lambda case, device: (80, -1))
+    return calls
+
+
+@pytest.mark.parametrize("name", list(CASES)[::5])
+def test_every_case_makes_its_struct(name: str, launched: list) -> None:
+    from vitq.cuda import ops
+
+    op, make, _, _ = CASES[name]
+    if op == "widen_int4":
+        return  # it has no struct
+    arguments = make()
+    getattr(ops, f"_{op}")(**arguments)
+    assert len(launched) == (1 if arguments["out"].numel() and arguments.get("x", arguments["out"]).numel() else 0)
+
+
+def test_the_struct_of_linear(launched: list) -> None:
+    from vitq.cuda import ops
+
+    arguments = linear(68, 37, 70, out=torch.float16, residual=torch.float16, grouped=17, expanded=True, bits=4, ends=(64, 70),
+                       zero=True, fp=16)
+    ops._linear(**arguments, config="sm90:3")
+    (function, s), = launched
+    assert (function, s.config) == ("vitq_linear_sm90", 3)
+    assert (s.m, s.n, s.k, s.a_columns, s.a_bits, s.weight_bits, s.segments, list(s.segment_ends)) == (68, 37, 128, 70, 8, 4, 2,
+                                                                                                       [64, 128, 0, 0])
+    assert (s.lda, s.lda_fp, s.k_fp, s.rows_per_group) == (arguments["codes"].stride(0), 16, 16, 17)
+    assert (s.out.data, s.out.row_stride, s.out.group_stride, s.out.dtype) == (arguments["out"].data_ptr(), 37, 18 * 37, 1)
+    assert (s.residual.row_stride, s.residual.group_stride) == (37, 0)
+    assert (s.scale, s.zero, s.bias) == tuple(arguments[n].data_ptr() for n in ("scale", "zero", "bias")) and s.row_scale is None
+    with pytest.raises(ValueError, match="sm90:3"):
+        ops._linear(**arguments, config="sm100")
+
+
+def test_the_struct_of_rows(launched: list) -> None:
+    from vitq.cuda import ops
+
+    x = torch.zeros(4, 17, 96).half()[:, 1:]
+    ops._rows(**rows(x, norm="layer_norm", order=64, dynamic=True, sums=True, ends=(32, 64)))
+    s = launched[0][1]
+    assert (s.m, s.columns, s.rows_per_group, s.x.row_stride, s.x.group_stride, s.x.dtype) == (64, 96, 16, 96, 17 * 96, 1)
+    assert (s.out_columns, s.out_stride, s.segments, list(s.segment_ends)[:2], s.norm, s.qmin, s.qmax) == (64, 64, 2, [32, 64], 1,
+                                                                                                           -128, 127)
+    ops._rows(**rows(torch.zeros(2, 7, 5, 8), merge=True))
+    s = launched[1][1]
+    assert (s.m, s.columns, s.merge_height, s.merge_width) == (2 * 4 * 3, 32, 7, 5)
+
+
+def test_the_struct_of_attention(launched: list) -> None:
+    from vitq.cuda import ops
+
+    arguments = attention(2, 12 * 13, 3, 32, window=(12, 13, 7, 7, 3, 2), bias=1, out=torch.int8)
+    ops._attention(**arguments)
+    s = launched[0][1]
+    assert (s.batch, s.heads, s.queries, s.keys, s.dim) == (2, 3, 49, 49, 32)
+    assert (s.height, s.width, s.window_h, s.window_w, s.shift_h, s.shift_w) == (12, 13, 7, 7, 3, 2)
+    assert (list(s.q_strides), s.bias_head, s.bias_row, s.mask_windows, s.out_dtype) == ([156 * 9 * 32, 9 * 32, 32], 0, 49, 1, 3)

@@ -1,0 +1,295 @@
+"""Cases of torch.ops.vitq.*: name -> (operator, a function that makes its arguments on the CPU, the share of codes that may differ
+by one, the relative error that floats may have). tests/cuda/test_ops.py runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq.cuda.layout import pack_weight, pad_columns, permute_rows
+from vitq.formats import int_range, pack_int4
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def codes(*shape: int, bits: int = 8, seed: int = 0) -> Tensor:
+    lo, hi = int_range(bits)
+    return torch.randint(lo, hi + 1, shape, dtype=torch.int8, generator=generator(seed))
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed))
+
+
+def strided(x: Tensor, multiple: int = 16) -> Tensor:
+    """The same values, rows at multiples of 16 elements and 16 more, as a view of a larger matrix."""
+    wide = x.new_zeros(*x.shape[:-1], -(-x.shape[-1] // multiple) * multiple + multiple)
+    wide[..., : x.shape[-1]] = x
+    return wide[..., : x.shape[-1]]
+
+
+CASES: dict[str, tuple[str, Callable[[], dict[str, Any]], float, float]] = {}
+
+
+def case(name: str, op: str, make: Callable[[], dict[str, Any]], share: float = 0.0, error: float = 0.0) -> None:
+    assert name not in CASES
+    CASES[name] = op, make, share, error
+
+
+def linear(m: int, n: int, k: int, *, bits: int = 8, input_bits: int = 8, out: torch.dtype = torch.float32, activation: str = "",
+           dynamic: bool = False, residual: torch.dtype | None = None, ends: tuple[int, ...] = (), zero: bool = False,
+           fp: int = 0, out_bits: int = 8, bias: bool = True, extremes: bool = False, grouped: int = 0, inplace: bool = False,
+           expanded: bool = False) -> dict[str, Any]:
+    segments = max(len(ends), 1)
+    a = torch.full((m, k), -128, dtype=torch.int8) if extremes else codes(m, k, bits=input_bits, seed=1)
+    w = torch.full((n, k), -128 if bits == 8 else -8, dtype=torch.int8) if extremes else codes(n, k, bits=bits, seed=2)
+    sigma = k**0.5 * 2.0 ** (bits + input_bits - 2) / 3
+    to_codes = out == torch.int8 and not activation
+    scale = (torch.rand(segments, n, generator=generator(3)) + 0.5) / sigma * (40 if to_codes else 1)
+    if input_bits == 4:
+        even = F.pad(a, (0, k % 2))
+        a = strided(pack_int4(even))
+    else:
+        a = strided(a)
+    result: dict[str, Any] = dict(
+        out=torch.zeros(m, n, dtype=out), codes=a, weight=pack_weight(w, bits, plain=input_bits == 4), scale=pad_columns(scale),
+        bias=pad_columns(randn(n, seed=4) * (10 if to_codes else 1)) if bias else None, weight_bits=bits, input_bits=input_bits,
+        activation=activation, segment_ends=list(ends), out_bits=out_bits)
+    if out == torch.int8 and activation:
+        result |= dict(out_scale=0.0173 if out_bits == 8 else 0.3, out_zero_point=-11 if out_bits == 8 else 2)
+    if dynamic:
+        result["row_scale"] = torch.rand(m, generator=generator(5)) + 0.3
+    if zero:
+        result |= dict(zero=pad_columns(randn(segments, n, seed=6) / sigma),
+                       row_sums=torch.randint(-9999, 9999, (m, segments), dtype=torch.int32,
+                                                                                                  generator=generator(7)))
+    if fp:
+        weight_fp = permute_rows(randn(n, fp, seed=8).half() / 8)
+        result |= dict(codes_fp=randn(m, fp, seed=9).half(), weight_fp=weight_fp)
+    if residual is not None:
+        result["residual"] = randn(m, n, seed=10).to(residual)
+    if grouped:  # [G, R, N] within [G, R + 1, N], as tokens beside a class token
+        shape = m // grouped, grouped, n
+        result["out"] = torch.zeros(m // grouped, grouped + 1, n, dtype=out)[:, 1:]
+        if residual is not None:
+            wide = torch.zeros(m // grouped, grouped + 2, n, dtype=residual)[:, 2:]
+            result["residual"] = randn(1, grouped, n,
+                                       seed=10).to(residual).expand(shape) if expanded else wide.copy_(randn(*shape, seed=10))
+    if inplace:
+        result["out"] = result["residual"]
+    return result
+
+
+SIZES = [(197, 96, 64), (1, 1000, 384), (16, 10, 48), (17, 37, 70), (3, 1, 5), (0, 32, 64), (300, 257, 96), (130, 384, 1536),
+         (5, 64, 4096)]
+for m, n, k in SIZES:
+    size = f"{m}x{n}x{k}"
+    case(f"linear {size}", "linear", lambda m=m, n=n, k=k: linear(m, n, k))
+    case(f"linear {size} w4", "linear", lambda m=m, n=n, k=k: linear(m, n, k, bits=4))
+    case(f"linear {size} codes", "linear", lambda m=m, n=n, k=k: linear(m, n, k, out=torch.int8))
+    case(f"linear {size} w4 codes4", "linear", lambda m=m, n=n, k=k: linear(m, n, k, bits=4, out=torch.int8, out_bits=4))
+    case(f"linear {size} gelu codes", "linear", lambda m=m, n=n, k=k: linear(m, n, k, out=torch.int8, activation="gelu"), 1e-3)
+    case(f"linear {size} half residual", "linear", lambda m=m, n=n,
+         k=k: linear(m, n, k, out=torch.float16, residual=torch.float16))
+    case(f"linear {size} a4w4", "linear", lambda m=m, n=n, k=k: linear(m, n, k, bits=4, input_bits=4))
+for activation in ("relu", "gelu", "gelu_tanh"):
+    for bits in (8, 4):
+        case(f"linear {activation} w{bits} codes", "linear",
+             lambda a=activation, b=bits: linear(100, 200, 96, bits=b, out=torch.int8, activation=a), 1e-3)
+        case(f"linear {activation} w{bits} codes4 dynamic", "linear",
+             lambda a=activation, b=bits: linear(100, 200, 96, bits=b, out=torch.int8, activation=a, out_bits=4, dynamic=True),
+             1e-3)
+    case(f"linear {activation} float", "linear", lambda a=activation: linear(100, 200, 96, activation=a), 0, 2e-5)
+    case(f"linear {activation} half residual", "linear",
+         lambda a=activation: linear(100, 200, 96, activation=a, out=torch.float16, residual=torch.float16), 0, 1e-3)
+for out in (torch.float16, torch.bfloat16, torch.float32):
+    for residual in (None, torch.float16, torch.bfloat16, torch.float32):
+        case(f"linear {out} + {residual}", "linear", lambda o=out,
+             r=residual: linear(70, 72, 64, out=o, residual=r, dynamic=True))
+    case(f"linear {out} in place", "linear", lambda o=out: linear(70, 72, 64, out=o, residual=o, inplace=True))
+    case(f"linear {out} groups in place", "linear", lambda o=out: linear(68, 72, 64, out=o, residual=o, grouped=17, inplace=True))
+    case(f"linear {out} groups", "linear", lambda o=out: linear(68, 72, 64, out=o, residual=o, grouped=17))
+    case(f"linear {out} groups, one residual for all", "linear",
+         lambda o=out: linear(68, 37, 64, out=o, residual=o, grouped=17, expanded=True))
+for bits in (8, 4):
+    case(f"linear w{bits} no bias", "linear", lambda b=bits: linear(33, 40, 64, bits=b, bias=False))
+    case(f"linear w{bits} extremes", "linear", lambda b=bits: linear(64, 64, 4096, bits=b, extremes=True))
+    case(f"linear w{bits} dynamic codes", "linear", lambda b=bits: linear(90, 128, 96, bits=b, out=torch.int8, dynamic=True))
+    for ends in ((), (64, 192), (32, 64, 96, 192)):
+        name = f"linear w{bits} {len(ends) or 1} segments"
+        case(name, "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e))
+        case(f"{name} zero", "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, zero=True))
+        case(f"{name} zero dynamic", "linear", lambda b=bits,
+             e=ends: linear(150, 100, 192, bits=b, ends=e, zero=True, dynamic=True))
+        case(f"{name} zero codes", "linear", lambda b=bits,
+             e=ends: linear(150, 100, 192, bits=b, ends=e, zero=True, out=torch.int8))
+        case(f"{name} gelu codes", "linear",
+             lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, out=torch.int8, activation="gelu"), 1e-3)
+        case(f"{name} fp16 columns", "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, fp=32), 0, 1e-5)
+        case(f"{name} fp16 columns, zero, residual", "linear", lambda b=bits, e=ends: linear(
+            150, 100, 192, bits=b, ends=e, fp=16, zero=True, dynamic=True, out=torch.float16, residual=torch.float16), 0, 1e-3)
+case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), zero=True))
+case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out=torch.int8))
+
+
+def attention(b: int, n: int, h: int, d: int, *, m: int = 0, zero: tuple[int, int, int] = (0, 0, 0), p_bits: int = 8,
+              bits: int = 8, out: torch.dtype = torch.float32, bias: int = 0, mask: int = 0, window: tuple[int, ...] = (),
+              spread: float = 4.0, blind: bool = False) -> dict[str, Any]:
+    """Logits of a standard deviation near `spread`, as trained ViTs have."""
+    sigma = 2 ** (bits - 1) / 3.5
+    qmin, qmax = int_range(bits)
+
+    def operand(tokens: int, which: int) -> Tensor:
+        return (randn(b, tokens, h, d, seed=which) * sigma + zero[which]).round().clamp(qmin, qmax).to(torch.int8)
+
+    if m:
+        q, k, v = operand(n, 0), operand(m, 1), operand(m, 2)
+    else:  # as one GEMM writes them
+        q, k, v = torch.stack([operand(n, i) for i in range(3)], 2).unbind(2)
+    queries, keys = (window[2] * window[3],) * 2 if window else (n, m or n)
+    result: dict[str, Any] = dict(
+        out=torch.zeros(b, n, h * d, dtype=out), q=q, k=k, v=v, logit_scale=spread / (sigma**2 * d**0.5), v_scale=1 / sigma,
+        q_zero=zero[0], v_zero=zero[2], p_bits=p_bits, window=list(window))
+    if bias:
+        result["bias"] = randn(bias, queries, keys, seed=5)
+        if blind:
+            result["bias"][:, 3 % queries] = float("-inf")
+    if mask:
+        result["mask"] = torch.where(torch.rand(mask, queries, keys, generator=generator(6)) < 0.4, -100.0, 0.0)
+    if window:
+        result["pad"] = codes(3, h, d, bits=bits, seed=7)
+    if out == torch.int8:
+        result |= dict(out_scale=0.011, out_zero_point=4)
+    return result
+
+
+# A probability at a rounding tie moves by one code; that is all that floats may differ by, beside float32 rounding.
+for shape in ((2, 197, 3, 64), (3, 49, 2, 32), (1, 50, 2, 80), (2, 1, 1, 16), (1, 300, 1, 24), (1, 577, 1, 128), (2, 257, 2, 72),
+              (0, 5, 1, 32), (5, 64, 3, 32), (1, 33, 1, 7), (2, 1025, 1, 64)):
+    for zero in ((0, 0, 0), (-20, 9, 33)):
+        case(f"attention {shape} zero {zero}", "attention", lambda s=shape, z=zero: attention(*s, zero=z), 0, 2e-3)
+    case(f"attention {shape} codes", "attention", lambda s=shape: attention(*s, zero=(1, 2, 3), out=torch.int8), 1e-3)
+for p_bits in (8, 7, 4):
+    for bits in (8, 4):
+        case(f"attention p{p_bits} a{bits}", "attention",
+             lambda p=p_bits, b=bits: attention(2, 60, 2, 32, zero=(1, 2, 3), p_bits=p, bits=b), 0, 4e-3)
+for out in (torch.float16, torch.bfloat16):
+    case(f"attention {out}", "attention", lambda o=out: attention(2, 197, 2, 64, out=o), 0, 8e-3)
+for n in (40, 64, 270):
+    for heads in (1, 2):
+        case(f"attention {n} bias {heads}", "attention", lambda n=n, h=heads: attention(6, n, 2, 32, zero=(7, 1, -3), bias=h), 0,
+             2e-3)
+    case(f"attention {n} mask", "attention", lambda n=n: attention(6, n, 2, 32, mask=3), 0, 2e-3)
+    case(f"attention {n} both", "attention", lambda n=n: attention(6, n, 2, 32, bias=2, mask=2, out=torch.int8), 1e-3)
+    case(f"attention {n} blind", "attention", lambda n=n: attention(2, n, 2, 32, bias=2, blind=True, zero=(3, 0, 5)), 0, 2e-3)
+case("attention cross", "attention", lambda: attention(2, 30, 2, 64, m=77, zero=(1, 0, 2)), 0, 2e-3)
+for spread in (1e-3, 100.0):
+    case(f"attention spread {spread}", "attention", lambda s=spread: attention(2, 197, 2, 64, spread=s), 0, 2e-3)
+for window in ((56, 56, 7, 7, 0, 0), (56, 56, 7, 7, 3, 3), (14, 14, 7, 7, 3, 3), (10, 13, 7, 7, 3, 3), (9, 9, 7, 7, 0, 0),
+               (16, 16, 8, 8, 4, 4), (7, 7, 7, 7, 0, 0), (12, 24, 12, 12, 6, 0), (5, 5, 7, 7, 3, 0)):
+    for out in (torch.int8, torch.float16):
+        case(f"attention window {window} {out}", "attention", lambda w=window, o=out: attention(
+            2, w[0] * w[1], 3, 32, window=w, bias=3, zero=(3, -4, 5), out=o), 1e-3, 4e-3)
+
+
+def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = False, norm: str = "", affine: bool = True,
+         out: torch.dtype = torch.int8, residual: bool = False, order: int = 0, ends: tuple[int, ...] = (), sums: bool = False,
+         fp: int = 0, merge: bool = False, scale: float = 0.0311, zero_point: int = -7) -> dict[str, Any]:
+    lead, k = x.shape[:-1], x.shape[-1]
+    if merge:
+        lead, k = (*lead[:-2], (lead[-2] + 1) // 2, (lead[-1] + 1) // 2), 4 * k
+    m, width = lead.numel() if isinstance(lead, torch.Size) else torch.Size(lead).numel(), order or k
+    shape = (*lead, (width + 1) // 2 if packed else width)
+    result: dict[str, Any] = dict(
+        out=torch.zeros(shape, dtype=torch.uint8 if packed else out), x=x, norm=norm, eps=1e-6, bits=bits,
+        scale=scale if bits == 8 else 0.4, zero_point=0 if dynamic else zero_point if bits == 8 else 2, merge=merge,
+        segment_ends=list(ends))
+    if norm and affine:
+        result["weight"] = randn(k, seed=3) + 1
+        result |= dict(bias=randn(k, seed=4)) if norm == "layer_norm" else {}
+    if residual:
+        result |= dict(residual=randn(*x.shape, seed=5).to(x.dtype), sum=torch.zeros(x.shape, dtype=x.dtype))
+    if order:
+        index = torch.randperm(k, generator=generator(6))[: order].to(torch.int32)
+        result["order"] = F.pad(index, (0, order - len(index)), value=-1)
+        result["order"][1::7] = -1
+    if dynamic:
+        result["row_scale"] = torch.zeros(m)
+    if sums:
+        result["row_sums"] = torch.zeros(m, max(len(ends), 1), dtype=torch.int32)
+    if fp:
+        result |= dict(fp_order=torch.tensor([*range(0, 3 * fp, 3)][: fp - 1] + [-1], dtype=torch.int32).clamp_max(k - 1),
+                       fp_out=torch.zeros(m, fp, dtype=torch.float16))
+    return result
+
+
+def awkward(m: int, k: int) -> Tensor:
+    """Signed, asymmetric, with outliers, ties, a row of zeros and a constant row."""
+    x = randn(m, k) * 2 + 0.3
+    if m > 3 and k > 1:
+        x[0], x[1] = 0, -4.125
+        x[2, : k // 2] = 0.0311 / 2
+        x[3, 0] = 1e4
+    return x
+
+
+INPUTS: dict[str, Callable[[], Tensor]] = {
+    "plain": lambda: awkward(37, 384),
+    "odd": lambda: randn(5, 3, 77),
+    "class token": lambda: randn(9, 17, 96)[:, 0],
+    "patch tokens": lambda: randn(4, 17, 96)[:, 1:],
+    "one column": lambda: randn(7, 1),
+    "zeros": lambda: torch.zeros(5, 64),
+    "outliers": lambda: randn(21, 200) * torch.where(torch.rand(200, generator=generator(1)) < 0.05, 300.0, 1.0),
+    "no rows": lambda: randn(0, 64),
+    "wide": lambda: randn(3, 5000),
+    "768": lambda: awkward(50, 768),
+    "1536": lambda: awkward(9, 1536),
+    "192 in 4-d": lambda: randn(2, 5, 6, 192),
+}
+for kind, make in INPUTS.items():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        def x(make=make, dtype=dtype):
+            source = make()  # casting keeps the strides only of dense tensors
+            return source.to(dtype) if source.is_contiguous() else torch.empty_strided(
+                source.shape, source.stride(), dtype=dtype).copy_(source)
+
+        for name, options in {"static": {}, "static4": {"bits": 4}, "dynamic": {"dynamic": True},
+                              "dynamic4": {"dynamic": True, "bits": 4}}.items():
+            case(f"rows {kind} {dtype} {name}", "rows", lambda x=x, o=options: rows(x(), **o))
+        case(f"rows {kind} {dtype} packed", "rows", lambda x=x: rows(x(), bits=4, packed=True))
+        case(f"rows {kind} {dtype} norm", "rows", lambda x=x: rows(x(), norm="layer_norm"), 1e-3)
+        case(f"rows {kind} {dtype} norm dynamic", "rows", lambda x=x: rows(x(), norm="layer_norm", dynamic=True), 1e-3, 1e-5)
+        case(f"rows {kind} {dtype} rms packed", "rows", lambda x=x: rows(x(), norm="rms_norm", bits=4, packed=True, dynamic=True),
+             1e-3, 1e-5)
+        case(f"rows {kind} {dtype} norm to float", "rows", lambda x=x, d=dtype: rows(x(), norm="layer_norm", out=d), 0,
+             1e-5 if dtype == torch.float32 else 1e-2)
+        case(f"rows {kind} {dtype} residual norm", "rows", lambda x=x: rows(x(), norm="layer_norm", affine=False, residual=True),
+             1e-3)
+for k, order, ends in ((96, 96, (32, 96)), (200, 256, (64, 128, 256)), (77, 64, ()), (768, 768, (96, 768)), (40, 70, ())):
+    for dynamic in (False, True):
+        for norm in ("", "layer_norm"):
+            case(f"rows {k} -> {order} in {ends} dynamic {dynamic} norm {norm}", "rows", lambda k=k, o=order, e=ends, d=dynamic,
+                 n=norm: rows(
+                awkward(23, k).half(), order=o, ends=e, sums=True, dynamic=d, norm=n, fp=16 if k > 60 else 0),
+                1e-3 if norm else 0, 1e-5)
+for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
+    for dynamic in (False, True):
+        case(f"rows merge {shape} dynamic {dynamic}", "rows",
+             lambda s=shape, d=dynamic: rows(randn(*s).half(), merge=True, norm="layer_norm", dynamic=d), 1e-3, 1e-5)
+
+for shape, patch in (((2, 3, 224, 224), (16, 16)), ((1, 3, 30, 33), (14, 14)), ((2, 3, 56, 56), (4, 4)),
+                     ((0, 3, 32, 32), (16, 16)), ((1, 1, 9, 7), (3, 2))):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        case(f"patches {shape} {patch} {dtype}", "patches", lambda s=shape, p=patch, d=dtype: dict(
+            out=torch.zeros(s[0] * (s[2] // p[0]) * (s[3] // p[1]), s[1] * p[0] * p[1], dtype=torch.int8), images=randn(*s).to(d),
+            patch_h=p[0], patch_w=p[1], scale=0.0187, zero_point=-3, bits=8))
+for n, k in ((32, 64), (96, 128), (384, 1536), (0, 64)):
+    case(f"widen_int4 {n}x{k}", "widen_int4", lambda n=n, k=k: dict(out=torch.zeros(n, k, dtype=torch.int8),
+                                                                    packed=pack_weight(codes(n, k, bits=4), 4)))

@@ -1,0 +1,221 @@
+"""What the operators of `vitq.cuda.ops` take. Every refusal names the operator, the argument, what was given and what is
+allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq.cuda import loader
+from vitq.cuda.layout import COLUMNS, round_up
+from vitq.formats import int_range
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def refuse(op: str, argument: str, given: Any, allowed: str, error: type[Exception] = ValueError) -> None:
+    raise error(f"vitq::{op}: {argument} is {given}; it must be {allowed}")
+
+
+def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, zero, row_sums, segment_ends, codes_fp,
+                 weight_fp, activation, out_bits) -> tuple[int, int]:
+    """M and N; ValueError or TypeError that names the argument."""
+    if out.ndim not in (2, 3) or out.stride(-1) != 1 and out.shape[-1] > 1:
+        refuse("linear", "out", f"{list(out.shape)} with strides {list(out.stride())}",
+               "[M, N] or [G, R, N] with contiguous columns")
+    n = out.shape[-1]
+    m = out.shape[0] if out.ndim == 2 else out.shape[0] * out.shape[1]
+    if out.dtype != torch.int8 and out.dtype not in FLOATS:
+        refuse("linear", "out", out.dtype, "int8, float16, bfloat16 or float32", TypeError)
+    for name, bits, tensor in (("weight", weight_bits, weight), ("codes", input_bits, codes)):
+        if bits not in COLUMNS:
+            refuse("linear", "weight_bits" if name == "weight" else "input_bits", bits, "8 or 4")
+        if tensor.dtype != (torch.int8 if bits == 8 else torch.uint8):
+            refuse("linear", name, tensor.dtype, "int8 with 8 bits, uint8 (two codes a byte) with 4", TypeError)
+        if tensor.ndim != 2 or tensor.stride(1) != 1 and tensor.shape[1] > 1:
+            refuse("linear", name, f"{list(tensor.shape)} with strides {list(tensor.stride())}",
+                   "a matrix with contiguous columns")
+    n_pad = round_up(n, 32)
+    k, columns = weight.shape[1] * (8 // weight_bits), codes.shape[1] * (8 // input_bits)
+    if codes.shape[0] != m:
+        refuse("linear", "codes", f"of {codes.shape[0]} rows", f"of out's {m}")
+    if weight.shape[0] != n_pad or k % COLUMNS[weight_bits] or columns > k or not weight.is_contiguous():
+        refuse("linear", "weight", f"{list(weight.shape)}",
+               f"as layout.pack_weight makes it for N={n} and at least {columns} columns")
+    segments = len(segment_ends) or 1
+    if segment_ends:
+        inner = segment_ends[:-1]
+        if segments > loader.MAX_SEGMENTS or any(e % 32 for e in inner) or list(segment_ends) != sorted(set(segment_ends)) or (
+                segment_ends[0] <= 0 or segment_ends[-1] > k or segment_ends[-1] < columns):
+            refuse("linear", "segment_ends", list(segment_ends),
+                   f"up to {loader.MAX_SEGMENTS} ascending ends, multiples of 32 but for the last, beyond the {columns} columns")
+    if scale.numel() != segments * n_pad:
+        refuse("linear", "scale", list(scale.shape), f"[{segments}, {n_pad}]")
+    if (zero is None) != (row_sums is None):
+        refuse("linear", "zero" if zero is not None else "row_sums", "given alone", "given with the other of zero and row_sums")
+    if (codes_fp is None) != (weight_fp is None):
+        refuse("linear", "codes_fp" if weight_fp is None else "weight_fp", "given alone", "given with the other of the two")
+    if activation not in loader.ACTIVATIONS:
+        refuse("linear", "activation", repr(activation), ", ".join(map(repr, loader.ACTIVATIONS)))
+    f32 = torch.float32
+    for name, tensor, dtype, size in (("scale", scale, f32, segments * n_pad), ("zero", zero, f32, segments * n_pad),
+                                      ("bias", bias, f32, n_pad), ("row_scale", row_scale, f32, m),
+                                      ("row_sums", row_sums, torch.int32, m * segments)):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous():
+            refuse("linear", name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous {dtype} of {size} elements")
+    if weight_fp is not None:
+        shape = m, weight_fp.shape[1]
+        if codes_fp.dtype != torch.float16 or codes_fp.ndim != 2 or codes_fp.shape != shape or codes_fp.stride(0) % 8:
+            refuse("linear", "codes_fp", f"{codes_fp.dtype} {list(codes_fp.shape)}", f"float16 [{m}, {weight_fp.shape[1]}]")
+        if weight_fp.dtype != torch.float16 or weight_fp.shape[0] != n_pad or shape[1] % 16 or not weight_fp.is_contiguous():
+            refuse("linear", "weight_fp", f"{weight_fp.dtype} {list(weight_fp.shape)}", f"float16 [{n_pad}, a multiple of 16]")
+    if residual is not None:
+        if residual.dtype not in FLOATS or residual.shape != out.shape or residual.stride(-1) != 1 and n > 1:
+            refuse("linear", "residual", f"{residual.dtype} {list(residual.shape)}",
+                   f"float {list(out.shape)} with contiguous columns")
+        if out.dtype == torch.int8:
+            refuse("linear", "residual", "given", "left out where codes are written")
+    int_range(out_bits)
+    _same_device("linear", out, codes, weight, scale, bias, row_scale, residual, zero, row_sums, codes_fp, weight_fp)
+    return m, n
+
+
+def attention(out, q, k, v, bias, mask, window, pad, p_bits) -> None:
+    """ValueError or TypeError that names the argument."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dtype != torch.int8 or tensor.ndim != 4 or tensor.stride(3) != 1 and tensor.shape[3] > 1:
+            refuse("attention", name, f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}",
+                   "int8 [B, tokens, H, D] with unit stride in D")
+    batch, tokens, heads, dim = q.shape
+    if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim):
+        refuse("attention", "k, v", f"{list(k.shape)}, {list(v.shape)}", f"[{batch}, tokens, {heads}, {dim}] both, as q is")
+    if out.dtype != torch.int8 and out.dtype not in FLOATS:
+        refuse("attention", "out", out.dtype, "int8, float16, bfloat16 or float32", TypeError)
+    if out.shape != (batch, tokens, heads * dim) or not out.is_contiguous():
+        refuse("attention", "out", f"{list(out.shape)} with strides {list(out.stride())}",
+               f"contiguous [{batch}, {tokens}, {heads * dim}]")
+    if not 2 <= p_bits <= 8:
+        refuse("attention", "p_bits", p_bits, "2 to 8")
+    queries, keys = tokens, k.shape[1]
+    if window:
+        if len(window) != 6 or window[0] * window[1] != tokens or min(window[:4]) < 1 or min(window[4:]) < 0 or (
+                window[4] >= window[2] or window[5] >= window[3]) or keys != tokens:
+            refuse("attention", "window", list(window),
+                   f"[height, width, window_h, window_w, shift_h, shift_w] of images of {tokens} tokens, shifts below the window")
+        queries = keys = window[2] * window[3]
+        if pad is None and (window[0] % window[2] or window[1] % window[3]):
+            refuse("attention", "pad", None, "given where the image is not made of whole windows")
+        if mask is not None:
+            refuse("attention", "mask", "given", "left out with window, which masks what a shift brought together")
+    for name, tensor, leading in (("bias", bias, (1, heads)), ("mask", mask, None)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.ndim != 3 or tensor.shape[1:] != (queries, keys) or (
+                leading is not None and tensor.shape[0] not in leading) or tensor.stride(2) != 1 and keys > 1:
+            refuse("attention", name, f"{tensor.dtype} {list(tensor.shape)}", f"float32 [{heads} or 1, {queries}, {keys}]"
+                   if leading else f"float32 [windows, {queries}, {keys}]")
+    if mask is not None and (not mask.shape[0] or batch % mask.shape[0]):
+        refuse("attention", "mask", f"of {mask.shape[0]} windows", f"a divisor of the batch of {batch}")
+    if pad is not None and (pad.dtype != torch.int8 or pad.shape != (3, heads, dim) or not pad.is_contiguous()):
+        refuse("attention", "pad", f"{pad.dtype} {list(pad.shape)}", f"contiguous int8 [3, {heads}, {dim}]")
+    _same_device("attention", out, q, k, v, bias, mask, pad)
+
+
+def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_sums, segment_ends, fp_order, fp_out,
+               merge) -> tuple[int, int, int]:
+    """Rows, features and code columns; ValueError or TypeError that names the argument."""
+    if x.dtype not in FLOATS:
+        refuse("rows", "x", x.dtype, "float16, bfloat16 or float32", TypeError)
+    if out.dtype not in (torch.int8, torch.uint8, *FLOATS):
+        refuse("rows", "out", out.dtype, "int8, uint8 (packed int4) or float", TypeError)
+    if norm not in loader.NORMS:
+        refuse("rows", "norm", repr(norm), ", ".join(map(repr, loader.NORMS)))
+    if x.ndim < 1 or x.stride(-1) != 1 and x.shape[-1] > 1:
+        refuse("rows", "x", f"{list(x.shape)} with strides {list(x.stride())}", "[.., K] with contiguous columns")
+    columns, m = x.shape[-1], x.numel() // max(x.shape[-1], 1)
+    if not columns:
+        m = out.shape[:-1].numel()
+    if merge:
+        if x.ndim < 3 or not x.is_contiguous():
+            refuse("rows", "x", f"{list(x.shape)} with strides {list(x.stride())}", "contiguous [.., H, W, C] for merge")
+        if residual is not None or sum is not None:
+            refuse("rows", "residual", "given", "left out with merge")
+        columns, m = 4 * columns, x.shape[:-3].numel() * ((x.shape[-3] + 1) // 2) * ((x.shape[-2] + 1) // 2)
+    out_columns = columns if order is None else order.numel()
+    width = (out_columns + 1) // 2 if out.dtype == torch.uint8 else out_columns
+    if out.ndim < 1 or out.shape[-1] != width or out.shape[:-1].numel() != m or not _even_rows(out):
+        refuse("rows", "out", f"{list(out.shape)} with strides {list(out.stride())}",
+               f"{m} evenly spaced rows of {width} elements")
+    if out.dtype == torch.uint8 and bits > 4:
+        refuse("rows", "bits", bits, "at most 4 where two codes share a byte")
+    int_range(bits)
+    if out.dtype in FLOATS and (not norm or order is not None or row_scale is not None):
+        refuse("rows", "out", out.dtype, "int8 or uint8, or the float result of a norm without order and row_scale")
+    if not 2.0**-100 <= scale <= 2.0**100:
+        refuse("rows", "scale", scale, "2^-100 to 2^100")
+    for name, tensor in (("residual", residual), ("sum", sum)):
+        if tensor is None:
+            continue
+        if tensor.dtype not in FLOATS or tensor.shape != x.shape or tensor.stride(-1) != 1 and columns > 1:
+            refuse("rows", name, f"{tensor.dtype} {list(tensor.shape)}", f"float {list(x.shape)} with contiguous columns")
+    segments = len(segment_ends) or 1
+    if segments > loader.MAX_SEGMENTS or segment_ends and segment_ends[-1] != out_columns:
+        refuse("rows", "segment_ends", list(segment_ends), f"up to {loader.MAX_SEGMENTS} ends, the last one {out_columns}")
+    if (fp_order is None) != (fp_out is None):
+        refuse("rows", "fp_order" if fp_out is None else "fp_out", "given alone", "given with the other of the two")
+    f32, i32 = torch.float32, torch.int32
+    for name, tensor, dtype, size in (("weight", weight, f32, columns), ("bias", bias, f32, columns),
+                                      ("order", order, i32, out_columns), ("row_scale", row_scale, f32, m),
+                                      ("row_sums", row_sums, i32, m * segments), ("fp_order", fp_order, i32, None),
+                                      ("fp_out", fp_out, torch.float16, None if fp_order is None else m * fp_order.numel())):
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or size is not None and tensor.numel() != size or not tensor.is_contiguous():
+            refuse("rows", name, f"{tensor.dtype} {list(tensor.shape)}",
+                   f"contiguous {dtype}" + ("" if size is None else f" of {size} elements"))
+    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_sums, fp_order, fp_out)
+    return m, columns, out_columns
+
+
+def patches(out, images, patch_h, patch_w, scale) -> None:
+    """ValueError or TypeError that names the argument."""
+    if images.dtype not in FLOATS or images.ndim != 4 or not images.is_contiguous():
+        refuse("patches", "images", f"{images.dtype} {list(images.shape)}", "contiguous float [B, C, H, W]")
+    if patch_h < 1 or patch_w < 1:
+        refuse("patches", "patch_h, patch_w", (patch_h, patch_w), "1 or more")
+    batch, channels, height, width = images.shape
+    shape = (batch * (height // patch_h) * (width // patch_w), channels * patch_h * patch_w)
+    if out.dtype != torch.int8 or out.shape != shape or out.stride(1) != 1 and shape[1] > 1:
+        refuse("patches", "out", f"{out.dtype} {list(out.shape)}", f"int8 {list(shape)} with contiguous columns")
+    if not scale > 0:
+        refuse("patches", "scale", scale, "above 0")
+    _same_device("patches", out, images)
+
+
+def widen_int4(out, packed) -> None:
+    """ValueError that names the argument."""
+    if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] % 32 or not packed.is_contiguous():
+        refuse("widen_int4", "packed", f"{packed.dtype} {list(packed.shape)}", "contiguous uint8 [N', K/2], K a multiple of 64")
+    if out.dtype != torch.int8 or out.shape != (packed.shape[0], 2 * packed.shape[1]) or not out.is_contiguous():
+        refuse("widen_int4", "out", f"{out.dtype} {list(out.shape)}",
+               f"contiguous int8 [{packed.shape[0]}, {2 * packed.shape[1]}]")
+    _same_device("widen_int4", out, packed)
+
+
+def _even_rows(x: Tensor) -> bool:
+    """Whether the rows of [.., K] lie at one stride, columns contiguous."""
+    if x.is_contiguous():
+        return True
+    strides, shape = x.stride(), x.shape
+    return strides[-1] == 1 and all(shape[i] == 1 or strides[i] == strides[i + 1] * shape[i + 1] for i in range(x.ndim - 2))
+
+
+def _same_device(op: str, out: Tensor, *others: Tensor | None) -> None:
+    device = out.device
+    for tensor in others:
+        if tensor is not None and tensor.device != device:
+            refuse(op, "an argument", f"on {tensor.device}", f"on out's device, {device}")

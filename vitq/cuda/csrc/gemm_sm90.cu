@@ -1,0 +1,74 @@
+// Dispatch of the Hopper GEMM to its instances, which are compiled in files of their own.
+//
+// config  columns  warpgroups x rows  tiles
+//  0..2   192, 128, 256   2 x 64      resident
+//  3..4   96, 64          2 x 64      resident
+//  5      128             2 x 128     resident
+//  6..7   192, 128        3 x 64      resident
+//  8..9   256, 192        2 x 64      streaming
+//  10     128             2 x 128     streaming
+//  11..12 128, 64         2 x 64      streaming
+#include "gemm_sm90.cuh"
+
+namespace vitq::sm90 {
+
+namespace {
+using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*, const cuuint64_t*,
+                            const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
+                            CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
+
+// From the driver, at run time: the library then loads on machines without one.
+Encode find_encode() {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+  cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+  return status == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(found) : nullptr;
+}
+
+int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&value, attribute, device) != cudaSuccess) return 0;
+  return value;
+}
+}  // namespace
+
+int shared_memory_limit() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+int encode_map(CUtensorMap* map, const void* data, bool halves, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows) {
+  static const Encode encode = find_encode();
+  if (encode == nullptr) return VITQ_NO_DRIVER_SYMBOL;
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
+  const cuuint32_t box[2] = {halves ? 64u : 128u, static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  CUresult result = encode(map, halves ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_UINT8, 2,
+                           const_cast<void*>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                           CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? 0 : VITQ_BAD_ARGUMENT;
+}
+
+}  // namespace vitq::sm90
+
+extern "C" int vitq_linear_sm90_configs(void) { return vitq::sm90::CONFIGS; }
+
+extern "C" int vitq_linear_sm90(const VitqLinear* args, void* stream_) {
+  using namespace vitq;
+  const VitqLinear& p = *args;
+  cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  if (p.m < 0 || p.n <= 0 || p.k <= 0 || p.k % 32 || p.segments < 1 || p.segments > VITQ_MAX_SEGMENTS) return VITQ_BAD_ARGUMENT;
+  if (p.m == 0) return 0;
+  if (p.weight_bits != 8 || p.a_bits != 8) return VITQ_UNSUPPORTED;
+  if (p.a == nullptr || p.weight == nullptr || p.scale == nullptr || p.out.data == nullptr) return VITQ_BAD_ARGUMENT;
+  if (p.lda % 16 || reinterpret_cast<uintptr_t>(p.a) % 16 || p.a_columns > p.k || p.a_columns <= 0) return VITQ_BAD_ARGUMENT;
+  if (p.zero != nullptr && p.row_sums == nullptr) return VITQ_BAD_ARGUMENT;
+  if (p.a_fp != nullptr && (p.lda_fp % 8 || p.k_fp <= 0 || p.k_fp % 16)) return VITQ_BAD_ARGUMENT;
+  if (p.out.dtype == VITQ_S8 && p.residual.data != nullptr) return VITQ_UNSUPPORTED;
+  if (p.segment_ends[p.segments - 1] != p.k) return VITQ_BAD_ARGUMENT;
+  if (p.segments > 1 || p.zero != nullptr || p.a_fp != nullptr) return sm90::launch_segments(p, p.config, stream);
+  switch (epilogue_of(p)) {
+    case FLOAT_OUT: return sm90::launch_float(p, p.config, stream);
+    case CODES_OUT: return sm90::launch_codes(p, p.config, stream);
+    case ACT_CODES_OUT: return sm90::launch_act_codes(p, p.config, stream);
+    default: return sm90::launch_act_float(p, p.config, stream);
+  }
+}

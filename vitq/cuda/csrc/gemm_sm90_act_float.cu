@@ -1,0 +1,13 @@
+// An activation before a float result is rare (a model whose next layer is dynamic or float): two tiles are enough.
+#include "gemm_sm90.cuh"
+
+namespace vitq::sm90 {
+int launch_act_float(const VitqLinear& p, int config, cudaStream_t stream) {
+  switch (config) {
+    case 1: return launch<Config1, ACT_FLOAT_OUT, false>(p, stream);
+    case 8: return launch<Config8, ACT_FLOAT_OUT, false>(p, stream);
+    case 11: return launch<Config11, ACT_FLOAT_OUT, false>(p, stream);
+    default: return VITQ_UNSUPPORTED;
+  }
+}
+}  // namespace vitq::sm90

@@ -1,0 +1,151 @@
+// The C interface of vitq's CUDA library: what Python calls through ctypes (vitq/cuda/loader.py mirrors every struct).
+//
+// Every function launches on `stream`, allocates nothing, never waits, and returns 0, a positive cudaError_t, or a negative
+// VITQ_* code when the arguments cannot run. Pointers are device pointers of the current device.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define VITQ_ABI_VERSION 1  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_MAX_SEGMENTS 4
+
+enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
+
+typedef enum { VITQ_F32 = 0, VITQ_F16 = 1, VITQ_BF16 = 2, VITQ_S8 = 3, VITQ_S4 = 4 } VitqDtype;
+typedef enum { VITQ_NO_ACTIVATION = 0, VITQ_RELU = 1, VITQ_GELU = 2, VITQ_GELU_TANH = 3 } VitqActivation;
+typedef enum { VITQ_NO_NORM = 0, VITQ_LAYER_NORM = 1, VITQ_RMS_NORM = 2 } VitqNorm;
+
+// A matrix of rows that may lie in groups: row r is at data + (r / rows_per_group) * group_stride
+// + (r % rows_per_group) * row_stride, in elements. Columns are contiguous.
+typedef struct {
+  void* data;
+  int64_t row_stride, group_stride;
+  int32_t dtype;
+} VitqMatrix;
+
+// y = act(Σ_s r·acc_s·scale_s[n] − r·row_sums_s·zero_s[n] + fp[m, n] + bias[n]) + residual, cast or requantized.
+// acc_s is the exact int32 of segment s; r the row's scale, or 1.
+typedef struct {
+  const void* a;         // int8 [m, >= a_columns] codes, rows 16-byte aligned; a_bits = 4: two codes a byte
+  int64_t lda;           // bytes between rows, a multiple of 16
+  const void* weight;    // layout.py: [n_pad, k] int8, or [n_pad, k / 2] packed int4; rows permuted in groups of 32
+  int32_t m, n, k;       // n columns of the result; k a multiple of 32 (64 with 4-bit weights), n_pad the next multiple of 32 of n
+  int32_t a_columns;     // columns that a has; the rest of k meets zero weights and is read as zero
+  int32_t a_bits, weight_bits;  // 8 or 4
+  int32_t segments;      // 1 .. VITQ_MAX_SEGMENTS
+  int32_t segment_ends[VITQ_MAX_SEGMENTS];  // in k, multiples of 32, the last one k
+  const float* scale;    // [segments, n_pad]
+  const float* zero;     // [segments, n_pad]: weight scale times weight zero point; or null
+  const int32_t* row_sums;  // [m, segments] sums of a's codes; given with zero
+  const float* bias;     // [n_pad]
+  const float* row_scale;   // [m] or null
+  const void* a_fp;      // fp16 [m, k_fp], or null
+  int64_t lda_fp;        // elements, a multiple of 8
+  const void* weight_fp; // fp16 [n_pad, k_fp], rows permuted as weight's; k_fp a multiple of 16
+  int32_t k_fp;
+  int32_t rows_per_group;   // of residual and out
+  VitqMatrix residual;   // data null: none
+  VitqMatrix out;        // VITQ_S8: codes
+  int32_t activation;
+  // Codes out: without an activation scale and bias already hold 1 / out_scale and the zero point, so
+  // code = clamp(rint(y)); with one, code = clamp(rint(act(y) * out_inverse + out_zero)).
+  float out_inverse, out_zero;
+  int32_t qmin, qmax;
+  int32_t config;        // tile configuration, an index of the kernel's own table
+} VitqLinear;
+
+int vitq_linear_sm90(const VitqLinear* args, void* stream);  // wgmma and TMA: 8-bit weights only
+int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: everything above
+int vitq_linear_sm90_configs(void);  // how many configurations there are
+int vitq_linear_sm80_configs(void);
+
+// softmax(q·kᵀ·logit_scale + bias + mask)·v on codes, probabilities requantized row by row.
+typedef struct {
+  const int8_t *q, *k, *v;       // element (b, token, head, d) at b*strides[0] + token*strides[1] + head*strides[2] + d
+  int64_t q_strides[3], k_strides[3], v_strides[3];
+  int32_t batch, heads, queries, keys, dim;
+  float logit_scale;             // q scale · k scale · softmax scale
+  float v_scale;
+  int32_t q_zero, v_zero;        // k's zero point cancels in the softmax
+  int32_t p_bits;
+  const float* bias;             // [heads or 1, queries, keys], strides in elements, columns contiguous; or null
+  int64_t bias_head, bias_row;
+  const float* mask;             // [mask_windows, queries, keys]; batch b uses b % mask_windows; or null
+  int64_t mask_window, mask_row;
+  int32_t mask_windows;
+  // Windows of images (Swin): window_h > 0. Then batch counts images of height x width tokens in row order, queries = keys =
+  // window_h·window_w, the image is shifted cyclically by (shift_h, shift_w) before it is cut, padded at its lower right
+  // edge to whole windows, and tokens that the shift brought together from apart see each other with −100.
+  int32_t height, width, window_h, window_w, shift_h, shift_w;
+  const int8_t* pad;             // [3, heads, dim] codes of q, k, v where the image is padded; null if it never is
+  void* out;                     // [batch, tokens, heads·dim] contiguous
+  int32_t out_dtype;             // VITQ_S8: codes, else float
+  float out_scale;               // code = clamp(rint(y / out_scale) + out_zero)
+  int32_t out_zero, qmin, qmax;
+} VitqAttention;
+
+int vitq_attention(const VitqAttention* args, void* stream);
+// 0 if the kernel takes this shape, else VITQ_UNSUPPORTED
+int vitq_attention_supports(int32_t queries, int32_t keys, int32_t dim, int32_t windows);
+
+// Rows of floats to codes, in one pass: (x + residual) -> norm -> columns -> codes.
+typedef struct {
+  VitqMatrix x;
+  int32_t rows_per_group;
+  int32_t m, columns;            // m rows of `columns` features
+  // Patch merging (Swin): merge_width > 0. Then x is [.., merge_height, merge_width, columns / 4], contiguous, a row of the
+  // result the 2 x 2 neighbours side by side in the order (0,0), (1,0), (0,1), (1,1), and m counts the merged rows.
+  int32_t merge_height, merge_width;
+  VitqMatrix residual;           // added to x; data null: none
+  VitqMatrix sum;                // where x + residual goes, in its own dtype; data null: nowhere
+  int32_t norm;                  // VitqNorm
+  const float *weight, *bias;    // [columns] or null
+  float eps;
+  const int32_t* order;          // [out_columns] which feature each code column holds, -1: zero; or null: in order
+  int32_t out_columns;
+  void* out;                     // int8 [m, out_stride]; VITQ_S4: packed, low nibble first; or float: the norm's result
+  int64_t out_stride;            // bytes for codes, elements for floats
+  int32_t out_dtype;
+  float scale;                   // static: code = clamp(rint(y / scale) + zero); unused if row_scale is given
+  int32_t zero, qmin, qmax;
+  float* row_scale;              // [m]: dynamic, scale = max(amax, 1e-12) / qmax of the columns in `order`
+  int32_t* row_sums;             // [m, segments] sums of the codes, or null
+  int32_t segments;
+  int32_t segment_ends[VITQ_MAX_SEGMENTS];  // in out_columns
+  const int32_t* fp_order;       // [fp_columns] features that stay in float
+  int32_t fp_columns;
+  void* fp_out;                  // fp16 [m, fp_columns] or null
+} VitqRows;
+
+int vitq_rows(const VitqRows* args, void* stream);
+
+// Images float [batch, channels, height, width], contiguous, to codes of patches: int8 [batch · (height/ph) · (width/pw),
+// channels·ph·pw], features in the order of a convolution's weight. What is left over at the lower right is cut off.
+typedef struct {
+  const void* images;
+  int32_t dtype, batch, channels, height, width, patch_h, patch_w;
+  float scale;
+  int32_t zero, qmin, qmax;
+  int8_t* out;
+  int64_t out_stride;            // bytes
+} VitqPatches;
+
+int vitq_patches(const VitqPatches* args, void* stream);
+
+// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order.
+int vitq_widen_int4(const uint8_t* packed, int8_t* out, int64_t rows, int64_t k, void* stream);
+
+int vitq_abi_version(void);
+const char* vitq_error(int code);  // a few words for what a function above returned
+const char* vitq_build(void);      // "sm_80 compute_80 sm_90a, CUTLASS 4.2.0": compute_ is PTX, for GPUs newer than all of these
+int vitq_arch(void);               // 10·major + minor of the current device, or -1
+int vitq_driver_version(void);     // newest CUDA that the driver runs, as 13020 for 13.2; 0 without a driver
+int vitq_runtime_version(void);    // the CUDA that the library was built with
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,79 @@
+"""How the CUDA kernels want weights in memory, and back. Pure torch, on any device.
+
+Rows (output features n) are padded with zeros to a multiple of 32 and permuted within each group of 32: physical row
+8·j + 2·c + e holds logical row 8·c + 2·j + e (j, c in 0..3; e in 0..1). A thread of a tensor-core fragment holds columns
+2·c + e of each of four 8-column tiles j, so with this order they are eight neighbouring columns of the result.
+
+Columns (input features k) are padded with zeros to a multiple of 32 (int8) or 64 (int4). An int4 byte i of a block of 64 holds k
+= i in its low and k = i + 32 in its high nibble: `w << 4` and `w`, each masked with 0xF0, are then the codes of two steps of k,
+times 16.
+
+What goes with a row (scales, biases) stays in logical order, padded to the same n.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq.formats import pack_int4, unpack_int4
+
+ROWS = 32
+COLUMNS = {8: 32, 4: 64}
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def pack_weight(codes: Tensor, bits: int, plain: bool = False) -> Tensor:
+    """int8 codes [N, K] -> int8 [N', K'] for 8 bits, uint8 [N', K'/2] for 4. plain: int4 in the order of
+    `vitq.formats.pack_int4`, for activations that are packed too. Raises ValueError for other bits or codes beyond 4 bits."""
+    _check_bits(bits)
+    if codes.dtype != torch.int8 or codes.ndim != 2:
+        raise TypeError(f"pack_weight: codes are {codes.dtype} {list(codes.shape)}; give torch.int8 [N, K]")
+    n, k = codes.shape
+    permuted = permute_rows(F.pad(codes, (0, -k % COLUMNS[bits], 0, 0)))
+    if bits == 8:
+        return permuted
+    if codes.numel() and (int(codes.min()) < -8 or int(codes.max()) > 7):
+        raise ValueError(f"pack_weight: codes are in {int(codes.min())}..{int(codes.max())}; int4 holds -8..7")
+    if plain:
+        return pack_int4(permuted)
+    low, high = permuted.view(torch.uint8).view(permuted.shape[0], permuted.shape[1] // 64, 2, 32).unbind(2)
+    return ((low & 0xF) | ((high & 0xF) << 4)).reshape(permuted.shape[0], permuted.shape[1] // 2)
+
+
+def unpack_weight(packed: Tensor, bits: int, n: int, k: int, plain: bool = False) -> Tensor:
+    """Undo `pack_weight`: the int8 codes [n, k]."""
+    if bits == 4:
+        packed = unpack_int4(packed, 2 * packed.shape[1]) if plain else widen(packed)
+    return permute_rows(packed)[:n, :k].contiguous()
+
+
+def widen(packed: Tensor) -> Tensor:
+    """Packed int4 uint8 [N', K'/2] -> int8 [N', K'] in the same row order."""
+    low, high = packed & 0xF, packed >> 4
+    blocks = packed.shape[0], packed.shape[1] // 32, 32
+    nibbles = torch.stack((low.view(blocks), high.view(blocks)), dim=2)
+    return ((nibbles ^ 8) - 8).view(torch.int8).reshape(packed.shape[0], packed.shape[1] * 2)
+
+
+def permute_rows(weight: Tensor) -> Tensor:
+    """[N, ...] -> [N', ...] with N' the next multiple of 32, rows in the kernels' order. Its own inverse, but for the padding."""
+    n = weight.shape[0]
+    if n % ROWS:
+        weight = torch.cat((weight, weight.new_zeros((-n % ROWS, *weight.shape[1:]))))
+    groups = weight.reshape(weight.shape[0] // ROWS, 4, 4, 2, *weight.shape[1:])
+    return groups.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def pad_columns(values: Tensor) -> Tensor:
+    """A constant for each output column, [..., N], as contiguous float32 [..., N'], the added ones 0."""
+    return F.pad(values.to(torch.float32), (0, -values.shape[-1] % ROWS)).contiguous()
+
+
+def _check_bits(bits: int) -> None:
+    if bits not in COLUMNS:
+        raise ValueError(f"pack_weight: bits = {bits}; the kernels take weights of 8 or 4")

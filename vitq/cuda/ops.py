@@ -1,0 +1,229 @@
+"""torch.ops.vitq.*: the CUDA library's functions as PyTorch operators.
+
+Each fills tensors that the caller allocated, so CUDA graphs, `torch.compile` and `torch.export` see every allocation. On CUDA an
+operator is one call of the library on the tensors' device and current stream; on CPU tensors it is the torch reference of
+`vitq.cuda.reference`, which the kernels are tested against. Registration needs neither a GPU nor the library.
+
+Shapes, for all: M rows, K input features, N output features; columns are contiguous, rows of any stride.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from ctypes import byref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq.cuda import checks, loader, reference, tuning
+from vitq.cuda.checks import refuse
+from vitq.cuda.layout import round_up
+from vitq.formats import RANGE_MIN, int_range
+
+SCHEMAS = {
+    # y = act(Σ_s r·acc_s·scale_s + bias − r·row_sums_s·zero_s + fp) + residual, cast to out's dtype or requantized to int8.
+    # out [M, N] or [G, R, N] with G·R = M; residual as out, may be out itself; codes int8 [M, K], rows of 16-byte multiples, or
+    # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale, zero float32 [N']
+    # or [S, N'], bias [N'], N' the next multiple of 32 of N; row_scale float32 [M]; row_sums int32 [M, S]; codes_fp fp16 [M, F],
+    # weight_fp fp16 [N', F]. int8 out: without an activation scale, zero and bias hold 1/out_scale and the zero point already.
+    "linear": "(Tensor(a!) out, Tensor codes, Tensor weight, Tensor scale, Tensor? bias, *, int weight_bits=8, int input_bits=8, "
+              "Tensor? row_scale=None, Tensor? residual=None, Tensor? zero=None, Tensor? row_sums=None, int[] segment_ends=[], "
+              "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
+              "int out_bits=8, str config='') -> ()",
+    # softmax(q·kᵀ·logit_scale + bias + mask)·v. q, k, v int8 [B, tokens, H, D], unit stride in D; out [B, tokens, H·D]
+    # contiguous; bias float32 [H or 1, N, M], mask float32 [W, N, M], row b uses mask[b % W]; window [] or [height, width,
+    # window_h, window_w, shift_h, shift_w] of images in row order; pad int8 [3, H, D]: the codes of q, k, v where an image is
+    # padded.
+    "attention": "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, *, float logit_scale, float v_scale, int q_zero=0, "
+                 "int v_zero=0, int p_bits=8, Tensor? bias=None, Tensor? mask=None, int[] window=[], Tensor? pad=None, "
+                 "float out_scale=1.0, int out_zero_point=0, int out_bits=8) -> ()",
+    # (x + residual) -> norm -> columns in `order` -> codes. x, residual, sum float [.., K]; out int8 [.., K'], uint8 [.., ⌈K'/2⌉]
+    # (packed int4), or float (the norm's result); row_scale float32 [M]: dynamic; order int32 [K'], -1 the value 0; row_sums
+    # int32 [M, S]; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
+    # beyond odd sizes.
+    "rows": "(Tensor(a!) out, Tensor x, *, Tensor? residual=None, Tensor(b!)? sum=None, str norm='', Tensor? weight=None, "
+            "Tensor? bias=None, float eps=0.0, Tensor? order=None, float scale=1.0, int zero_point=0, int bits=8, "
+            "Tensor(c!)? row_scale=None, Tensor(d!)? row_sums=None, int[] segment_ends=[], Tensor? fp_order=None, "
+            "Tensor(e!)? fp_out=None, bool merge=False) -> ()",
+    # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
+    "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
+    # uint8 [N', K/2] -> int8 [N', K], in the same row order.
+    "widen_int4": "(Tensor(a!) out, Tensor packed) -> ()",
+}
+
+_current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_library = torch.library.Library("vitq", "DEF")
+
+
+def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,
+            input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, zero: Tensor | None = None,
+            row_sums: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
+            weight_fp: Tensor | None = None, activation: str = "", out_scale: float = 1.0, out_zero_point: int = 0,
+            out_bits: int = 8, config: str = "") -> None:
+    m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, zero, row_sums,
+                         segment_ends, codes_fp, weight_fp, activation, out_bits)
+    if not m or not n:
+        return
+    a_columns, k = codes.shape[1] * (8 // input_bits), weight.shape[1] * (8 // weight_bits)
+    if codes.stride(0) % 16 and m > 1:
+        refuse("linear", "codes", f"of row stride {codes.stride(0)} bytes", "of a row stride that is a multiple of 16")
+    if codes.data_ptr() % 16:  # a view that starts inside of another tensor's row, which no layer of vitq makes
+        codes = codes.clone() if codes.is_contiguous() else codes.new_empty(m, codes.stride(0))[:, : codes.shape[1]].copy_(codes)
+    ends = (*segment_ends[:-1], k) if segment_ends else (k,)
+    grouped = out.ndim == 3
+    codes_out = out.dtype == torch.int8
+    qmin, qmax = int_range(out_bits) if codes_out else (0, 0)
+    k_fp = 0 if weight_fp is None else weight_fp.shape[1]
+    arch, index = tuning.split(config) if config else tuning.pick(
+        tuning.Case(m, n, a_columns, weight_bits, input_bits, len(ends), k_fp, zero is not None, codes_out, activation,
+                    residual is not None), out.device.index)
+    arguments = loader.Linear(
+        a=codes.data_ptr(), lda=codes.stride(0) if m > 1 else round_up(codes.shape[1], 16), weight=weight.data_ptr(), m=m, n=n,
+        k=k, a_columns=a_columns, a_bits=input_bits, weight_bits=weight_bits, segments=len(ends), segment_ends=ends,
+        scale=scale.data_ptr(), zero=_pointer(zero), row_sums=_pointer(row_sums), bias=_pointer(bias),
+        row_scale=_pointer(row_scale), a_fp=_pointer(codes_fp), lda_fp=0 if codes_fp is None else codes_fp.stride(0),
+        weight_fp=_pointer(weight_fp), k_fp=k_fp, rows_per_group=out.shape[1] if grouped else m,
+        residual=_matrix(residual, grouped), out=_matrix(out, grouped), activation=loader.ACTIVATIONS[activation], out_inverse=1.0 / out_scale, out_zero=out_zero_point, qmin=qmin, qmax=qmax,
+        config=index)
+    library = loader.library()
+    function = library.vitq_linear_sm90 if arch == 90 else library.vitq_linear_sm80
+    code = _launch(function, arguments, out.device)
+    if code:
+        loader.check("linear", code, f"M={m} N={n} K={a_columns}, W{weight_bits}A{input_bits}, {len(ends)} segments, "
+                                     f"out {out.dtype}, activation {activation or 'none'}, sm{arch}:{index}")
+
+
+def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: float, v_scale: float, q_zero: int = 0,
+               v_zero: int = 0, p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
+               window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0, out_zero_point: int = 0,
+               out_bits: int = 8) -> None:
+    checks.attention(out, q, k, v, bias, mask, window, pad, p_bits)
+    batch, tokens, heads, dim = q.shape
+    if not out.numel():
+        return
+    queries, keys = (window[2] * window[3],) * 2 if window else (tokens, k.shape[1])
+    qmin, qmax = int_range(out_bits) if out.dtype == torch.int8 else (0, 0)
+    height, width, window_h, window_w, shift_h, shift_w = window or (0,) * 6
+    arguments = loader.Attention(
+        q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), q_strides=q.stride()[:3], k_strides=k.stride()[:3],
+        v_strides=v.stride()[:3], batch=batch, heads=heads, queries=queries, keys=keys, dim=dim, logit_scale=logit_scale,
+        v_scale=v_scale, q_zero=q_zero, v_zero=v_zero, p_bits=p_bits, bias=_pointer(bias),
+        bias_head=0 if bias is None or bias.shape[0] == 1 else bias.stride(0), bias_row=0 if bias is None else bias.stride(1),
+        mask=_pointer(mask), mask_window=0 if mask is None else mask.stride(0), mask_row=0 if mask is None else mask.stride(1),
+        mask_windows=1 if mask is None else mask.shape[0], height=height, width=width, window_h=window_h, window_w=window_w,
+        shift_h=shift_h, shift_w=shift_w, pad=_pointer(pad), out=out.data_ptr(), out_dtype=loader.DTYPES[out.dtype],
+        out_scale=out_scale, out_zero=out_zero_point, qmin=qmin, qmax=qmax)
+    code = _launch(loader.library().vitq_attention, arguments, out.device)
+    if code:
+        shape = f"{batch} x {queries} queries, {keys} keys, {heads} heads of {dim}, window {list(window)}"
+        loader.check("attention", code, shape)
+
+
+def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
+          weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
+          scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_sums: Tensor | None = None,
+          segment_ends: tuple[int, ...] = (), fp_order: Tensor | None = None, fp_out: Tensor | None = None,
+          merge: bool = False) -> None:
+    m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_sums,
+                                         segment_ends, fp_order, fp_out, merge)
+    if not m or not columns:
+        if row_scale is not None:
+            row_scale.fill_(RANGE_MIN / int_range(bits)[1])
+        return
+    if merge:
+        rows, rows_per_group = loader.Matrix(x.data_ptr(), columns // 4, 0, loader.DTYPES[x.dtype]), m
+        other = total = loader.Matrix()
+    else:
+        grouped = x.ndim >= 3
+        views = [None if t is None else _three(t, "rows") if grouped else t for t in (x, residual, sum)]
+        rows, other, total = (_matrix(t, grouped) for t in views)
+        rows_per_group = views[0].shape[1] if grouped else m
+    ends = segment_ends or (out_columns,)
+    coded = out.dtype in (torch.int8, torch.uint8)
+    qmin, qmax = int_range(bits) if coded else (0, 0)
+    arguments = loader.Rows(
+        x=rows, rows_per_group=rows_per_group, m=m, columns=columns, merge_height=x.shape[-3] if merge else 0,
+        merge_width=x.shape[-2] if merge else 0, residual=other, sum=total, norm=loader.NORMS[norm], weight=_pointer(weight),
+        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, out=out.data_ptr(),
+        out_stride=out.stride(-2) if out.ndim > 1 and m > 1 else out.shape[-1], out_dtype=loader.DTYPES[out.dtype],
+        scale=scale, zero=zero_point, qmin=qmin, qmax=qmax, row_scale=_pointer(row_scale), row_sums=_pointer(row_sums),
+        segments=len(ends), segment_ends=tuple(ends), fp_order=_pointer(fp_order),
+        fp_columns=0 if fp_order is None else fp_order.numel(), fp_out=_pointer(fp_out))
+    code = _launch(loader.library().vitq_rows, arguments, out.device)
+    if code:
+        loader.check("rows", code, f"{m} rows of {columns} {x.dtype}, norm {norm or 'none'}, out {out.dtype}")
+
+
+def _patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: float, zero_point: int, bits: int) -> None:
+    checks.patches(out, images, patch_h, patch_w, scale)
+    if not out.numel():
+        return
+    batch, channels, height, width = images.shape
+    qmin, qmax = int_range(bits)
+    arguments = loader.Patches(
+        images=images.data_ptr(), dtype=loader.DTYPES[images.dtype], batch=batch, channels=channels, height=height, width=width,
+        patch_h=patch_h, patch_w=patch_w, scale=scale, zero=zero_point, qmin=qmin, qmax=qmax, out=out.data_ptr(),
+        out_stride=out.stride(0))
+    code = _launch(loader.library().vitq_patches, arguments, out.device)
+    if code:
+        loader.check("patches", code, f"images {list(images.shape)}, patches {patch_h} x {patch_w}")
+
+
+def _widen_int4(out: Tensor, packed: Tensor) -> None:
+    checks.widen_int4(out, packed)
+    if not out.numel():
+        return
+    rows, k = out.shape
+    function = loader.library().vitq_widen_int4
+    with _guard(out.device):
+        code = function(packed.data_ptr(), out.data_ptr(), rows, k, _stream(out.device))
+    if code:
+        loader.check("widen_int4", code, f"{rows} x {k}")
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _matrix(tensor: Tensor | None, grouped: bool) -> loader.Matrix:
+    if tensor is None:
+        return loader.Matrix()
+    strides = tensor.stride()
+    return loader.Matrix(tensor.data_ptr(), strides[-2] if len(strides) > 1 else 0, strides[0] if grouped else 0,
+                         loader.DTYPES[tensor.dtype])
+
+
+def _three(x: Tensor, op: str) -> Tensor:
+    """[.., R, K] as [G, R, K], a view."""
+    try:
+        return x if x.ndim == 3 else x.view(-1, *x.shape[-2:])
+    except RuntimeError:
+        refuse(op, "x", f"{list(x.shape)} with strides {list(x.stride())}", "rows in evenly spaced groups")
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream if _current_raw_stream is None else _current_raw_stream(device.index)
+
+
+def _guard(device: torch.device) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+def _launch(function: Any, arguments: Any, device: torch.device) -> int:
+    if device.index == torch.cuda.current_device():
+        return function(byref(arguments), _stream(device))
+    with torch.cuda.device(device):
+        return function(byref(arguments), _stream(device))
+
+
+def _register() -> None:
+    cuda = {"linear": _linear, "attention": _attention, "rows": _rows, "patches": _patches, "widen_int4": _widen_int4}
+    for name, schema in SCHEMAS.items():
+        _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+        _library.impl(name, cuda[name], "CUDA")
+        _library.impl(name, getattr(reference, name), "CPU")
+        torch.library.register_fake(f"vitq::{name}", lambda *args, **kwargs: None, lib=_library)
+
+
+_register()

@@ -1,0 +1,165 @@
+"""The operators of `vitq.cuda.ops` in torch, for CPU tensors: integers exactly, float32 roundings where the kernels have them.
+
+They say what the kernels compute; they are not fast.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vitq.cuda import checks
+from vitq.cuda.layout import unpack_weight, widen
+from vitq.formats import RANGE_MIN, int_range, pack_int4, unpack_int4
+from vitq.ops.common import activate, fma32
+from vitq.ops.linear import int_matmul
+
+
+def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,
+           input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, zero: Tensor | None = None,
+           row_sums: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
+           weight_fp: Tensor | None = None, activation: str = "", out_scale: float = 1.0, out_zero_point: int = 0,
+           out_bits: int = 8, config: str = "") -> None:
+    m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, zero, row_sums,
+                         segment_ends, codes_fp, weight_fp, activation, out_bits)
+    if input_bits == 4:
+        codes = unpack_int4(codes, 2 * codes.shape[1])
+    k = codes.shape[1]
+    w = unpack_weight(weight, weight_bits, n, k, plain=input_bits == 4)
+    ends = [*segment_ends[:-1], k]
+    scale = scale.view(len(ends), -1)[:, :n]
+    r = torch.ones(m, 1) if row_scale is None else row_scale.view(m, 1)
+    y = torch.zeros(m, n) if bias is None else bias[:n].expand(m, n)
+    start = 0
+    for s, end in enumerate(ends):
+        acc = int_matmul(codes[:, start:end], w[:, start:end])
+        y = fma32(acc.float() * r, scale[s], y)
+        if zero is not None:
+            y = fma32(-(row_sums.view(m, -1)[:, s : s + 1].float() * r), zero.view(len(ends), -1)[s, :n], y)
+        start = end
+    if codes_fp is not None:
+        y = (y.double() + codes_fp.double() @ unpack_weight(weight_fp, 8, n, weight_fp.shape[1]).double().T).float()
+    if out.dtype == torch.int8:
+        if activation:
+            y = activate(y.double(), activation).float()
+            y = fma32(y, torch.tensor(1.0 / out_scale), torch.tensor(float(out_zero_point)))
+        y = torch.round(y).clamp(*int_range(out_bits))
+    else:
+        y = activate(y.double(), activation or None).float()
+        if residual is not None:
+            y = y + residual.reshape(m, n).float()
+    out.copy_(y.view(out.shape))
+
+
+def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: float, v_scale: float, q_zero: int = 0,
+              v_zero: int = 0, p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
+              window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0, out_zero_point: int = 0,
+              out_bits: int = 8) -> None:
+    checks.attention(out, q, k, v, bias, mask, window, pad, p_bits)
+    batch, tokens, heads, dim = q.shape
+    place = None
+    if window:
+        place, mask = windows(*window)
+        filled = torch.zeros(3, heads, dim, dtype=torch.int8) if pad is None else pad
+        # One more token holds what lies beyond the image; place names it by -1.
+        q, k, v = (torch.cat((t, f.expand(batch, 1, heads, dim)), 1)[:, place].flatten(0, 1) for t, f in zip((q, k, v), filled))
+    y = softmax_matmul(q, k, v, logit_scale, v_scale, q_zero, v_zero, p_bits, bias, mask)
+    if place is not None:
+        y, inside = y.view(batch, place.numel(), heads * dim), place.flatten() >= 0
+        whole = y.new_empty(batch, tokens, heads * dim)
+        whole[:, place.flatten()[inside]] = y[:, inside]
+        y = whole
+    if out.dtype == torch.int8:
+        y = (torch.round(y.float() / torch.tensor(out_scale)) + out_zero_point).clamp(*int_range(out_bits))
+    out.copy_(y)
+
+
+def softmax_matmul(q: Tensor, k: Tensor, v: Tensor, logit_scale: float, v_scale: float, q_zero: int, v_zero: int, p_bits: int,
+                   bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """float64 [B, N, H·D]; a row that sees nothing is zeros."""
+    q, k, v = (t.transpose(1, 2).double() for t in (q, k, v))
+    logits = (q - q_zero) @ k.transpose(-2, -1) * logit_scale
+    if bias is not None:
+        logits = logits + bias.double()
+    if mask is not None:
+        logits = logits + mask.double().repeat(q.shape[0] // mask.shape[0], 1, 1).unsqueeze(1)
+    maximum = logits.amax(-1, keepdim=True)
+    e = torch.exp(logits - torch.where(torch.isinf(maximum), 0.0, maximum))
+    top, total = 2.0**p_bits - 1, e.sum(-1, keepdim=True)
+    y = torch.round(e * top) @ (v - v_zero) * v_scale / (top * total)
+    return torch.where(total > 0, y, 0.0).transpose(1, 2).flatten(2)
+
+
+def windows(height: int, width: int, window_h: int, window_w: int, shift_h: int, shift_w: int) -> tuple[Tensor, Tensor | None]:
+    """Which token of the image each place of each window holds, int64 [W, N], -1 beyond it; and the mask float32 [W, N, N] of
+    −100 between tokens that the shift brought together from apart, None without a shift. The image is shifted, then padded."""
+    def axis(size: int, window: int, shift: int) -> tuple[Tensor, Tensor]:
+        padded = size + -size % window
+        at = torch.arange(padded)
+        token = torch.where(at < size, (at + shift) % size, -1)
+        region = (at >= padded - window).int() + (at >= padded - shift).int() if shift else torch.zeros(padded, dtype=torch.int32)
+        return token.view(-1, window), region.view(-1, window)
+
+    (rows, row_region), (columns, column_region) = axis(height, window_h, shift_h), axis(width, window_w, shift_w)
+    rows, row_region = rows[:, None, :, None], row_region[:, None, :, None]
+    columns, column_region = columns[None, :, None, :], column_region[None, :, None, :]
+    place = torch.where((rows >= 0) & (columns >= 0), rows * width + columns, -1).reshape(-1, window_h * window_w)
+    if not shift_h and not shift_w:
+        return place, None
+    region = (3 * row_region + column_region).reshape(-1, window_h * window_w)
+    return place, torch.where(region[:, :, None] != region[:, None, :], -100.0, 0.0)
+
+
+def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
+         weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
+         scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_sums: Tensor | None = None,
+         segment_ends: tuple[int, ...] = (), fp_order: Tensor | None = None, fp_out: Tensor | None = None,
+         merge: bool = False) -> None:
+    m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_sums,
+                                          segment_ends, fp_order, fp_out, merge)
+    y = x.float()
+    if residual is not None:
+        y = y + residual.float()
+    if sum is not None:
+        sum.copy_(y)
+    if merge:
+        y = F.pad(y, (0, 0, 0, y.shape[-2] % 2, 0, y.shape[-3] % 2))
+        y = torch.cat([y[..., i::2, j::2, :] for j in (0, 1) for i in (0, 1)], -1)
+    y = y.reshape(m, columns)
+    if norm == "layer_norm" and columns:
+        y = F.layer_norm(y.double(), (columns,), None if weight is None else weight.double(),
+                         None if bias is None else bias.double(), eps).float()
+    elif norm == "rms_norm" and columns:
+        y = y.double() * torch.rsqrt(y.double().square().mean(-1, keepdim=True) + eps)
+        y = (y if weight is None else y * weight.double()).float()
+    if out.is_floating_point():
+        out.copy_(y.view(out.shape))
+        return
+    if fp_out is not None:
+        fp_out.copy_(y[:, fp_order.clamp_min(0).long()].masked_fill(fp_order < 0, 0.0).view(fp_out.shape))
+    qmin, qmax = int_range(bits)
+    ordered = y if order is None else y[:, order.clamp_min(0).long()].masked_fill(order < 0, 0.0)
+    if row_scale is not None:
+        amax = ordered.abs().amax(-1) if out_columns else torch.zeros(m)
+        row_scale.copy_((amax.clamp_min(RANGE_MIN) / torch.tensor(float(qmax))).view(row_scale.shape))
+        q = torch.round(ordered / row_scale.view(m, 1))
+    else:
+        q = torch.round(ordered / torch.tensor(scale)) + zero_point
+    q = q.clamp(qmin, qmax).to(torch.int8)
+    if row_sums is not None:
+        ends = list(segment_ends) or [out_columns]
+        sums = [q[:, a:b].sum(-1, dtype=torch.int32) for a, b in zip([0, *ends], ends)]
+        row_sums.copy_(torch.stack(sums, -1).view(row_sums.shape))
+    out.copy_((pack_int4(q) if out.dtype == torch.uint8 else q).view(out.shape))
+
+
+def patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: float, zero_point: int, bits: int) -> None:
+    checks.patches(out, images, patch_h, patch_w, scale)
+    cut = F.unfold(images.float(), (patch_h, patch_w), stride=(patch_h, patch_w)).transpose(1, 2) if out.numel() else out
+    out.copy_((torch.round(cut / torch.tensor(scale)) + zero_point).clamp(*int_range(bits)).reshape(out.shape))
+
+
+def widen_int4(out: Tensor, packed: Tensor) -> None:
+    checks.widen_int4(out, packed)
+    out.copy_(widen(packed))

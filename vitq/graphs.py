@@ -1,0 +1,202 @@
+"""A model as CUDA graphs: everything it launches, replayed by one call, so that the host's time does not count."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("vitq")
+
+# Graphs that one compiled model keeps; beyond that the one that was not used for longest goes. Batch sizes take a few for
+# each image size (see `GraphedModel`), so only a stream of ever new image sizes gets here.
+MOST_GRAPHS = 16
+WARMUP = 3
+
+
+def compile(model: nn.Module, images: Tensor | None = None, *, clone: bool = True) -> nn.Module:
+    """`model` on CUDA as a module that replays CUDA graphs: model(images [B, ...]) -> the same values.
+
+    A graph is captured when a shape is first seen; `images` has one captured now, for batches of that size. A smaller
+    batch, such as the last one, runs in a graph that is there already, filled up, if that is less than twice its size,
+    and else has its own captured: all graphs share one memory pool, and those of one image size one input buffer if the
+    largest came first. Images may lie on any device; they are copied into the graph's input.
+
+    clone: False returns the graph's own output, which the next call overwrites.
+    On a CPU there are no graphs: the model itself is returned, with a line in the log.
+    Raises TypeError for what is not a module, ValueError for one in training mode (a batch that is filled up must not
+    change its images' results), and RuntimeError for a model that cannot be captured, when it is.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("the model is in training mode, in which images of a batch may depend on each other: call model.eval()")
+    if isinstance(model, GraphedModel):
+        model = model.model
+    if (device := _device(model)).type != "cuda":
+        log.warning("vitq.compile: the model is on %s, and CUDA graphs need a GPU; it is returned as it is", device)
+        return model
+    graphed = GraphedModel(model, clone=clone)
+    if images is not None:
+        graphed(images)
+    return graphed
+
+
+class Graph:
+    """One captured call fn(static) -> output, both tensors at fixed addresses. Raises RuntimeError where a capture is not
+    possible: the call synchronizes, copies from the host, or runs out of memory."""
+
+    def __init__(self, fn: Callable[[Tensor], Any], static: Tensor, pool: Any = None, warmup: int = WARMUP):
+        self.fn, self.static = fn, static  # a graph holds addresses only: weights and input live as long as it does
+        with torch.inference_mode(), torch.cuda.device(static.device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(warmup):
+                    fn(static)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            try:
+                # thread_local: a data loader that pins memory meanwhile does not spoil the capture
+                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+                    self.output = fn(static)
+            except RuntimeError:
+                torch.cuda.synchronize()
+                raise
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class GraphedModel(nn.Module):
+    """What `vitq.compile` returns. `model` is the module that it runs; moving or loading that captures anew.
+
+    Calls may come from several threads and streams; they run one after the other.
+    """
+
+    def __init__(self, model: nn.Module, *, clone: bool = True):
+        super().__init__()
+        self.model, self.clone = model, clone
+        self.train(False)
+        self._lock = threading.Lock()
+        self._forget()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if not isinstance(images, Tensor) or not images.ndim:
+            raise TypeError(f"images must be a tensor [batch, ...], got {type(images).__name__}")
+        if self._graphless(images):
+            return self.model(images)
+        with self._lock, torch.no_grad():
+            if self._version != _version(self.model):
+                self._forget()
+            self._start()
+            graph, count = self._graph_for(images), len(images)
+            graph.static[:count].copy_(images)
+            graph.replay()
+            y = graph.output[:count]
+            y = y.clone() if self.clone else y
+            self._end()
+        return y
+
+    def batches(self) -> list[int]:
+        """The batch sizes that have a graph."""
+        return [shape[0] for _, shape in self._graphs]
+
+    def _graphless(self, images: Tensor) -> bool:
+        """An empty batch, a trace, and a capture by the caller run the model itself."""
+        return (self._device.type != "cuda" or not images.numel() or torch.compiler.is_compiling()
+                or torch.cuda.is_current_stream_capturing())
+
+    def _graph_for(self, images: Tensor) -> Graph:
+        count, rest = len(images), images.shape[1:]
+        sizes = [(shape, key) for key in self._graphs for dtype, shape in [key] if dtype == images.dtype and shape[1:] == rest]
+        fitting = [(shape[0], key) for shape, key in sizes if count <= shape[0] < 2 * count]
+        if fitting:
+            key = min(fitting)[1]
+            self._graphs[key] = self._graphs.pop(key)  # now the last one used
+            return self._graphs[key]
+        larger = [(shape[0], key) for shape, key in sizes if shape[0] > count]
+        with torch.inference_mode(False):  # a buffer made in it could only be written in it
+            static = (self._graphs[max(larger)[1]].static[:count] if larger
+                      else torch.empty(images.shape, dtype=images.dtype, device=self._device))
+        static.copy_(images)
+        try:
+            graph = self._capture(static)
+        except RuntimeError as error:
+            raise RuntimeError(f"{type(self.model).__name__} cannot be captured as a CUDA graph for images {list(images.shape)} "
+                               f"({str(error).splitlines()[0]}): call the model itself") from error
+        if not isinstance(graph.output, Tensor) or graph.output.shape[:1] != (count,):
+            raise TypeError(f"{type(self.model).__name__} must return one tensor [batch, ...] to be compiled, got "
+                            f"{type(graph.output).__name__}")
+        while len(self._graphs) >= MOST_GRAPHS:
+            self._wait()
+            del self._graphs[next(iter(self._graphs))]
+        self._graphs[images.dtype, tuple(images.shape)] = graph
+        return graph
+
+    def _capture(self, static: Tensor) -> Graph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        return Graph(self.model, static, self._pool)
+
+    def _forget(self) -> None:
+        if getattr(self, "_graphs", None):
+            self._wait()
+        self._graphs: dict[tuple[torch.dtype, tuple[int, ...]], Graph] = {}
+        self._pool, self._done = None, None
+        self._version, self._device = _version(self.model), _device(self.model)
+
+    def _start(self) -> None:
+        """Let this stream wait for the last call's, which may be another."""
+        if self._done is not None:
+            torch.cuda.current_stream(self._device).wait_event(self._done)
+
+    def _end(self) -> None:
+        if self._done is None:
+            self._done = torch.cuda.Event()
+        self._done.record(torch.cuda.current_stream(self._device))
+
+    def _wait(self) -> None:
+        """Until the last replay is over: memory of a graph in flight must not be handed out again."""
+        if self._done is not None:
+            self._done.synchronize()
+
+    def train(self, mode: bool = True):
+        if mode:
+            raise RuntimeError("a compiled model is not trained: train the model, put it in eval mode and compile it again")
+        return super().train(mode)
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    def __getstate__(self) -> dict:
+        """A copy captures its own graphs."""
+        return {key: value for key, value in self.__dict__.items()
+                if key not in ("_graphs", "_pool", "_done", "_lock", "_version", "_device")}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._lock = threading.Lock()
+        self._forget()
+
+
+def _version(model: nn.Module) -> tuple:
+    """Changes when the model's tensors are replaced: a graph would go on reading them at their old addresses."""
+    first = _first(model)
+    return getattr(getattr(model, "vitq", None), "version", 0), None if first is None else first.data_ptr()
+
+
+def _device(model: nn.Module) -> torch.device:
+    first = _first(model)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _first(model: nn.Module) -> Tensor | None:
+    return next(itertools.chain(model.parameters(), model.buffers()), None)
