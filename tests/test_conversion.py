@@ -131,7 +131,8 @@ def test_the_fused_stem_is_timms(name: str) -> None:
         converted(x[:1, :, :, :48])
 
 
-@pytest.mark.parametrize("kwargs", [{"dynamic_img_size": True}, {"pos_embed": "none"}, {"patch_drop_rate": 0.5}, {"pos_drop_rate": 0.1}])
+@pytest.mark.parametrize("kwargs", [{"dynamic_img_size": True}, {"pos_embed": "none"}, {"patch_drop_rate": 0.5},
+                                    {"pos_drop_rate": 0.1}])
 def test_other_stems_run_timms_code(kwargs: dict) -> None:
     model = build("vit_tiny_patch16_224", depth=1, **kwargs)
     converted = convert(model, quick("w8a8"), dtype=torch.float32)
@@ -157,6 +158,19 @@ def test_hooks_see_every_token_and_the_logits_stay(name: str, backend: str) -> N
             handle.remove()
 
 
+@pytest.mark.parametrize("name, parts", [("deit_tiny_patch16_224", ("patch_embed", "blocks", "pos_drop")),
+                                         ("swin_tiny_patch4_window7_224", ("layers", "layers.1", "layers.1.blocks"))])
+def test_hooks_on_what_the_fast_path_leaves_out_fire(name: str, parts: tuple[str, ...]) -> None:
+    model = build(name, **({"depths": (1, 1)} if "swin" in name else {"depth": 2}))
+    converted, x, seen = convert(model, quick("w8a8"), dtype=torch.float32), images(model), []
+    expected = converted(x)
+    for part in parts:
+        handle = converted.get_submodule(part).register_forward_hook(lambda m, a, y: seen.append(y.shape))
+        assert sqnr(expected, converted(x)) > 60 and len(seen) == 1
+        handle.remove()
+        seen.clear()
+
+
 def test_no_head_gives_features() -> None:
     model = build(num_classes=0, depth=1)
     converted = convert(model, quick("w8a8"))
@@ -173,9 +187,10 @@ def test_dynamic_image_size() -> None:
     assert sqnr(model(x), converted(x)) > 20
 
 
-def test_swin_of_any_size_pads_with_the_code_of_zero() -> None:
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic"])
+def test_swin_of_any_size_pads_with_the_code_of_zero(recipe: str) -> None:
     model = build("swin_tiny_patch4_window7_224", depths=(1, 1, 2, 1), strict_img_size=False)
-    converted = convert(model, quick("w8a8"), dtype=torch.float32)
+    converted = convert(model, quick(recipe), dtype=torch.float32)
     x = torch.randn(1, 3, 200, 248, generator=torch.Generator().manual_seed(3))
     assert sqnr(model(x), converted(x)) > 20
 
@@ -466,3 +481,24 @@ def test_blocks_hand_over_codes(static) -> None:
         block.get_submodule(name).register_forward_hook(lambda m, a, o, name=name: seen.__setitem__(name, type(o)))
     static(torch.zeros(1, 3, 224, 224))
     assert set(seen.values()) == {QTensor} and len(seen) == 4
+
+
+# Tuning ---------------------------------------------------------------------------------------------------------------
+
+
+def test_tuning_needs_a_gpu_and_a_converted_model(static, model) -> None:
+    with pytest.raises(ValueError, match="tuned on a GPU"):
+        vitq.tune(static, images(model))
+    with pytest.raises(TypeError, match="vitq.convert"):
+        vitq.tune(model, images(model))
+
+
+@pytest.mark.gpu
+def test_tuned_tiles_are_remembered_and_change_nothing(static, model, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("VITQ_CACHE", str(tmp_path))
+    on_gpu, x = copy.deepcopy(static).cuda(), images(model).cuda()
+    before = on_gpu(x)
+    times = vitq.tune(on_gpu, x)
+    assert times and all(list(found.values()) == sorted(found.values()) for found in times.values())
+    assert list(tmp_path.glob("tuning-*.json"))
+    assert torch.equal(on_gpu(x), before)

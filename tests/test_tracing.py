@@ -18,7 +18,8 @@ MODELS = {
     "distilled": ("deit_tiny_distilled_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2}),
     "qk-norm": ("vit_base_patch16_xp_224", {"img_size": 32, "depth": 1, "embed_dim": 64, "num_heads": 2}),
     "any-size": ("vit_tiny_patch16_224", {"img_size": 32, "depth": 1, "embed_dim": 64, "num_heads": 2, "dynamic_img_size": True}),
-    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 40, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)}),
+    "swin": ("swin_tiny_patch4_window7_224", {"img_size": 40, "window_size": 4, "embed_dim": 32, "depths": (2, 2),
+                                              "num_heads": (2, 4)}),
 }
 PAIRS = [*((kind, "w8a8") for kind in MODELS), ("vit", "w4a8"), ("vit", "w8a8-dynamic"), ("swin", "w8a8-dynamic")]
 
@@ -129,3 +130,61 @@ def test_inductor_compiles_it(cuda_operators) -> None:
     model, x = converted("vit", "w8a8", dtype=torch.float32)
     compiled = torch.compile(model, fullgraph=True)
     assert sqnr(model(x), compiled(x)) > 50
+
+
+# on a GPU -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind, recipe", PAIRS)
+def test_compiles_whole_on_the_gpu(kind: str, recipe: str) -> None:
+    name, arguments = MODELS[kind]
+    model = build(name, **arguments).cuda()
+    converted, x = convert(model, quick(recipe)), images(model, 3).cuda()
+    compiled_equals_eager(converted, x)
+    compiled = torch.compile(converted, fullgraph=True)
+    assert sqnr(converted(x), compiled(x)) > 30  # inductor rounds what lies between the operators in its own way
+    program = torch.export.export(converted, (x,)).module()
+    assert torch.equal(program(x), converted(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8", "w4a4"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_forward_never_waits_for_the_gpu(kind: str, recipe: str) -> None:
+    name, arguments = MODELS[kind]
+    model = build(name, **arguments).cuda()
+    converted, x = convert(model, quick(recipe)), images(model, 3).cuda()
+    masks = [{}] if kind == "swin" else [{}, {"is_causal": True}]
+    if kind == "qk-norm":
+        masks = [{}]  # timm's parallel block takes masks in its own way
+    for kwargs in masks:
+        converted(x, **kwargs)  # compiles what Triton compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            converted(x, **kwargs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["vit", "swin"])
+def test_the_gpu_runs_a_block_in_seven_kernels(kind: str) -> None:
+    """Two more blocks launch fourteen more kernels."""
+    from torch.profiler import ProfilerActivity, profile
+
+    name, arguments = MODELS[kind]
+    launched = []
+    for depth in (2, 4):
+        model = build(name, **{**arguments, **({"depth": depth} if kind == "vit" else {"depths": (2, depth)})}).cuda()
+        converted, x = convert(model, quick("w8a8")), images(model, 3).cuda()
+        converted(x)
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+            converted(x)
+            torch.cuda.synchronize()
+        launched.append(sum(event.count for event in profiler.key_averages() if event.key in (
+            "cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernelEx", "cuLaunchKernel")))
+    if not launched[0]:
+        pytest.skip("the profiler sees no launches here")
+    assert launched[1] - launched[0] == 14

@@ -200,9 +200,11 @@ def measure(args, report: dict, loaded, model, data, own_labels: bool, console: 
 
 
 def speed(float_model, model, images) -> dict:
-    """Times float32, the faster of bfloat16 and float16, and the quantized model, in turn."""
+    """Times float32, the faster of bfloat16 and float16, and the quantized model, in turn; on cuda as CUDA graphs."""
     dtype, half = vitq.timing.best_half(float_model, images)
     cases = {"float32": (float_model, images), str(dtype)[6:]: (half, images.to(dtype)), "quantized": (model, images)}
+    if images.is_cuda:
+        cases = {name: (vitq.evaluate.cuda_graph(fn, x)[0], x) for name, (fn, x) in cases.items()}
     once = vitq.timing.time_model(float_model, images, repeats=1, warmup=1).median_ms
     timings = vitq.timing.time_models(cases, repeats=int(max(3, min(20, 8000 / once))))
     return {"batch": len(images), "best_16_bit": dtype, "models": {

@@ -34,6 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="time torch.compile too")
     p.add_argument("--graphs", action=argparse.BooleanOptionalAction, default=True, help="use CUDA graphs on cuda")
     p.add_argument("--repeats", type=int, metavar="N", help="timed calls of each case (default 50, on a CPU 15)")
+    p.add_argument("--tune", action="store_true", help="on cuda: first find the fastest GEMM tiles, and remember them")
     p.add_argument("--profile", action="store_true", help="break each recipe's time down by kernel, beside its floors")
     p.add_argument("--bandwidth", type=float, metavar="TB/S", help="for the floors (default: measured by a copy)")
     p.add_argument("--peak", type=float, metavar="TOPS", help="int8, for the floors (default: measured by GEMMs)")
@@ -152,7 +153,7 @@ def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.devi
             torch.compiler.reset()
             add(f"{short} compiled", lambda: torch.compile(half), images.to(dtype))
         for recipe in recipes:
-            add(recipe.name, lambda: convert(model, recipe, images, args.backend), images)
+            add(recipe.name, lambda: convert(model, recipe, images, args.backend, args.tune), images)
         bar.set_postfix_str("timing")
         timings = vitq.timing.time_models(ready, repeats)
     rows = table(loaded.name, cases, timings, batch)
@@ -164,9 +165,12 @@ def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.devi
     return rows
 
 
-def convert(model, recipe, images: torch.Tensor, backend: str):
+def convert(model, recipe, images: torch.Tensor, backend: str, tune: bool):
     calib = images.repeat(-(-CALIBRATION_IMAGES // len(images)), 1, 1, 1) if recipe.is_static else None
-    return vitq.convert(model, recipe, None if calib is None else [calib[:CALIBRATION_IMAGES]], backend)
+    quantized = vitq.convert(model, recipe, None if calib is None else [calib[:CALIBRATION_IMAGES]], backend)
+    if tune:
+        vitq.tune(quantized, images)
+    return quantized
 
 
 def first_line(error: Exception) -> str:

@@ -21,6 +21,7 @@ from vitq.nn.linear import QuantLinear, QuantPatchConv
 from vitq.nn.model import ModelInfo, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
 from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, pack_all
+from vitq.ops import dispatch
 from vitq.ops.dispatch import check_backend, default_dtype
 from vitq.plan import Plan
 from vitq.recipe import LayerSpec, Recipe
@@ -175,6 +176,24 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     module = module.to(linear.weight.device)
     pack_all(module)
     return module
+
+
+def tune(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
+    """Find the fastest tile for every GEMM of model(images) on this GPU, and remember it for later runs of any model.
+
+    images: a batch as it will be used, [B, C, H, W]; the choice depends on its size. It is kept in a file by GPU, driver and build
+    (folder VITQ_CACHE, or vitq in the user's cache folder). Graphs and compiled models made before keep their tiles.
+    Returns microseconds by GEMM and tile, fastest first. Raises TypeError for a model that vitq did not convert, ValueError without a
+    GPU or without the CUDA library.
+    """
+    model_info(model)
+    device = next(model.buffers()).device
+
+    def run() -> None:
+        with torch.inference_mode():
+            model(images.to(device))
+
+    return dispatch.tune(run, device)
 
 
 def explain(model: nn.Module) -> list[Row]:

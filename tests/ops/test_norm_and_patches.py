@@ -18,7 +18,8 @@ CPU = torch.device("cpu")
 
 
 def kernels(op: str) -> list:
-    return [pytest.param(kernel, id=f"{backend}-{kernel.name}") for backend, kernel in dispatch.registered(op) if backend != "cuda"]
+    return [pytest.param(kernel, id=f"{backend}-{kernel.name}")
+            for backend, kernel in dispatch.registered(op) if backend != "cuda"]
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:

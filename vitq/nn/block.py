@@ -1,4 +1,4 @@
-"""Fused MLP and transformer blocks: norm+quantize -> qkv -> attention -> proj+residual -> norm+quantize -> fc1+act -> fc2+residual."""
+"""Fused MLP and transformer blocks: norm+quantize, qkv, attention, proj+residual, norm+quantize, fc1+activation, fc2+residual."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class QuantBlock(PackedModule):
     """x + attn(norm1(x)), then x + mlp(norm2(x)), in seven kernels: timm's Block on [B, N, C]; with a window, timm's
     SwinTransformerBlock on [B, H, W, C], where attention finds the windows by itself."""
 
-    def __init__(self, source: nn.Module, *, window: tuple[int, int] | None = None, shift: tuple[int, int] = (0, 0), backend: str):
+    def __init__(self, source: nn.Module, *, window: tuple[int, int] | None = None, shift: tuple[int, int] = (0, 0),
+                 backend: str):
         super().__init__(backend)
         self.norm1, self.norm2 = (QuantLayerNorm(n, backend=backend) for n in (source.norm1, source.norm2))
         self.attn: QuantAttention = source.attn
@@ -76,7 +77,7 @@ class QuantBlock(PackedModule):
 
 
 class QuantPatchMerging(PackedModule):
-    """timm's PatchMerging, [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, 2·C]: gather, norm and quantize in one kernel, then the reduction."""
+    """timm's PatchMerging, [B, H, W, C] -> [B, ⌈H/2⌉, ⌈W/2⌉, 2·C]: gather, norm, quantize in one kernel, then the reduction."""
 
     def __init__(self, source: nn.Module, *, backend: str):
         super().__init__(backend)

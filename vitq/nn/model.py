@@ -90,24 +90,32 @@ class QuantizedVit(QuantizedModel):
     """A ViT with a `StemSite`: the patch embedding's GEMM adds the position embedding and writes between the prefix tokens.
 
     Where the head reads the prefix tokens alone (the class token), `forward` computes no other after the last attention.
-    All are there for `forward_features` and where any hook is registered. `forward_intermediates` is timm's own and rounds
-    to the 16-bit dtype once more before the position embedding is added.
+    All are there for `forward_features` and where a hook is registered. `forward_intermediates` is timm's own and rounds to
+    the 16-bit dtype once more before the position embedding is added; so does a model with hooks on its stem.
     """
 
     _prefix: Tensor | None = None
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """As `QuantizedModel.forward`. Raises ValueError for images of another size than the model's."""
-        head_only = self.global_pool == "token" and self.attn_pool is None and not watched(self)
-        x, broken = self._tokens(floating(x), attn_mask, is_causal, self.num_prefix_tokens if head_only else None)
+        masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
+        if self._hooks_left_out():
+            return super().forward(x, **masks)
+        kept = watched(self)
+        head_only = self.global_pool == "token" and self.attn_pool is None and not kept
+        x, broken = self._tokens(floating(x), masks, kept, self.num_prefix_tokens if head_only else None)
         return with_guard(self.forward_head(self.norm(x)), broken)
 
     def forward_features(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         """Images -> tokens [B, N, C], normalised."""
-        return self.norm(self._tokens(floating(x), attn_mask, is_causal, None)[0])
+        masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
+        if self._hooks_left_out():
+            return super().forward_features(x, **masks)
+        return self.norm(self._tokens(floating(x), masks, watched(self))[0])
 
-    def _tokens(self, images: Tensor, attn_mask: Tensor | None, is_causal: bool, first: int | None) -> tuple[Tensor, Tensor]:
-        """The (first) tokens after the last block, and what `nan_guard` says of the images."""
+    def _tokens(self, images: Tensor, masks: dict[str, Any], kept: bool, first: int | None = None) -> tuple[Tensor, Tensor]:
+        """The (first) tokens after the last block, and what `nan_guard` says of the images. kept: no block writes over its
+        input."""
         codes, broken = quantized_patches(self.patch_embed, images)
         proj, stem, count = self.patch_embed.proj, self.vitq.stem, self._prefix.shape[1]
         x = torch.empty(images.shape[0], count + self.patch_embed.num_patches, self.embed_dim, dtype=proj.dtype,
@@ -118,11 +126,14 @@ class QuantizedVit(QuantizedModel):
         proj(codes, residual=position.expand(images.shape[0], -1, -1), out=x[:, count:])
         del codes
         x = self.norm_pre(x)
-        masks = {} if attn_mask is None and not is_causal else {"attn_mask": attn_mask, "is_causal": is_causal}
-        inplace, (*blocks, last) = not watched(self), self.blocks
+        *blocks, last = self.blocks
         for block in blocks:
-            x = run_block(block, x, inplace, **masks)
-        return run_block(last, x, inplace, first, **masks), broken
+            x = run_block(block, x, kept, **masks)
+        return run_block(last, x, kept, first, **masks), broken
+
+    def _hooks_left_out(self) -> bool:
+        """Whether there are hooks on modules that only timm's own code calls."""
+        return hooked(self.patch_embed, self.pos_drop, self.patch_drop, self.blocks)
 
     def _refresh(self, pack: bool) -> None:
         super()._refresh(pack)
@@ -137,14 +148,18 @@ class QuantizedSwin(QuantizedModel):
 
     def forward(self, x: Tensor) -> Tensor:
         """As `QuantizedModel.forward`. Raises ValueError for images of another size than the model's."""
+        stages = list(self.layers)
+        # Modules that only timm's own code calls.
+        if hooked(self.patch_embed, self.layers, *stages, *(stage.blocks for stage in stages)):
+            return super().forward(x)
+        kept = watched(self)
         codes, broken = quantized_patches(self.patch_embed, floating(x))
         x = self.patch_embed.norm(self.patch_embed.proj(codes).permute(0, 2, 3, 1))
         del codes
-        inplace = not watched(self)
-        for stage in self.layers:
+        for stage in stages:
             x = stage.downsample(x)
             for block in stage.blocks:
-                x = run_block(block, x, inplace)
+                x = run_block(block, x, kept)
         return with_guard(self.forward_head(self.norm(x)), broken)
 
 
@@ -157,16 +172,20 @@ def quantized_patches(embed: nn.Module, images: Tensor) -> tuple[QTensor, Tensor
     return proj.patches(images)
 
 
-def run_block(block: nn.Module, x: Tensor, inplace: bool, first: int | None = None, **masks: Any) -> Tensor:
-    """block(x), overwriting x if it may; only the first tokens of its result if `first` is given."""
+def run_block(block: nn.Module, x: Tensor, kept: bool, first: int | None = None, **masks: Any) -> Tensor:
+    """block(x), written over x unless that is kept; only the first tokens of the result if `first` is given."""
     if isinstance(block, QuantBlock):
-        return block(x, **masks, first=first, inplace=inplace)
+        return block(x, **masks, first=first, inplace=not kept)
     return block(x, **masks)[:, :first]
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether hooks look at what goes into or out of a module, or of one inside of it: then everything is computed and kept."""
-    return any(m._forward_hooks or m._forward_pre_hooks for m in module.modules())
+def hooked(*modules: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
+def watched(model: nn.Module) -> bool:
+    """Whether hooks look at what goes into or out of a part of the model: then everything is computed and kept for them."""
+    return hooked(*(m for m in model.modules() if m is not model))
 
 
 def floating(x: Tensor) -> Tensor:

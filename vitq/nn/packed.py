@@ -39,7 +39,7 @@ class PackedModule(nn.Module):
         self._derived: dict[str, Tensor] = {}
 
     def cases(self) -> dict[str, Any]:
-        """op -> spec, for every op this module runs itself; "op:label" where it runs one op in several ways. Subclasses override."""
+        """op -> spec, for every op this module runs itself; "op:label" where it runs one in several ways. Subclasses override."""
         return {}
 
     def derive(self) -> dict[str, Tensor]:
@@ -60,8 +60,8 @@ class PackedModule(nn.Module):
     @torch.no_grad()
     def _pack(self) -> None:
         if torch.compiler.is_compiling():
-            raise RuntimeError(f"this {type(self).__name__} was moved or loaded by itself and has not run since: call it once, or "
-                               "move and load the whole model, before it is traced")
+            raise RuntimeError(f"this {type(self).__name__} was moved or loaded by itself and has not run since: call it once, "
+                               "or move and load the whole model, before it is traced")
         cases, packed = self.cases(), {}
         device = self.device() if cases else None
         for case, spec in cases.items():

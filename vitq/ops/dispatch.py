@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -87,6 +88,25 @@ def choose(op: str, backend: str, spec: Any, device: torch.device) -> Choice:
 def registered(op: str) -> list[tuple[str, Kernel]]:
     """(backend, kernel) of every implementation of `op`: what tests are parametrised over."""
     return [(backend, kernel) for (o, backend), kernels in _REGISTRY.items() if o == op for kernel in kernels]
+
+
+def tune(run: Callable[[], Any], device: torch.device) -> dict[str, dict[str, float]]:
+    """Times every tile of every GEMM that `run()` calls on a GPU and writes the fastest to the cache that later runs read.
+
+    Returns microseconds by case and tile, fastest first. Raises ValueError where the CUDA library does not run.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"tiles are tuned on a GPU, and the model is on {device.type}: move it to cuda")
+    import vitq.cuda.loader as loader
+    import vitq.cuda.tuning as tuning
+
+    if why := loader.why_unavailable():
+        raise ValueError(f"there is nothing to tune without the CUDA library: {why}")
+    with tuning.recording() as cases:
+        run()
+    ordered = sorted(cases, key=lambda case: (case.key, case.m))
+    results = tuning.tune(ordered, torch.cuda.current_device() if device.index is None else device.index)
+    return {f"{case.m} rows, {case.key}": times for case, times in results.items()}
 
 
 def _log_once(op: str, used: str, reasons: list[str]) -> str | None:
