@@ -72,7 +72,7 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True)
 class HopperTile:
-    """`Tile` of csrc/gemm_sm90.cuh: columns, warpgroups that compute, 64-row pieces of each; whether a block keeps its
+    """`Tile` of csrc/gemm_sm90_tile.cuh: columns, warpgroups that compute, 64-row pieces of each; whether a block keeps its
     weights."""
 
     index: int

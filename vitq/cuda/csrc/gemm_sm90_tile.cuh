@@ -1,0 +1,302 @@
+// How a tile of the Hopper GEMM is described, and what its warpgroups do with their part: products, and the epilogue on the
+// accumulators. gemm_sm90.cuh holds the kernel around it.
+#pragma once
+
+#include "epilogue.cuh"
+#include "sm90.cuh"
+
+namespace vitq::sm90 {
+
+// Columns of a tile, warpgroups that compute, 64-row pieces each of them has, and how tiles are walked.
+template <int COLUMNS_, int GROUPS_, int PIECES_, bool RESIDENT_>
+struct Tile {
+  static constexpr int N = COLUMNS_, GROUPS = GROUPS_, PIECES = PIECES_;
+  static constexpr bool RESIDENT = RESIDENT_;
+  static constexpr int GROUP_ROWS = 64 * PIECES;
+  static constexpr int ROWS = RESIDENT ? GROUP_ROWS : GROUP_ROWS * GROUPS;  // of one pass through the ring
+  static constexpr int A_BYTES = ROWS * 128, B_BYTES = N * 128;            // a stage: 128 bytes of K
+  static constexpr int STAGE_BYTES = RESIDENT ? A_BYTES : A_BYTES + B_BYTES;
+  static constexpr int THREADS = 128 * (GROUPS + 1);
+  static constexpr int COMPUTE_REGISTERS = GROUPS == 2 ? 232 : 160, LOAD_REGISTERS = GROUPS == 2 ? 40 : 32;
+};
+
+constexpr int MAX_STAGES = 12;
+constexpr int MAX_RESIDENT = 16;  // 128-byte pieces of K
+
+struct Problem {
+  VitqLinear p;
+  int row_tiles, column_tiles;
+  int k_tiles, k_tiles_fp;  // pieces of 128 bytes: of K, and of the fp16 columns
+  int stages;
+  bool vectors;
+  float out_units, out_biased;  // codes of GELU's units; the zero point with ROUND_BIAS added
+};
+
+template <class T, int EPILOGUE, bool SEGMENTS>
+struct Consumer {
+  const Problem& problem;
+  const VitqLinear& p;
+  int thread, c;  // of the warpgroup; lane % 4
+  uint32_t acc[T::PIECES][T::N / 2];
+  float total[SEGMENTS ? T::PIECES : 1][SEGMENTS ? T::N / 2 : 1];
+
+  __device__ Consumer(const Problem& problem, int thread) : problem(problem), p(problem.p), thread(thread), c(thread % 4) {}
+
+  __device__ __forceinline__ int row_of(int first_row, int piece, int half) const {
+    return first_row + piece * 64 + (thread / 32) * 16 + (thread % 32) / 4 + 8 * half;
+  }
+
+  // One piece of K: four k-steps. What lies beyond K was filled up with zeros.
+  __device__ __forceinline__ void multiply(const char* a, const char* b, bool accumulate) {
+    uint64_t da = operand(a), db = operand(b);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) mma<T::N>(da + i * (8192 >> 4) + s * STEP, db + s * STEP, acc[i], accumulate || s > 0);
+    }
+  }
+
+  // One k-step.
+  __device__ __forceinline__ void multiply_step(const char* a, const char* b, bool accumulate) {
+    uint64_t da = operand(a), db = operand(b);
+#pragma unroll
+    for (int i = 0; i < T::PIECES; ++i) mma<T::N>(da + i * (8192 >> 4), db, acc[i], accumulate);
+  }
+
+  __device__ __forceinline__ void multiply_halves(const char* a, const char* b) {
+    uint64_t da = operand(a), db = operand(b);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) mma<T::N>(da + i * (8192 >> 4) + s * STEP, db + s * STEP, total[i], true);
+    }
+  }
+
+  __device__ __forceinline__ void fence() {
+#pragma unroll
+    for (int i = 0; i < T::PIECES; ++i) pin(acc[i]);
+    if constexpr (SEGMENTS) {
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) pin(total[i]);
+    }
+  }
+
+  __device__ __forceinline__ int (&codes8(int piece, int group, int half, int (&v)[COLUMNS]))[COLUMNS] {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      v[2 * j] = static_cast<int>(acc[piece][(4 * group + j) * 4 + 2 * half]);
+      v[2 * j + 1] = static_cast<int>(acc[piece][(4 * group + j) * 4 + 2 * half + 1]);
+    }
+    return v;
+  }
+
+  __device__ __forceinline__ void start_total(int first_column) {
+#pragma unroll
+    for (int g = 0; g < T::N / 32; ++g) {
+      int column = first_column + 32 * g + COLUMNS * c;
+      float bias[COLUMNS] = {};
+      if (p.bias != nullptr && column < p.n) load8(p.bias + column, bias);
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) {
+#pragma unroll
+        for (int x = 0; x < 16; ++x) total[i][16 * g + x] = bias[2 * (x / 4) + x % 2];
+      }
+    }
+  }
+
+  // Adds the integer product of segment s, scaled, to the float totals.
+  __device__ __forceinline__ void flush(int s, int first_row, int first_column) {
+    int64_t n_pad = (p.n + 31) / 32 * 32;
+    const float *scales = p.scale + s * n_pad, *zeros = p.zero == nullptr ? nullptr : p.zero + s * n_pad;
+    float row_scale[T::PIECES][2];
+    int row_sum[T::PIECES][2];
+#pragma unroll
+    for (int i = 0; i < T::PIECES; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        int64_t row = min(row_of(first_row, i, h), p.m - 1);
+        row_scale[i][h] = p.row_scale == nullptr ? 1.0f : __ldg(p.row_scale + row);
+        row_sum[i][h] = zeros == nullptr ? 0 : __ldg(p.row_sums + row * p.segments + s);
+      }
+    }
+#pragma unroll
+    for (int g = 0; g < T::N / 32; ++g) {
+      int column = first_column + 32 * g + COLUMNS * c;
+      if (column >= p.n) continue;
+      float scale[COLUMNS], zero[COLUMNS];
+      load8(scales + column, scale);
+      if (zeros != nullptr) load8(zeros + column, zero);
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          int v[COLUMNS];
+          float y[COLUMNS];
+#pragma unroll
+          for (int x = 0; x < COLUMNS; ++x) y[x] = total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2];
+          accumulate8(codes8(i, g, h, v), row_scale[i][h], p.row_scale != nullptr, scale, y);
+          if (zeros != nullptr) subtract_zero8(row_sum[i][h], row_scale[i][h], zero, y);
+#pragma unroll
+          for (int x = 0; x < COLUMNS; ++x) total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2] = y[x];
+        }
+      }
+    }
+  }
+
+  // --- a tile without exceptions, in straight-line code --------------------------------------------------------------
+  // 16-bit or code output in vectors, no row scales. Conditions inside of the loops would keep the compiler from
+  // interleaving the groups of columns, and one warp a scheduler then waits for its own latencies: DeiT-S fc1 with GELU took
+  // 112 us so on an H200, of which 60 were waiting.
+
+  static constexpr bool CODES = EPILOGUE == CODES_OUT || EPILOGUE == ACT_CODES_OUT;
+  static constexpr bool PREFETCH = EPILOGUE == FLOAT_OUT && !SEGMENTS && T::GROUPS == 2 && T::PIECES * T::N <= 128;
+  uint4 residual[PREFETCH ? T::N / 32 : 1][2];
+
+  __device__ __forceinline__ bool plain() const {
+    if (SEGMENTS || EPILOGUE == ACT_FLOAT_OUT || !problem.vectors || p.row_scale != nullptr) return false;
+    if constexpr (CODES) return p.qmax == 127 && (EPILOGUE == CODES_OUT || p.activation != VITQ_RELU);
+    return p.out.dtype != VITQ_F32 && (p.residual.data == nullptr || p.residual.dtype == p.out.dtype);
+  }
+
+  // Loads the residual while the last products run, if the accumulators leave registers for it.
+  __device__ __forceinline__ void prefetch(int first_row, int first_column) {
+    if constexpr (PREFETCH) {
+      if (p.residual.data == nullptr || !plain()) return;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        RowAt at = row_at(p, row_of(first_row, 0, h));
+#pragma unroll
+        for (int g = 0; g < T::N / 32; ++g) {
+          int column = first_column + 32 * g + COLUMNS * c;
+          residual[g][h] = at.inside && column < p.n ? prefetch_residual(at, column) : uint4{};
+        }
+      }
+    }
+  }
+
+  // Eight columns of one of a thread's two rows in 64.
+  template <int DTYPE, bool RESIDUAL, bool TANH>
+  __device__ __forceinline__ void finish_group(const float* constants, const RowAt& at, int piece, int g, int half,
+                                               int first_column) {
+    const int local = 32 * g + COLUMNS * c, column = first_column + local;
+    const bool store = column < p.n && at.inside;
+    float scale[COLUMNS], bias[COLUMNS];
+    shared8(constants + local, scale);
+    shared8(constants + T::N + local, bias);
+    int v[COLUMNS];
+    float y[COLUMNS];
+    codes8(piece, g, half, v);
+#pragma unroll
+    for (int x = 0; x < COLUMNS; ++x) y[x] = fmaf(__int2float_rn(v[x]), scale[x], bias[x]);
+    if constexpr (CODES) {
+      int code[COLUMNS];
+#pragma unroll
+      for (int x = 0; x < COLUMNS; ++x) {
+        float biased;
+        if constexpr (EPILOGUE == ACT_CODES_OUT) biased = fmaf(gelu_of_units<TANH>(y[x]), problem.out_units, problem.out_biased);
+        else biased = y[x] + ROUND_BIAS;
+        code[x] = __float_as_int(biased) - ROUND_BITS;
+      }
+      uint2 packed = make_uint2(pack_s8(code[0], code[1], code[2], code[3]), pack_s8(code[4], code[5], code[6], code[7]));
+      if (store) *reinterpret_cast<uint2*>(at.out + column) = packed;
+    } else {
+      if constexpr (RESIDUAL) {
+        uint4 other = {};
+        if constexpr (PREFETCH) other = residual[g][half];
+        else if (store) other = prefetch_residual(at, column);
+        add_halves(other, DTYPE, y);
+      }
+      uint4 packed = make_uint4(pack_halves(DTYPE, y[0], y[1]), pack_halves(DTYPE, y[2], y[3]),
+                                pack_halves(DTYPE, y[4], y[5]), pack_halves(DTYPE, y[6], y[7]));
+      if (store) *reinterpret_cast<uint4*>(at.out + 2 * column) = packed;
+    }
+  }
+
+  template <int DTYPE, bool RESIDUAL, bool TANH>
+  __device__ __forceinline__ void finish_plain(const float* constants, int first_row, int first_column) {
+#pragma unroll
+    for (int i = 0; i < T::PIECES; ++i) {
+      const RowAt at[2] = {row_at(p, row_of(first_row, i, 0)), row_at(p, row_of(first_row, i, 1))};
+#pragma unroll
+      for (int g = 0; g < T::N / 32; ++g) {
+        finish_group<DTYPE, RESIDUAL, TANH>(constants, at[0], i, g, 0, first_column);
+        finish_group<DTYPE, RESIDUAL, TANH>(constants, at[1], i, g, 1, first_column);
+      }
+    }
+  }
+
+  // --- any tile ------------------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ void finish_any(int first_row, int first_column) {
+    const bool has_row_scale = p.row_scale != nullptr;
+#pragma unroll
+    for (int i = 0; i < T::PIECES; ++i) {
+      RowAt at[2] = {row_at(p, row_of(first_row, i, 0)), row_at(p, row_of(first_row, i, 1))};
+#pragma unroll
+      for (int g = 0; g < T::N / 32; ++g) {
+        const int column = first_column + 32 * g + COLUMNS * c;
+        if (column >= p.n) continue;
+        float scale[COLUMNS], bias[COLUMNS] = {};
+        if constexpr (!SEGMENTS) {
+          load8(p.scale + column, scale);
+          if (p.bias != nullptr) load8(p.bias + column, bias);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float y[COLUMNS];
+          if constexpr (SEGMENTS) {
+#pragma unroll
+            for (int x = 0; x < COLUMNS; ++x) y[x] = total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2];
+          } else {
+            int v[COLUMNS];
+#pragma unroll
+            for (int x = 0; x < COLUMNS; ++x) y[x] = bias[x];
+            accumulate8(codes8(i, g, h, v), at[h].scale, has_row_scale, scale, y);
+          }
+          finish8<EPILOGUE>(p, at[h], column, problem.vectors, y);
+        }
+      }
+    }
+  }
+
+  // constants: scales and biases of the tile's columns, in shared memory.
+  __device__ __forceinline__ void finish(const float* constants, int first_row, int first_column) {
+    if constexpr (!SEGMENTS && EPILOGUE != ACT_FLOAT_OUT) {
+      if (plain()) {
+        if constexpr (EPILOGUE == CODES_OUT) {
+          finish_plain<VITQ_S8, false, false>(constants, first_row, first_column);
+        } else if constexpr (EPILOGUE == ACT_CODES_OUT) {
+          if (p.activation == VITQ_GELU) finish_plain<VITQ_S8, false, false>(constants, first_row, first_column);
+          else finish_plain<VITQ_S8, false, true>(constants, first_row, first_column);
+        } else if (p.residual.data != nullptr) {
+          if (p.out.dtype == VITQ_F16) finish_plain<VITQ_F16, true, false>(constants, first_row, first_column);
+          else finish_plain<VITQ_BF16, true, false>(constants, first_row, first_column);
+        } else {
+          if (p.out.dtype == VITQ_F16) finish_plain<VITQ_F16, false, false>(constants, first_row, first_column);
+          else finish_plain<VITQ_BF16, false, false>(constants, first_row, first_column);
+        }
+        return;
+      }
+    }
+    finish_any(first_row, first_column);
+  }
+
+  __device__ __forceinline__ static void shared8(const float* from, float (&to)[COLUMNS]) {
+    float4 a = *reinterpret_cast<const float4*>(from), b = *(reinterpret_cast<const float4*>(from) + 1);
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+  }
+};
+
+// Scales and biases of a tile's columns into shared memory, by `threads` threads; in GELU's units where it follows.
+template <int N, int EPILOGUE>
+__device__ __forceinline__ void load_constants(const VitqLinear& p, float* to, int first_column, int thread, int threads) {
+  constexpr float UNIT = EPILOGUE == ACT_CODES_OUT ? 1.0f / GELU_UNIT : 1.0f;
+  for (int i = thread; i < N; i += threads) {
+    int column = first_column + i;
+    bool inside = column < p.n;
+    to[i] = inside ? __ldg(p.scale + column) * UNIT : 0.0f;
+    to[N + i] = inside && p.bias != nullptr ? __ldg(p.bias + column) * UNIT : 0.0f;
+  }
+}
+
+}  // namespace vitq::sm90
