@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,10 +17,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
 
+
+
+def installed(name: str) -> bool:
+    # not importlib.util.find_spec: asked for "pip", it makes setuptools (up to Python 3.11) take this process for pip's own and
+    # refuse to be imported from then on, which inductor needs
+    return any(importlib.metadata.distributions(name=name))
+
+
 pytestmark = [
     pytest.mark.xdist_group("install"),  # the wheel is built once, in one process
-    pytest.mark.skipif(importlib.util.find_spec("pip") is None, reason="pip is not in this environment"),
-    pytest.mark.skipif(importlib.util.find_spec("setuptools") is None, reason="setuptools is not in this environment"),
+    pytest.mark.skipif(not installed("pip"), reason="pip is not in this environment"),
+    pytest.mark.skipif(not installed("setuptools"), reason="setuptools is not in this environment"),
     pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="the tests do not lie beside the sources"),
 ]
 

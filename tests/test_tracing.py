@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 
 import pytest
-import setuptools  # noqa: F401  (inductor imports it, and that fails once a test has imported parts of the standard distutils)
 import torch
 from helpers import build, convert, images, quick, sqnr
 
