@@ -134,6 +134,12 @@ for bits in (8, 4):
         case(f"{name} fp16 columns", "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, fp=32), 0, 1e-5)
         case(f"{name} fp16 columns, zero, residual", "linear", lambda b=bits, e=ends: linear(
             150, 100, 192, bits=b, ends=e, fp=16, zero=True, dynamic=True, out=torch.float16, residual=torch.float16), 0, 1e-3)
+# As a ViT has them: static, symmetric, in whole vectors. A segment ends inside of a piece of 128, at its end, or several do.
+for ends in ((64, 384), (96, 384), (128, 384), (32, 160, 384), (352, 384), (160, 1024), (256, 300)):
+    for out, activation in ((torch.int8, ""), (torch.int8, "gelu"), (torch.int8, "gelu_tanh"), (torch.float16, ""),
+                            (torch.bfloat16, "")):
+        case(f"linear segments {ends} {out} {activation}", "linear", lambda e=ends, o=out, a=activation: linear(
+            330, 392, e[-1], ends=e, out=o, activation=a, residual=o if o.is_floating_point else None), 1e-3 if activation else 0)
 case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), zero=True))
 case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out=torch.int8))
 
@@ -279,6 +285,11 @@ for k, order, ends in ((96, 96, (32, 96)), (200, 256, (64, 128, 256)), (77, 64, 
                  n=norm: rows(
                 awkward(23, k).half(), order=o, ends=e, sums=True, dynamic=d, norm=n, fp=16 if k > 60 else 0),
                 1e-3 if norm else 0, 1e-5)
+# Many rows, so that each group of lanes reorders several at once.
+for m, k in ((40000, 96), (20000, 384), (9000, 768), (9000, 1024)):
+    for sums in (False, True):
+        case(f"rows {m} x {k} ordered, sums {sums}", "rows", lambda m=m, k=k, s=sums: rows(
+            awkward(m, k).half(), order=k, ends=(32, k), sums=s, norm="layer_norm"), 1e-3)
 for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
     for dynamic in (False, True):
         case(f"rows merge {shape} dynamic {dynamic}", "rows",
@@ -293,3 +304,8 @@ for shape, patch in (((2, 3, 224, 224), (16, 16)), ((1, 3, 30, 33), (14, 14)), (
 for n, k in ((32, 64), (96, 128), (384, 1536), (0, 64)):
     case(f"widen_int4 {n}x{k}", "widen_int4", lambda n=n, k=k: dict(out=torch.zeros(n, k, dtype=torch.int8),
                                                                     packed=pack_weight(codes(n, k, bits=4), 4)))
+    for bits, largest in ((4, 15), (3, 31), (2, 63)):
+        case(f"widen_int4 {n}x{k} multiplied {bits}", "widen_int4", lambda n=n, k=k, b=bits, m=largest: dict(
+            out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=b), 4),
+            multiplier=torch.randint(1, m + 1, (2, n), dtype=torch.int8, generator=generator(1)),
+            group=torch.randint(0, 2, (k,), dtype=torch.uint8, generator=generator(2))))

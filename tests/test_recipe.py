@@ -154,7 +154,7 @@ def test_overrides_in_order_and_as_one():
     ("calib_sise=4", "(did you mean 'calib_size'?)"),
     ("redaction.weight.bits=4", "(did you mean 'reduction'?)"),
     ("qkv.wieght.bits=4", "(did you mean 'weight'?)"),
-    ("qkv.weight.bit=4", "weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer (did you mean 'bits'?)"),
+    ("qkv.weight.bit=4", "weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments (did you mean 'bits'?)"),
     ("weight.bits=9", "weight.bits: 9; allowed: 2 to 8, or 16"),
     ("weight.bits=four", "weight.bits: 'four' is str; give an integer"),
     ("weight.bits=[", "value '[' is not YAML"),
@@ -165,6 +165,9 @@ def test_overrides_in_order_and_as_one():
     ("name:bits=4", "no layer name or no field"),
     ("name:blocks.0.*.colour=4", "name:blocks.0.*.colour: unknown key"),
     ("qkv.input.bits=16", "rules[3].input.bits: 16 for the input of qkv; its weight has 8"),
+    ("fc1.weight.segments=dual", "weight.segments: 'dual' is not known; allowed: one, dual_uniform"),
+    ("fc1.input.segments=dual_uniform", "rules[3].input.segments: 'dual_uniform' for the input of fc1; it divides the columns of a weight"),
+    ("patch_embed.weight.segments=dual_uniform", "for the weight of patch_embed; pixels are quantized in their order: one"),
     (7, "override 7: override: 7 is int; give a string"),
 ])
 def test_override_messages(item, message):
@@ -208,7 +211,7 @@ def test_top_level_messages(top, error, message):
     ({"roles": ["qkv"]}, ValueError, "rules[1]: sets nothing; give at least one of weight, input, other"),
     ({"roles": ["qkv"], "other": {"bits": 4}}, ValueError, "rules[1].other: qkv has no such operand; it has weight and input"),
     ({"weight": 4}, TypeError, "rules[1].weight: 4 is int; give a mapping such as {bits: 8}"),
-    ({"weight": {"bit": 4}}, ValueError, "rules[1].weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer (did you mean 'bits'?)"),
+    ({"weight": {"bit": 4}}, ValueError, "rules[1].weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments (did you mean 'bits'?)"),
     *[({"weight": {"bits": b}}, ValueError, f"rules[1].weight.bits: {b}; allowed: 2 to 8, or 16 (left in floating point)") for b in (-4, 0, 1, 9, 15, 17, 32)],
     *[({"weight": {"bits": b}}, TypeError, f"rules[1].weight.bits: {b!r} is") for b in (True, 8.0, "8", None)],
     ({"input": {"symmetric": 1}}, TypeError, "rules[1].input.symmetric: 1 is int; give true or false"),
@@ -279,7 +282,7 @@ def test_file_name_serves_as_name_and_unknown_recipes_are_listed(tmp_path):
     path.write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not readable as YAML"):
         Recipe.from_yaml(path)
-    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: w4a4, w4a8")):
+    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dual-w4a4, dual-w8a8, w4a4, w4a8")):
         Recipe.from_yaml("w8a9")
     with pytest.raises(ValueError, match=re.escape("(did you mean 'w8a8'?)")):
         Recipe.from_yaml("w8a9")

@@ -20,6 +20,9 @@ class LinearParams:
     `input.columns` says which features the K columns hold and where their segments s end, K then counting columns, those
     of the value 0 too (their weights are 0). With S segments weight_scale is [S, N]. weight_zero: int32, as weight_scale, for
     asymmetric weights (the input then carries row sums), else None. weight_fp: float16 [N, F], for the features kept in float16.
+
+    Without segments, a scale of two levels: weight_multiplier int8 [G, N] and column_group uint8 [K], the group of each column.
+    What is multiplied is then code · multiplier, an int8 too, and weight_scale is that of one step of the multiplier.
     """
 
     codes: Tensor
@@ -29,6 +32,15 @@ class LinearParams:
     input: ActivationFormat
     weight_zero: Tensor | None = None
     weight_fp: Tensor | None = None
+    weight_multiplier: Tensor | None = None
+    column_group: Tensor | None = None
+
+    @property
+    def integers(self) -> Tensor:
+        """int8 [N, K]: what the input's codes are multiplied with."""
+        if self.weight_multiplier is None:
+            return self.codes
+        return self.codes * self.weight_multiplier[self.column_group.long()].T
 
     @property
     def segment_ends(self) -> tuple[int, ...]:

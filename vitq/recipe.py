@@ -27,13 +27,15 @@ __all__ = ["FLOAT_BITS", "LINEAR_ROLES", "MATMUL_ROLES", "OPERANDS", "ROLES", "S
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one operand is quantized. ``bits`` is 2..8, or 16 for floating point (the other fields then say nothing)."""
+    """How one operand is quantized. ``bits`` is 2..8, or 16 for floating point (the other fields then say nothing). ``segments``: of a weight,
+    whether its input features are divided into ranges that have scales of their own, and how."""
 
     bits: int = 8
     symmetric: bool = True
     granularity: str = "per_tensor"
     dynamic: bool = False
     observer: str = "mse"
+    segments: str = "one"
 
     def __post_init__(self) -> None:
         checks.check_fields({f.name: getattr(self, f.name) for f in fields(self)}, "QuantSpec")

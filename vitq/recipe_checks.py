@@ -16,6 +16,7 @@ TRANSFORMS = ("layernorm_fold",)
 SOLVERS = ("rtn",)
 GRANULARITIES = ("per_tensor", "per_channel", "per_token")
 OBSERVERS = ("minmax", "percentile", "mse")
+SEGMENTS = ("one", "dual_uniform")
 
 
 def operands(role: str) -> tuple[str, str]:
@@ -72,6 +73,7 @@ FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "granularity": lambda value, key: check_choice(value, GRANULARITIES, key),
     "dynamic": lambda value, key: check_type(value, bool, key, "true or false"),
     "observer": lambda value, key: check_choice(value, OBSERVERS, key),
+    "segments": lambda value, key: check_choice(value, SEGMENTS, key),
 }
 
 
@@ -137,7 +139,11 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
                 refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor")
             if not spec.symmetric:
                 refuse(operand, "symmetric", "allowed for weights: true")
+            if spec.segments != "one" and role == "patch_embed":
+                refuse(operand, "segments", "pixels are quantized in their order: one")
             continue
+        if spec.segments != "one":
+            refuse(operand, "segments", "it divides the columns of a weight; allowed for activations: one")
         if (role, operand) == ("pv", "input") and not spec.dynamic:
             refuse(operand, "dynamic", "attention probabilities have one dynamic scale a row: true (roles: [...] limits a rule to other layers)")
         if (role, operand) == ("pv", "other") and spec.dynamic:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from vitq.calib.runner import fingerprint, is_folded, specs
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.statistics import Histogram, Statistics
-from vitq.formats import ActivationFormat
+from vitq.formats import ActivationFormat, Columns
 from vitq.models.sites import LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
+from vitq.quantizers import dual_uniform
+from vitq.quantizers.grid import weight_grid
 from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import LayerSpec, QuantSpec, Recipe
 from vitq.transforms.layernorm_fold import fold
@@ -48,9 +52,16 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan
 
 def linear_params(module: nn.Module, spec: LayerSpec, solver: str, input_format: ActivationFormat) -> LinearParams:
     """Codes of one linear (or patch convolution) by the named solver. Raises ValueError for NaN or infinite weights."""
-    codes, scale = SOLVERS[solver](module.weight.detach().float().flatten(1), spec.weight)
+    weight = module.weight.detach().float().flatten(1)
+    grid, bits = weight_grid(weight, spec.weight), spec.weight.bits
+    codes = SOLVERS[solver](weight, grid, bits)
     bias = None if module.bias is None else module.bias.detach().float().clone()
-    return LinearParams(codes, spec.weight.bits, scale, bias, input_format)
+    if grid.group is None or grid.multiplier is not None:
+        return LinearParams(codes, bits, grid.scale, bias, input_format, weight_multiplier=grid.multiplier, column_group=grid.group)
+    order = torch.argsort(grid.group, stable=True)  # the groups become segments
+    ends = (int((grid.group == dual_uniform.OUTLIERS).sum()), len(order))
+    return LinearParams(codes[:, order], bits, grid.scale, bias,
+                        replace(input_format, columns=Columns(order.to(torch.int32), ends)))
 
 
 def observed_format(sample: Tensor, spec: QuantSpec) -> ActivationFormat:

@@ -23,14 +23,25 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
     for name, params in plan.layers.items():
         module = prepared.model.get_submodule(name)
         if isinstance(params, LinearParams):
-            weight = dequantize(params.codes, params.weight_scale[:, None], 0)
-            module.weight.copy_(weight.view_as(module.weight))
+            module.weight.copy_(_weight(params).view_as(module.weight))
             module.register_forward_pre_hook(partial(_fake_input, params.input))
         elif isinstance(params, AttentionParams):
             for tap, fmt in ((module.tap_q, params.q), (module.tap_k, params.k), (module.tap_v, params.v)):
                 tap.register_forward_hook(partial(_fake_output, fmt))
             module.tap_p.register_forward_hook(partial(_fake_probabilities, params.p_bits))
     return prepared.model
+
+
+def _weight(params: LinearParams) -> Tensor:
+    """The numbers that the codes stand for, each feature in its place."""
+    if params.weight_multiplier is not None:
+        scale = (params.weight_scale * params.weight_multiplier)[params.column_group.long()].T
+        return dequantize(params.codes, scale, 0)
+    ends = params.segment_ends
+    scales = params.weight_scale.view(len(ends), -1)
+    parts = [dequantize(params.codes[:, start:end], scale[:, None], 0) for start, end, scale in zip((0, *ends), ends, scales)]
+    weight, columns = torch.cat(parts, dim=1), params.input.columns
+    return weight if columns is None else weight[:, columns.order.argsort()]
 
 
 def _fake(fmt: ActivationFormat, x: Tensor) -> Tensor:

@@ -17,14 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vitq.cuda.layout import unit_columns
 from vitq.formats import ActivationFormat, QTensor, pack_int4
-from vitq.ops.attention import AttentionSpec, CutsWindows
+from vitq.ops.attention import AttentionSpec, CutsWindows, why_not_static_int8
 from vitq.ops.common import signed
 from vitq.ops.dispatch import register
 from vitq.ops.layer_norm import LayerNormSpec
 from vitq.ops.linear import LinearSpec, check_float_only, fold
 from vitq.ops.patches import PatchesByQuantize, PatchesSpec
-from vitq.ops.quantize import on_device, why_not_plain
+from vitq.ops.quantize import on_device, ordered, why_not_in_one_pass
 from vitq.ops.windows import merge_patches
 
 # cuBLASLt's int8 GEMM, as `torch._int_mm` calls it: more than 16 rows, and K and N multiples of 8. Multiples of 16 bytes
@@ -57,7 +58,7 @@ class TritonQuantize:
     name = "triton-quantize"
 
     def supports(self, spec: ActivationFormat) -> str | None:
-        return _why_not_signed(spec) or why_not_plain(spec) or why_unavailable()
+        return _why_not_signed(spec) or why_not_in_one_pass(spec) or why_unavailable()
 
     def pack(self, spec: ActivationFormat, device: torch.device) -> ActivationFormat:
         return on_device(spec, device)
@@ -66,9 +67,10 @@ class TritonQuantize:
         from vitq.cuda.triton import quantize
 
         if packed.dynamic:
-            return QTensor(*quantize.quantize_dynamic(x, packed.bits), 0)
+            codes, scales = quantize.quantize_dynamic(x, packed.bits)
+            return QTensor(ordered(codes, packed), scales, 0)
         codes = quantize.quantize_static(x, packed.scale, packed.zero_point, packed.bits)
-        return QTensor(codes, packed.scale, packed.zero_point)
+        return QTensor(ordered(codes, packed), packed.scale, packed.zero_point)
 
 
 @register("layer_norm_quantize", "cuda")
@@ -79,7 +81,7 @@ class TritonLayerNorm:
         for parameter in (spec.weight, spec.bias):
             if parameter is not None and parameter.numel() > WIDEST_LAYER_NORM:
                 return f"{parameter.numel()} features, more than the {WIDEST_LAYER_NORM} that one program holds"
-        return _why_not_signed(spec.output) or why_not_plain(spec.output) or why_unavailable()
+        return _why_not_signed(spec.output) or why_not_in_one_pass(spec.output) or why_unavailable()
 
     def pack(self, spec: LayerNormSpec, device: torch.device) -> LayerNormSpec:
         weight, bias = (None if t is None else t.detach().to(device, torch.float32).contiguous()
@@ -91,7 +93,8 @@ class TritonLayerNorm:
 
         x = merge_patches(x) if packed.merge else x
         codes, scales = layer_norm.layer_norm_quantize(x, packed.weight, packed.bias, packed.eps, packed.output)
-        return QTensor(codes, packed.output.scale, packed.output.zero_point) if scales is None else QTensor(codes, scales, 0)
+        codes, fmt = ordered(codes, packed.output), packed.output
+        return QTensor(codes, fmt.scale, fmt.zero_point) if scales is None else QTensor(codes, scales, 0)
 
 
 @register("quantize_patches", "cuda")
@@ -116,7 +119,7 @@ class PackedLinear:
 
 @register("linear", "cuda")
 class CublasLtLinear:
-    """Weights of up to 4 bits stay packed int4 in GPU memory; each call widens them into a buffer of its own. The caching
+    """Weights of up to 4 bits with one level of scales stay packed int4 in GPU memory; each call widens them into a buffer of its own. The caching
     allocator hands the same memory to the next layer, and keeps streams and graphs apart, as a shared buffer would not."""
 
     name = "cublaslt-int8+triton-epilogue"
@@ -136,8 +139,8 @@ class CublasLtLinear:
 
         params = spec.params
         n, k = params.codes.shape
-        codes = F.pad(params.codes.detach(), (0, -k % MULTIPLE, 0, -n % MULTIPLE))
-        weight = pack_int4(codes) if params.weight_bits <= 4 else codes
+        codes = F.pad(params.integers.detach(), (0, -k % MULTIPLE, 0, -n % MULTIPLE))
+        weight = pack_int4(codes) if params.weight_bits <= 4 and params.weight_multiplier is None else codes
         folded = fold(spec)
         constants = Epilogue(
             scale=folded.scale[0].to(device).contiguous(), bias=folded.bias.to(device), folded=folded.to_codes,
@@ -161,7 +164,7 @@ class CublasLtLinear:
         if m:
             flat = y.view(m, n)
             row_scale = x.scale.reshape(m).contiguous() if packed.dynamic else None
-            other = None if residual is None else _unit_columns(residual.reshape(m, n))
+            other = None if residual is None else unit_columns(residual.reshape(m, n))
             for start, acc in _accumulate(_padded(codes.reshape(m, packed.k)), _widened(packed), m):
                 part = slice(start, start + acc.shape[0])
                 epilogue(packed.epilogue, acc, flat[part], None if row_scale is None else row_scale[part],
@@ -176,15 +179,7 @@ class TritonAttention(CutsWindows):
     name = "triton-attention-s8"
 
     def supports(self, spec: AttentionSpec) -> str | None:
-        if not 1 <= spec.head_dim <= WIDEST_HEAD:
-            return f"head_dim {spec.head_dim} is over {WIDEST_HEAD}"
-        for name in ("q", "k", "v"):
-            fmt = getattr(spec.params, name)
-            if fmt.dynamic:
-                return f"{name} is quantized dynamically; this kernel takes static scales"
-            if why := _why_not_signed(fmt):
-                return f"{name}: {why}"
-        return why_unavailable()
+        return why_not_static_int8(spec, WIDEST_HEAD) or why_unavailable()
 
     def pack(self, spec: AttentionSpec, device: torch.device) -> Any:
         from vitq.cuda.triton.attention import Constants
@@ -204,10 +199,6 @@ class TritonAttention(CutsWindows):
 
 def _why_not_signed(fmt: ActivationFormat) -> str | None:
     return None if fmt.signed else "unsigned codes do not fit int8"
-
-
-def _unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _padded(codes: Tensor) -> Tensor:

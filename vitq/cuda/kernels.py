@@ -16,9 +16,9 @@ from torch import Tensor
 
 from vitq.cuda import loader, tuning
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows, round_up
+from vitq.cuda.layout import pack_weight, pad_columns, permute_rows, round_up, unit_columns
 from vitq.formats import QTensor
-from vitq.ops.attention import AttentionSpec
+from vitq.ops.attention import AttentionSpec, why_not_static_int8
 from vitq.ops.common import OutputFormat, signed
 from vitq.ops.dispatch import register
 from vitq.ops.linear import Constants, LinearSpec, check_float_only, fold
@@ -33,7 +33,8 @@ LARGEST_VALUE = 2.0**22
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
     """weight: `layout.pack_weight`; scale and zero float32 [S, N'], bias [N'], weight_fp fp16 [N', F']: see
-    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM."""
+    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers if it has any:
+    int8 [2, N'] in the rows' order, and uint8 [K'], which of the two holds for a column."""
 
     weight: Tensor
     bits: int
@@ -50,6 +51,8 @@ class PackedLinear:
     out_scale: float
     out_zero_point: int
     widen_rows: int
+    multiplier: Tensor | None
+    group: Tensor | None
 
 
 @register("linear", "cuda")
@@ -73,7 +76,11 @@ class CutlassLinear:
         if weight_fp is not None:
             weight_fp = permute_rows(F.pad(weight_fp.half(), (0, -weight_fp.shape[1] % 16))).to(device)
         scalar = output is not None and not constants.to_codes
-        packed = pack_weight(params.codes.detach(), bits).to(device)
+        packed = pack_weight((params.codes if bits == 4 else params.integers).detach(), bits).to(device)
+        multiplier = group = None
+        if bits == 4 and params.weight_multiplier is not None:
+            multiplier = permute_rows(params.weight_multiplier.T).T.contiguous().to(device)
+            group = F.pad(params.column_group, (0, 2 * packed.shape[1] - k)).to(device)
         ends = params.segment_ends
         return PackedLinear(
             weight=packed, bits=bits, n=n, k=k, segment_ends=ends if len(ends) > 1 else (),
@@ -82,7 +89,8 @@ class CutlassLinear:
             bias=pad_columns(constants.bias).to(device), weight_fp=weight_fp, activation=spec.activation or "",
             dynamic=params.input.dynamic, output=None if output is None else output.to(device),
             out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
-            widen_rows=tuning.widen_rows(packed.device) if bits == 4 else sys.maxsize)
+            widen_rows=sys.maxsize if bits == 8 else 0 if group is not None else tuning.widen_rows(packed.device),
+            multiplier=multiplier, group=group)
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
@@ -111,7 +119,7 @@ class CutlassLinear:
         weight, bits = packed.weight, packed.bits
         if m > packed.widen_rows:
             weight, bits = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=torch.int8, device=weight.device), 8
-            torch.ops.vitq.widen_int4(weight, packed.weight)
+            torch.ops.vitq.widen_int4(weight, packed.weight, packed.multiplier, packed.group)
         sums = codes_fp = None
         if packed.zero is not None:
             sums = x.row_sums.reshape(m, -1).contiguous()
@@ -141,6 +149,8 @@ def why_not_linear(spec: LinearSpec) -> str | None:
         return "unsigned codes do not fit int8"
     if len(params.segment_ends) > loader.MAX_SEGMENTS:
         return f"{len(params.segment_ends)} segments, more than {loader.MAX_SEGMENTS}"
+    if params.weight_multiplier is not None and len(params.weight_multiplier) > 2:
+        return f"multipliers of {len(params.weight_multiplier)} groups of columns; it takes two"
     if output is None:
         return None
     if spec.activation is not None:
@@ -149,7 +159,7 @@ def why_not_linear(spec: LinearSpec) -> str | None:
         return "codes of a dynamic input without an activation are not bounded when the weight is packed"
     if params.weight_fp is not None:
         return None
-    if (largest := largest_value(params.codes, params.segment_ends, fold(spec))) >= LARGEST_VALUE:
+    if (largest := largest_value(params.integers, params.segment_ends, fold(spec))) >= LARGEST_VALUE:
         return f"values before rounding reach {largest:.3g} codes; it rounds exactly below 2^22"
     return None
 
@@ -181,10 +191,6 @@ def groups(x: Tensor) -> Tensor:
     return x if x.ndim == 3 else x.flatten(0, -3)
 
 
-def unit_columns(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 @dataclass(frozen=True, eq=False)
 class PackedAttention:
     """Keyword arguments of torch.ops.vitq.attention that the case fixes, and the output's format on the device."""
@@ -206,14 +212,8 @@ class CudaAttention:
     name = "cuda-attention-s8"
 
     def supports(self, spec: AttentionSpec) -> str | None:
-        if not 1 <= spec.head_dim <= WIDEST_HEAD:
-            return f"head_dim {spec.head_dim} is over {WIDEST_HEAD}"
-        for name in ("q", "k", "v"):
-            fmt = getattr(spec.params, name)
-            if fmt.dynamic:
-                return f"{name} is quantized dynamically; this kernel takes static scales"
-            if not fmt.signed:
-                return f"{name}: unsigned codes do not fit int8"
+        if why := why_not_static_int8(spec, WIDEST_HEAD):
+            return why
         if spec.output is not None and spec.output.scale.ndim:
             return "its output takes one scale, not one a column"
         return loader.why_unavailable()

@@ -77,3 +77,8 @@ def pad_columns(values: Tensor) -> Tensor:
 def _check_bits(bits: int) -> None:
     if bits not in COLUMNS:
         raise ValueError(f"pack_weight: bits = {bits}; the kernels take weights of 8 or 4")
+
+
+def unit_columns(x: Tensor) -> Tensor:
+    """x with neighbouring columns side by side in memory: x itself where they are."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

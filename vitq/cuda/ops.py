@@ -49,7 +49,7 @@ SCHEMAS = {
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
     # uint8 [N', K/2] -> int8 [N', K], in the same row order.
-    "widen_int4": "(Tensor(a!) out, Tensor packed) -> ()",
+    "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? group=None) -> ()",
 }
 
 _current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -170,14 +170,14 @@ def _patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: flo
         loader.check("patches", code, f"images {list(images.shape)}, patches {patch_h} x {patch_w}")
 
 
-def _widen_int4(out: Tensor, packed: Tensor) -> None:
-    checks.widen_int4(out, packed)
+def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, group: Tensor | None = None) -> None:
+    checks.widen_int4(out, packed, multiplier, group)
     if not out.numel():
         return
     rows, k = out.shape
     function = loader.library().vitq_widen_int4
     with _guard(out.device):
-        code = function(packed.data_ptr(), out.data_ptr(), rows, k, _stream(out.device))
+        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(group), out.data_ptr(), rows, k, _stream(out.device))
     if code:
         loader.check("widen_int4", code, f"{rows} x {k}")
 

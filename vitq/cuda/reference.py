@@ -160,6 +160,7 @@ def patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: floa
     out.copy_((torch.round(cut / torch.tensor(scale)) + zero_point).clamp(*int_range(bits)).reshape(out.shape))
 
 
-def widen_int4(out: Tensor, packed: Tensor) -> None:
-    checks.widen_int4(out, packed)
-    out.copy_(widen(packed))
+def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, group: Tensor | None = None) -> None:
+    checks.widen_int4(out, packed, multiplier, group)
+    codes = widen(packed)
+    out.copy_(codes if multiplier is None else codes * multiplier[group.long()].T)

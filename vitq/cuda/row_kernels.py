@@ -84,7 +84,6 @@ class CudaRows:
             segment_ends=packed.segment_ends, fp_order=packed.fp_order, fp_out=fp, merge=packed.merge)
         return QTensor(codes, scale, 0, sums, fp) if fmt.dynamic else QTensor(codes, fmt.scale, fmt.zero_point, sums, fp)
 
-
     def run_wide(self, packed: PackedRows, x: Tensor) -> QTensor:
         """Rows of more than WIDEST_ROW features."""
         raise ValueError(f"rows of {x.shape[-1]} features; {self.name} takes up to {WIDEST_ROW}")

@@ -90,12 +90,13 @@ class HopperTile:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
         if case.weight_bits != 8 or case.input_bits != 8:
             return False
-        if not case.plain and self.index not in (1, 3, 11):
+        if not case.plain and self.index not in (0, 1, 3, 11):
             return False
         if case.plain and case.activation and not case.codes and self.index not in (1, 8, 11):
             return False
         pieces = -(-case.k // 128) + -(-case.fp // 64)
-        fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + 16 * self.columns + 320
+        constants = 8 * self.columns * (2 if case.plain else loader.MAX_SEGMENTS + 1)
+        fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 320
         stage = 128 * (self.rows + (0 if self.resident else self.columns))
         return not (self.resident and pieces > 16) and (227 * 1024 - fixed) // stage >= (3 if self.resident else 2)
 
@@ -281,7 +282,9 @@ def example(case: Case, device: torch.device) -> dict[str, Any]:
         x = torch.randint(-128, 128, (rows, columns * bits // 8), dtype=torch.int8, **on)
         return x if bits == 8 else x.view(torch.uint8)
 
-    ends = [] if case.segments == 1 else [k_pad * (s + 1) // case.segments // 32 * 32 for s in range(case.segments)]
+    # The first of two is short, as that of dual uniform weights.
+    parts = 6 if case.segments == 2 else case.segments
+    ends = [] if case.segments == 1 else [*(max(k_pad * s // parts // 32, s) * 32 for s in range(1, case.segments)), k_pad]
     arguments: dict[str, Any] = {
         "out": torch.empty(case.m, case.n, dtype=torch.int8 if case.codes else torch.float16, **on),
         "codes": bytes_(case.m, k_pad, case.input_bits)[:, : round_up(case.k, 2) * case.input_bits // 8],

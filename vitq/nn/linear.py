@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq.formats import ActivationFormat, QTensor, pack_int4, unpack_int4
+from vitq.formats import ActivationFormat, Columns, QTensor, pack_int4, unpack_int4
 from vitq.nn.packed import PackedModule, Row
 from vitq.ops.common import OutputFormat
 from vitq.ops.linear import LinearSpec
 from vitq.ops.patches import PatchesSpec
 from vitq.plan import LinearParams
+from vitq.quantizers import dual_uniform
 from vitq.recipe import LayerSpec
 
 
@@ -20,7 +21,9 @@ class QuantLinear(PackedModule):
     """y = x Wᵀ + b with W in 2..8-bit codes and x quantized statically (per tensor) or dynamically (per token).
 
     Buffers: qweight (int8 [N, K], or uint8 [N, ⌈K/2⌉] packed where weight_bits <= 4), weight_scale float32 [N],
-    bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static.
+    bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With two groups of input features
+    (`vitq.quantizers.dual_uniform`): as segments weight_scale is [2, N], and column_order int32 [K] is the feature of each column of
+    qweight; else weight_multiplier is int8 [2, N] and column_group uint8 [K].
     """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
@@ -30,7 +33,15 @@ class QuantLinear(PackedModule):
         packed = self.weight_bits <= 4
         shape = (out_features, (in_features + 1) // 2 if packed else in_features)
         self.register_buffer("qweight", torch.zeros(shape, dtype=torch.uint8 if packed else torch.int8))
-        self.register_buffer("weight_scale", torch.ones(out_features))
+        outliers = dual_uniform.outlier_count(out_features, in_features) if spec.weight.segments == "dual_uniform" else 0
+        self.groups = (outliers, in_features - outliers) if outliers else ()
+        self.segmented = bool(outliers) and not dual_uniform.shares_scale(self.weight_bits)
+        self.register_buffer("weight_scale", torch.ones((2, out_features) if self.segmented else out_features))
+        if self.segmented:
+            self.register_buffer("column_order", torch.arange(in_features, dtype=torch.int32))
+        elif outliers:
+            self.register_buffer("weight_multiplier", torch.ones(2, out_features, dtype=torch.int8))
+            self.register_buffer("column_group", torch.zeros(in_features, dtype=torch.uint8))
         self.register_buffer("bias", torch.zeros(out_features))
         if not self.dynamic:
             self.register_buffer("input_scale", torch.ones(()))
@@ -42,6 +53,11 @@ class QuantLinear(PackedModule):
         codes = pack_int4(params.codes) if self.weight_bits <= 4 else params.codes
         self.qweight.copy_(codes)
         self.weight_scale.copy_(params.weight_scale)
+        if self.segmented:
+            self.column_order.copy_(params.input.columns.order)
+        elif self.groups:
+            self.weight_multiplier.copy_(params.weight_multiplier)
+            self.column_group.copy_(params.column_group)
         if params.bias is not None:
             self.bias.copy_(params.bias)
         if not self.dynamic:
@@ -50,9 +66,10 @@ class QuantLinear(PackedModule):
         self.invalidate()
 
     def input_format(self) -> ActivationFormat:
+        columns = Columns(self.column_order, (self.groups[0], self.in_features)) if self.segmented else None
         if self.dynamic:
-            return ActivationFormat(self.input_bits, dynamic=True)
-        return ActivationFormat(self.input_bits, scale=self.input_scale, zero_point=self.input_zero_point)
+            return ActivationFormat(self.input_bits, dynamic=True, columns=columns)
+        return ActivationFormat(self.input_bits, scale=self.input_scale, zero_point=self.input_zero_point, columns=columns)
 
     def codes(self) -> Tensor:
         """int8 [N, K], unpacked."""
@@ -64,7 +81,10 @@ class QuantLinear(PackedModule):
         self.invalidate()
 
     def cases(self) -> dict[str, Any]:
-        params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format())
+        two_levels = bool(self.groups) and not self.segmented
+        params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(),
+                              weight_multiplier=self.weight_multiplier if two_levels else None,
+                              column_group=self.column_group if two_levels else None)
         return {"quantize": self.input_format(), "linear": LinearSpec(params, self._activation, self._output)}
 
     def forward(self, x: Tensor | QTensor, *, residual: Tensor | None = None, inplace: bool = False,
@@ -84,6 +104,8 @@ class QuantLinear(PackedModule):
         notes = [note, storage, choice.reason and f"fell back: {choice.reason}",
                  *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
         kind = "dynamic per token" if self.dynamic else "static per tensor"
+        if self.groups:
+            kind += f", {'segments' if self.segmented else 'columns'} {' + '.join(map(str, self.groups))}"
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
                    self.own_bytes(), "; ".join(n for n in notes if n))
 

@@ -74,6 +74,19 @@ class CutsWindows:
         return from_windows(y, window)
 
 
+def why_not_static_int8(spec: AttentionSpec, widest_head: int) -> str | None:
+    """None where q, k and v are int8 codes of static scales and heads are at most so wide, as a CUDA kernel takes them."""
+    if not 1 <= spec.head_dim <= widest_head:
+        return f"head_dim {spec.head_dim} is over {widest_head}"
+    for name in ("q", "k", "v"):
+        fmt = getattr(spec.params, name)
+        if fmt.dynamic:
+            return f"{name} is quantized dynamically; this kernel takes static scales"
+        if not fmt.signed:
+            return f"{name}: unsigned codes do not fit int8"
+    return None
+
+
 @register("attention", "reference")
 class ReferenceAttention(CutsWindows):
     name = "torch-int32"

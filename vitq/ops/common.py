@@ -26,8 +26,9 @@ class OutputFormat:
 
     @classmethod
     def of(cls, fmt: ActivationFormat) -> OutputFormat | None:
-        """The format in which a static consumer wants its input; None for a dynamic one, which quantizes itself."""
-        return None if fmt.dynamic else cls(fmt.bits, fmt.scale, fmt.zero_point)
+        """The format in which a static consumer wants its input; None for one that quantizes it itself: with a dynamic scale, or
+        with columns in an order of its own."""
+        return None if fmt.dynamic or fmt.columns is not None else cls(fmt.bits, fmt.scale, fmt.zero_point)
 
     def to(self, device: torch.device) -> OutputFormat:
         """The same on a device, contiguous, the zero point as long as the scale."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from vitq.cpu import loader
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
-from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device, readable, why_not_plain
+from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device, ordered, readable, why_not_in_one_pass
 from vitq.ops.windows import merge_patches
 
 
@@ -31,7 +31,7 @@ class CpuLayerNorm:
     name = "c-layer-norm"
 
     def supports(self, spec: LayerNormSpec) -> str | None:
-        return why_not_plain(spec.output) or loader.why_unavailable()
+        return why_not_in_one_pass(spec.output) or loader.why_unavailable()
 
     def pack(self, spec: LayerNormSpec, device) -> tuple:
         return spec, *cpu_constants(spec.output)
@@ -43,7 +43,7 @@ class CpuLayerNorm:
         x = merge_patches(x) if spec.merge else x
         codes, row_scale = kernels.layer_norm_quantize(readable(x), spec.weight, spec.bias, spec.eps, scale, zero_point,
                                                        fmt.qmin, fmt.qmax)
-        return QTensor(codes, fmt.scale if row_scale is None else row_scale, handed_on)
+        return QTensor(ordered(codes, fmt), fmt.scale if row_scale is None else row_scale, handed_on)
 
 
 @register("layer_norm_quantize", "reference")

@@ -58,7 +58,7 @@ def fold(spec: LinearSpec) -> Constants:
         scale = scale * params.input.scale.to(device)
         zero_point = params.input.zero_point.to(device, torch.float64)
         for s, (start, end) in enumerate(zip((0, *ends), ends)):
-            codes = params.codes[:, start:end].sum(dim=1, dtype=torch.int64).double()
+            codes = params.integers[:, start:end].sum(dim=1, dtype=torch.int64).double()
             if weight_zero is not None:
                 codes = codes - (end - start) * weight_zero[s].double()
             bias = bias - zero_point * codes * scale[s].double()
@@ -97,7 +97,7 @@ class ReferenceLinear:
 
     def pack(self, spec: LinearSpec, device) -> tuple:
         constants = [t.to(device) if isinstance(t, Tensor) else t for t in fold(spec)]
-        return spec, spec.params.codes.to(device), Constants(*constants)
+        return spec, spec.params.integers.to(device), Constants(*constants)
 
     def run(self, packed: tuple, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
@@ -153,16 +153,18 @@ class OneDnnLinear:
     def supports(self, spec: LinearSpec) -> str | None:
         if cpu_int8_isa() is None:
             return "this CPU has neither AMX nor AVX512-VNNI"
-        if not spec.params.plain:
-            return "segments, asymmetric weights and float16 columns are not in its GEMM"
-        if spec.activation is not None and spec.output is not None and spec.output.scale.ndim:
+        if spec.params.weight_zero is not None or spec.params.weight_fp is not None:
+            return "asymmetric weights and float16 columns are not in its GEMM"
+        if spec.params.plain and spec.activation is not None and spec.output is not None and spec.output.scale.ndim:
             return "an activation before a per-column output format"
         return None
 
-    def pack(self, spec: LinearSpec, device) -> OneDnnWeights:
+    def pack(self, spec: LinearSpec, device) -> OneDnnWeights | OneDnnSegments:
         params = spec.params
+        if not params.plain:
+            return _pack_segments(spec)
         n = params.codes.shape[0]
-        row_sums = params.codes.sum(dim=1, dtype=torch.int64).double()
+        row_sums = params.integers.sum(dim=1, dtype=torch.int64).double()
         scale = params.weight_scale.double()
         bias = torch.zeros(n, dtype=torch.float64) if params.bias is None else params.bias.double()
         out_scale, out_zero, tail, handed_on, limits = 1.0, 0, None, 0, None
@@ -184,14 +186,15 @@ class OneDnnLinear:
                 bias = bias + spec.output.zero_point.double()
             elif spec.output is not None:
                 out_scale, out_zero = float(spec.output.scale), int(spec.output.zero_point) + shift
-        weight = torch.ops.onednn.qlinear_prepack(params.codes.contiguous(), None)
+        weight = torch.ops.onednn.qlinear_prepack(params.integers.contiguous(), None)
         return OneDnnWeights(spec, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale, out_zero,
                              tail, handed_on, limits)
 
-    def run(self, packed: OneDnnWeights, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
+    def run(self, packed: OneDnnWeights | OneDnnSegments, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
         check_float_only(packed.spec.output, residual, out)
-        y = self._run(packed, x, dtype, residual, inplace)
+        segmented = isinstance(packed, OneDnnSegments)
+        y = _run_segments(packed, x, dtype, residual) if segmented else self._run(packed, x, dtype, residual, inplace)
         return y if out is None else out.copy_(y)
 
     def _run(self, packed: OneDnnWeights, x: QTensor, dtype: torch.dtype, residual: Tensor | None,
@@ -225,6 +228,64 @@ class OneDnnLinear:
         if packed.spec.output is not None:
             return requantize(y, packed.spec.output)
         return (y if residual is None else y.add_(residual)).to(dtype)
+
+
+class OneDnnSegments(NamedTuple):
+    """What `_pack_segments` makes. parts: (start, end, weight, scale, bias) of each segment; the first one's bias holds all
+    folded constants, or where the input is dynamic the shift to u8 alone. limits: see `OneDnnWeights`."""
+
+    spec: LinearSpec
+    constants: Constants
+    parts: list[tuple[int, int, Tensor, Tensor, Tensor]]
+    zeros: Tensor
+    limits: tuple[int, int] | None
+
+
+def _pack_segments(spec: LinearSpec) -> OneDnnSegments:
+    params, constants = spec.params, fold(spec)
+    ends, parts = params.segment_ends, []
+    shift, limits = 0, None
+    if constants.to_codes:
+        shift = 0 if spec.output.signed_only else 128
+        if spec.output.bits < 8:
+            qmin, qmax = int_range(spec.output.bits)
+            limits = qmin + shift, qmax + shift
+    for scale, start, end in zip(constants.scale, (0, *ends), ends):
+        codes = params.codes[:, start:end].contiguous()
+        bias = -128.0 * codes.sum(dim=1, dtype=torch.int64).double() * scale.double()
+        if not start and not params.input.dynamic:
+            bias = bias + constants.bias.double() + shift
+        parts.append((start, end, torch.ops.onednn.qlinear_prepack(codes, None), scale.contiguous(), bias.float()))
+    return OneDnnSegments(spec, constants, parts, torch.zeros(params.codes.shape[0], dtype=torch.int32), limits)
+
+
+def _run_segments(packed: OneDnnSegments, x: QTensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor | QTensor:
+    """A GEMM for each segment, which adds to the float32 result of those before; without an activation the last one writes the
+    codes."""
+    spec, constants, parts, zeros, limits = packed
+    output, dynamic = spec.output, spec.params.input.dynamic
+    to_codes, codes, y = constants.to_codes and not dynamic, unsigned(x), None
+    for start, end, weight, scale, bias in parts:
+        kind = torch.float32
+        if to_codes and end == parts[-1][1]:
+            kind = torch.int8 if output.signed_only else torch.uint8
+        before = (codes[..., start:end].contiguous(), 1.0, 0, weight, scale, zeros)
+        if y is None:
+            y = torch.ops.onednn.qlinear_pointwise(*before, bias, 1.0, 0, kind, "none", [], "")
+        else:
+            y = torch.ops.onednn.qlinear_pointwise.binary(*before, y, bias, 1.0, 0, kind, 1.0, 0, "add", 1.0, "none", [], "")
+    if to_codes:
+        if limits is not None:
+            y.clamp_(*limits)
+        return QTensor(y, output.scale, output.zero_point + (0 if output.signed_only else 128))
+    if dynamic:
+        y = torch.addcmul(constants.bias, y, x.scale)
+        if constants.to_codes:
+            return QTensor(torch.round(y).clamp_(*int_range(output.bits)).to(torch.int8), output.scale, output.zero_point)
+    y = activate(y, spec.activation)
+    if output is not None:
+        return requantize(y, output)
+    return (y if residual is None else y.add_(residual)).to(dtype)
 
 
 _ONEDNN_ACTIVATIONS = {None: ("none", ""), "relu": ("relu", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}

@@ -18,7 +18,7 @@ class CpuQuantize:
     name = "c-quantize"
 
     def supports(self, spec: ActivationFormat) -> str | None:
-        return why_not_plain(spec) or loader.why_unavailable()
+        return why_not_in_one_pass(spec) or loader.why_unavailable()
 
     def pack(self, spec: ActivationFormat, device) -> tuple:
         return cpu_constants(spec)
@@ -28,7 +28,7 @@ class CpuQuantize:
 
         fmt, scale, zero_point, handed_on = packed
         codes, row_scale = kernels.quantize_rows(readable(x), scale, zero_point, fmt.qmin, fmt.qmax)
-        return QTensor(codes, fmt.scale if row_scale is None else row_scale, handed_on)
+        return QTensor(ordered(codes, fmt), fmt.scale if row_scale is None else row_scale, handed_on)
 
 
 @register("quantize", "reference")
@@ -73,9 +73,20 @@ def on_device(fmt: ActivationFormat, device) -> ActivationFormat:
     return replace(fmt, scale=fmt.scale.to(device), zero_point=fmt.zero_point.to(device), columns=columns)
 
 
-def why_not_plain(fmt: ActivationFormat) -> str | None:
-    """The reason of kernels that write each feature's code in its place and nothing else."""
-    return None if fmt.columns is None else "it does not reorder columns, sum codes or keep float16 ones"
+def why_not_in_one_pass(fmt: ActivationFormat) -> str | None:
+    """The reason of kernels that write each feature's code and nothing else, after which `ordered` may reorder all of them."""
+    columns = fmt.columns
+    if columns is not None and (columns.row_sums or columns.fp is not None):
+        return "it does not sum codes or keep float16 columns"
+    if columns is not None and columns.order is not None and bool((columns.order < 0).any()):
+        return "it does not fill up columns"
+    return None
+
+
+def ordered(codes: Tensor, fmt: ActivationFormat) -> Tensor:
+    """Codes [..., K] of the features in their order -> [..., K] in the order of the format's columns."""
+    columns = fmt.columns
+    return codes if columns is None or columns.order is None else codes.index_select(-1, columns.order)
 
 
 def cpu_constants(fmt: ActivationFormat) -> tuple[ActivationFormat, float | None, int, int]:

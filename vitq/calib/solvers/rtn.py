@@ -1,14 +1,13 @@
-"""Round to nearest: choose each row's range, then round."""
+"""Round to nearest."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from vitq.quantizers.uniform import quantize, weight_range
-from vitq.recipe import QuantSpec
+from vitq.quantizers.grid import WeightGrid
+from vitq.quantizers.uniform import quantize
 
 
-def rtn(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """weight [N, K] float32 -> codes int8 [N, K] and scale float32 [N]. Raises ValueError on NaN or infinity."""
-    scale, zero_point = weight_range(weight, spec)
-    return quantize(weight, scale[:, None], zero_point[:, None], spec.bits), scale
+def rtn(weight: Tensor, grid: WeightGrid, bits: int) -> Tensor:
+    """See `vitq.calib.solvers`."""
+    return quantize(weight, grid.columns(), 0, bits)

@@ -83,6 +83,20 @@ __device__ __forceinline__ uint32_t pack_s8(int a, int b, int c, int d) {
 constexpr float ROUND_BIAS = 12582912.0f;
 constexpr int ROUND_BITS = 0x4B400000;
 
+// The integer in the low bits of a float that ROUND_BIAS was added to; NARROW: at the top of a byte of which `spare` bits are not
+// used, so that saturation to a byte is saturation to the fewer bits.
+template <bool NARROW>
+__device__ __forceinline__ int rounded_code(float biased, int spare) {
+  const int code = __float_as_int(biased) - ROUND_BITS;
+  return NARROW ? code << spare : code;
+}
+
+// Four such codes from the top of their bytes to the bottom, with their signs.
+__device__ __forceinline__ uint32_t narrow_bytes(uint32_t bytes, int spare) {
+  const uint32_t low = bytes >> spare & 0x01010101u * (0xFFu >> spare), signs = low & 0x01010101u * (0x80u >> spare);
+  return low | signs * ((2u << spare) - 2u);  // bits above the sign: those of (sign << 1) to (sign << spare)
+}
+
 struct RowAt {
   char* out;
   const char* residual;

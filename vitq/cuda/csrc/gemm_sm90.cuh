@@ -46,7 +46,7 @@ __device__ __forceinline__ void tile_at(int index, int row_tiles, int column_til
   row_tile = band * BAND + inside - column_tile * height;
 }
 
-template <class T, int EPILOGUE, bool SEGMENTS>
+template <class T, int EPILOGUE, Segments SEGMENTS>
 __global__ void __launch_bounds__(T::THREADS, 1)
     gemm(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map,
          const __grid_constant__ CUtensorMap a_fp_map, const __grid_constant__ CUtensorMap b_fp_map,
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
   char* resident = memory;
   char* ring = memory + (T::RESIDENT ? all_k_tiles * T::B_BYTES : 0);
   float* constants = reinterpret_cast<float*>(ring + problem.stages * T::STAGE_BYTES);  // two buffers of scales and biases
-  Barriers* bars = reinterpret_cast<Barriers*>(constants + 4 * T::N);
+  Barriers* bars = reinterpret_cast<Barriers*>(constants + 2 * CONSTANTS<T, SEGMENTS>);
 
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
   const int stages = problem.stages, row_tiles = problem.row_tiles, column_tiles = problem.column_tiles;
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
       if (thread % 32 == 0) barrier_arrive(&bars->empty[slot]);
     };
     if constexpr (T::RESIDENT) {
-      load_constants<T::N, EPILOGUE>(problem.p, constants, column_tile * T::N, threadIdx.x, 128 * T::GROUPS);
+      load_constants<T, EPILOGUE, SEGMENTS>(problem.p, constants, column_tile * T::N, threadIdx.x, 128 * T::GROUPS);
       named_sync(8, 128 * T::GROUPS);
       at.skip(warpgroup * all_k_tiles, stages);
     }
@@ -142,8 +142,8 @@ __global__ void __launch_bounds__(T::THREADS, 1)
       const float* tile_constants = constants;
       if constexpr (!T::RESIDENT) {
         // Two buffers: whoever writes buffer i % 2 has passed the barrier of tile i − 1, and so has everybody left tile i − 2.
-        float* buffer = constants + (i % 2) * 2 * T::N;
-        load_constants<T::N, EPILOGUE>(problem.p, buffer, first_column, threadIdx.x, 128 * T::GROUPS);
+        float* buffer = constants + (i % 2) * CONSTANTS<T, SEGMENTS>;
+        load_constants<T, EPILOGUE, SEGMENTS>(problem.p, buffer, first_column, threadIdx.x, 128 * T::GROUPS);
         named_sync(8, 128 * T::GROUPS);
         tile_constants = buffer;
       } else {
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         // if no warpgroup runs ahead of another.
         if (i > 0) named_sync(1 + warpgroup, 256);
       }
-      if constexpr (SEGMENTS) work.start_total(first_column);
+      if constexpr (SEGMENTS == ANY) work.start_total(first_column);
       // Waits for the next piece of K; where it lies.
       auto next_piece = [&](int kt, const char*& a, const char*& b) {
         if (T::RESIDENT && i < T::GROUPS) barrier_wait(&bars->weights[kt], 0);
@@ -162,23 +162,55 @@ __global__ void __launch_bounds__(T::THREADS, 1)
       };
       const char *a, *b;
       int previous = at.slot;
-      if constexpr (!SEGMENTS) {
+      auto next_product = [&](int kt) {  // one piece more, while the one before it is still under way
+        next_piece(kt, a, b);
+        cute::warpgroup_arrive();
+        work.multiply(a, b, true);
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();
+        release(previous);
+        previous = at.slot;
+        at.next(stages);
+      };
+      if constexpr (SEGMENTS == ONE) {
         next_piece(0, a, b);
         work.fence();
         cute::warpgroup_arrive();
         work.multiply(a, b, false);
         cute::warpgroup_commit_batch();
         at.next(stages);
-        for (int kt = 1; kt < problem.k_tiles; ++kt) {
-          next_piece(kt, a, b);
+        for (int kt = 1; kt < problem.k_tiles; ++kt) next_product(kt);
+      } else if constexpr (SEGMENTS == PAIR) {
+        // The first segment may end at any k-step; the second takes the rest of that piece, and then whole ones.
+        const int end = problem.p.segment_ends[0] / 32;
+        int kt = 0, step = 0;
+        next_piece(0, a, b);
+        work.fence();
+        for (; step < end; ++step) {
+          if (step == 4 * kt + 4) {
+            cute::warpgroup_wait<0>();
+            release(at.slot);
+            at.next(stages);
+            next_piece(++kt, a, b);
+          }
           cute::warpgroup_arrive();
-          work.multiply(a, b, true);
+          work.multiply_step(a + 32 * (step - 4 * kt), b + 32 * (step - 4 * kt), work.first, step > 0);
           cute::warpgroup_commit_batch();
-          cute::warpgroup_wait<1>();
-          release(previous);
-          previous = at.slot;
-          at.next(stages);
         }
+        if (step == 4 * kt + 4) {
+          cute::warpgroup_wait<0>();
+          release(at.slot);
+          at.next(stages);
+          next_piece(++kt, a, b);
+        }
+        for (; step < 4 * kt + 4; ++step) {
+          cute::warpgroup_arrive();
+          work.multiply_step(a + 32 * (step - 4 * kt), b + 32 * (step - 4 * kt), work.acc, step > max(end, 4 * kt));
+          cute::warpgroup_commit_batch();
+        }
+        previous = at.slot;
+        at.next(stages);
+        for (++kt; kt < problem.k_tiles; ++kt) next_product(kt);
       } else {
         int segment = 0;
         bool accumulate = false;
@@ -196,7 +228,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
             const int steps = min(4, problem.p.k / 32 - 4 * kt);
             for (int s = 0; s < steps; ++s) {
               cute::warpgroup_arrive();
-              work.multiply_step(a + 32 * s, b + 32 * s, accumulate);
+              work.multiply_step(a + 32 * s, b + 32 * s, work.acc, accumulate);
               cute::warpgroup_commit_batch();
               accumulate = true;
               if (4 * kt + s + 1 == problem.p.segment_ends[segment] / 32) {
@@ -217,7 +249,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         if (i + 1 < count) named_arrive(1 + (warpgroup + 1) % T::GROUPS, 256);
         at.skip((T::GROUPS - 1) * all_k_tiles, stages);
       }
-      if constexpr (!SEGMENTS) {
+      if constexpr (SEGMENTS != ANY) {
         work.prefetch(first_row, first_column);
         cute::warpgroup_wait<0>();
         work.fence();
@@ -236,7 +268,7 @@ int multiprocessors();
 
 inline int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-template <class T, int EPILOGUE, bool SEGMENTS>
+template <class T, int EPILOGUE, Segments SEGMENTS>
 int launch(const VitqLinear& p, cudaStream_t stream) {
   Problem problem;
   problem.p = p;
@@ -247,10 +279,12 @@ int launch(const VitqLinear& p, cudaStream_t stream) {
   problem.k_tiles_fp = p.a_fp == nullptr ? 0 : ceil_div(p.k_fp, 64);
   problem.out_units = p.out_inverse * GELU_UNIT;
   problem.out_biased = p.out_zero + ROUND_BIAS;
+  for (problem.spare_bits = 0; p.qmax < 127 >> problem.spare_bits;) ++problem.spare_bits;
   problem.vectors = vectors_fit(p.out, p.n) && vectors_fit(p.residual, p.n);
+  problem.plain = plain_epilogue(p);
   const int all = problem.k_tiles + problem.k_tiles_fp;
   if (T::RESIDENT && all > MAX_RESIDENT) return VITQ_UNSUPPORTED;
-  const int fixed = 1024 + (T::RESIDENT ? all * T::B_BYTES : 0) + 4 * T::N * int(sizeof(float)) + int(sizeof(Barriers));
+  const int fixed = 1024 + (T::RESIDENT ? all * T::B_BYTES : 0) + 2 * CONSTANTS<T, SEGMENTS> * int(sizeof(float)) + int(sizeof(Barriers));
   problem.stages = (shared_memory_limit() - fixed) / T::STAGE_BYTES;
   if (problem.stages < (T::RESIDENT ? 3 : 2)) return VITQ_UNSUPPORTED;
   if (problem.stages > MAX_STAGES) problem.stages = MAX_STAGES;
@@ -312,19 +346,19 @@ int launch_segments(const VitqLinear& p, int config, cudaStream_t stream);
 template <int EPILOGUE>
 int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {
   switch (config) {
-    case 0: return launch<Config0, EPILOGUE, false>(p, stream);
-    case 1: return launch<Config1, EPILOGUE, false>(p, stream);
-    case 2: return launch<Config2, EPILOGUE, false>(p, stream);
-    case 3: return launch<Config3, EPILOGUE, false>(p, stream);
-    case 4: return launch<Config4, EPILOGUE, false>(p, stream);
-    case 5: return launch<Config5, EPILOGUE, false>(p, stream);
-    case 6: return launch<Config6, EPILOGUE, false>(p, stream);
-    case 7: return launch<Config7, EPILOGUE, false>(p, stream);
-    case 8: return launch<Config8, EPILOGUE, false>(p, stream);
-    case 9: return launch<Config9, EPILOGUE, false>(p, stream);
-    case 10: return launch<Config10, EPILOGUE, false>(p, stream);
-    case 11: return launch<Config11, EPILOGUE, false>(p, stream);
-    case 12: return launch<Config12, EPILOGUE, false>(p, stream);
+    case 0: return launch<Config0, EPILOGUE, ONE>(p, stream);
+    case 1: return launch<Config1, EPILOGUE, ONE>(p, stream);
+    case 2: return launch<Config2, EPILOGUE, ONE>(p, stream);
+    case 3: return launch<Config3, EPILOGUE, ONE>(p, stream);
+    case 4: return launch<Config4, EPILOGUE, ONE>(p, stream);
+    case 5: return launch<Config5, EPILOGUE, ONE>(p, stream);
+    case 6: return launch<Config6, EPILOGUE, ONE>(p, stream);
+    case 7: return launch<Config7, EPILOGUE, ONE>(p, stream);
+    case 8: return launch<Config8, EPILOGUE, ONE>(p, stream);
+    case 9: return launch<Config9, EPILOGUE, ONE>(p, stream);
+    case 10: return launch<Config10, EPILOGUE, ONE>(p, stream);
+    case 11: return launch<Config11, EPILOGUE, ONE>(p, stream);
+    case 12: return launch<Config12, EPILOGUE, ONE>(p, stream);
     default: return VITQ_UNSUPPORTED;
   }
 }

@@ -28,17 +28,35 @@ struct Problem {
   int row_tiles, column_tiles;
   int k_tiles, k_tiles_fp;  // pieces of 128 bytes: of K, and of the fp16 columns
   int stages;
-  bool vectors;
+  int spare_bits;  // of a byte, where codes of fewer than 8 bits are written
+  bool vectors, plain;
   float out_units, out_biased;  // codes of GELU's units; the zero point with ROUND_BIAS added
 };
 
-template <class T, int EPILOGUE, bool SEGMENTS>
+// Whether the epilogue is straight-line code: 16-bit or code output in vectors, no row scales.
+inline bool plain_epilogue(const VitqLinear& p) {
+  if (p.row_scale != nullptr || !vectors_fit(p.out, p.n) || !vectors_fit(p.residual, p.n)) return false;
+  if (p.out.dtype == VITQ_S8) return p.activation != VITQ_RELU;
+  return p.activation == VITQ_NO_ACTIVATION && p.out.dtype != VITQ_F32 &&
+         (p.residual.data == nullptr || p.residual.dtype == p.out.dtype);
+}
+
+// How K is divided. PAIR: two integer segments with symmetric weights and a plain epilogue, each with accumulators of its own.
+// ANY: up to VITQ_MAX_SEGMENTS, weight zero points, fp16 columns; one segment's integers after the other's go to float sums.
+enum Segments { ONE, PAIR, ANY };
+
+// Floats of a tile's constants in shared memory: scales of each segment, then biases.
+template <class T, Segments SEGMENTS>
+constexpr int CONSTANTS = T::N * (SEGMENTS == PAIR ? 3 : 2);
+
+template <class T, int EPILOGUE, Segments SEGMENTS>
 struct Consumer {
   const Problem& problem;
   const VitqLinear& p;
   int thread, c;  // of the warpgroup; lane % 4
   uint32_t acc[T::PIECES][T::N / 2];
-  float total[SEGMENTS ? T::PIECES : 1][SEGMENTS ? T::N / 2 : 1];
+  uint32_t first[SEGMENTS == PAIR ? T::PIECES : 1][SEGMENTS == PAIR ? T::N / 2 : 1];  // the first segment's
+  float total[SEGMENTS == ANY ? T::PIECES : 1][SEGMENTS == ANY ? T::N / 2 : 1];
 
   __device__ Consumer(const Problem& problem, int thread) : problem(problem), p(problem.p), thread(thread), c(thread % 4) {}
 
@@ -56,11 +74,12 @@ struct Consumer {
     }
   }
 
-  // One k-step.
-  __device__ __forceinline__ void multiply_step(const char* a, const char* b, bool accumulate) {
+  // One k-step, to `acc` or `first`.
+  template <int P, int W>
+  __device__ __forceinline__ void multiply_step(const char* a, const char* b, uint32_t (&to)[P][W], bool accumulate) {
     uint64_t da = operand(a), db = operand(b);
 #pragma unroll
-    for (int i = 0; i < T::PIECES; ++i) mma<T::N>(da + i * (8192 >> 4), db, acc[i], accumulate);
+    for (int i = 0; i < T::PIECES; ++i) mma<T::N>(da + i * (8192 >> 4), db, to[i], accumulate);
   }
 
   __device__ __forceinline__ void multiply_halves(const char* a, const char* b) {
@@ -75,17 +94,24 @@ struct Consumer {
   __device__ __forceinline__ void fence() {
 #pragma unroll
     for (int i = 0; i < T::PIECES; ++i) pin(acc[i]);
-    if constexpr (SEGMENTS) {
+    if constexpr (SEGMENTS == PAIR) {
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) pin(first[i]);
+    }
+    if constexpr (SEGMENTS == ANY) {
 #pragma unroll
       for (int i = 0; i < T::PIECES; ++i) pin(total[i]);
     }
   }
 
-  __device__ __forceinline__ int (&codes8(int piece, int group, int half, int (&v)[COLUMNS]))[COLUMNS] {
+  // The eight neighbouring columns of a thread.
+  template <int P, int W>
+  __device__ __forceinline__ static int (&codes8(const uint32_t (&from)[P][W], int piece, int group, int half,
+                                                 int (&v)[COLUMNS]))[COLUMNS] {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      v[2 * j] = static_cast<int>(acc[piece][(4 * group + j) * 4 + 2 * half]);
-      v[2 * j + 1] = static_cast<int>(acc[piece][(4 * group + j) * 4 + 2 * half + 1]);
+      v[2 * j] = static_cast<int>(from[piece][(4 * group + j) * 4 + 2 * half]);
+      v[2 * j + 1] = static_cast<int>(from[piece][(4 * group + j) * 4 + 2 * half + 1]);
     }
     return v;
   }
@@ -134,7 +160,7 @@ struct Consumer {
           float y[COLUMNS];
 #pragma unroll
           for (int x = 0; x < COLUMNS; ++x) y[x] = total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2];
-          accumulate8(codes8(i, g, h, v), row_scale[i][h], p.row_scale != nullptr, scale, y);
+          accumulate8(codes8(acc, i, g, h, v), row_scale[i][h], p.row_scale != nullptr, scale, y);
           if (zeros != nullptr) subtract_zero8(row_sum[i][h], row_scale[i][h], zero, y);
 #pragma unroll
           for (int x = 0; x < COLUMNS; ++x) total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2] = y[x];
@@ -144,24 +170,18 @@ struct Consumer {
   }
 
   // --- a tile without exceptions, in straight-line code --------------------------------------------------------------
-  // 16-bit or code output in vectors, no row scales. Conditions inside of the loops would keep the compiler from
+  // See `plain_epilogue`. Conditions inside of the loops would keep the compiler from
   // interleaving the groups of columns, and one warp a scheduler then waits for its own latencies: DeiT-S fc1 with GELU took
   // 112 us so on an H200, of which 60 were waiting.
 
   static constexpr bool CODES = EPILOGUE == CODES_OUT || EPILOGUE == ACT_CODES_OUT;
-  static constexpr bool PREFETCH = EPILOGUE == FLOAT_OUT && !SEGMENTS && T::GROUPS == 2 && T::PIECES * T::N <= 128;
+  static constexpr bool PREFETCH = EPILOGUE == FLOAT_OUT && SEGMENTS == ONE && T::GROUPS == 2 && T::PIECES * T::N <= 128;
   uint4 residual[PREFETCH ? T::N / 32 : 1][2];
-
-  __device__ __forceinline__ bool plain() const {
-    if (SEGMENTS || EPILOGUE == ACT_FLOAT_OUT || !problem.vectors || p.row_scale != nullptr) return false;
-    if constexpr (CODES) return p.qmax == 127 && (EPILOGUE == CODES_OUT || p.activation != VITQ_RELU);
-    return p.out.dtype != VITQ_F32 && (p.residual.data == nullptr || p.residual.dtype == p.out.dtype);
-  }
 
   // Loads the residual while the last products run, if the accumulators leave registers for it.
   __device__ __forceinline__ void prefetch(int first_row, int first_column) {
     if constexpr (PREFETCH) {
-      if (p.residual.data == nullptr || !plain()) return;
+      if (p.residual.data == nullptr || !problem.plain) return;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         RowAt at = row_at(p, row_of(first_row, 0, h));
@@ -174,54 +194,62 @@ struct Consumer {
     }
   }
 
-  // Eight columns of one of a thread's two rows in 64.
-  template <int DTYPE, bool RESIDUAL, bool TANH>
-  __device__ __forceinline__ void finish_group(const float* constants, const RowAt& at, int piece, int g, int half,
-                                               int first_column) {
+  // Eight columns of a thread's two rows in 64. Their constants are read once: shared memory is busy with the operands.
+  template <int DTYPE, bool RESIDUAL, bool TANH, bool NARROW>
+  __device__ __forceinline__ void finish_group(const float* constants, const RowAt (&at)[2], int piece, int g, int first_column) {
     const int local = 32 * g + COLUMNS * c, column = first_column + local;
-    const bool store = column < p.n && at.inside;
-    float scale[COLUMNS], bias[COLUMNS];
-    shared8(constants + local, scale);
-    shared8(constants + T::N + local, bias);
-    int v[COLUMNS];
-    float y[COLUMNS];
-    codes8(piece, g, half, v);
+    float scale[COLUMNS], y[2][COLUMNS];
+    shared8(constants + CONSTANTS<T, SEGMENTS> - T::N + local, y[0]);  // the bias
 #pragma unroll
-    for (int x = 0; x < COLUMNS; ++x) y[x] = fmaf(__int2float_rn(v[x]), scale[x], bias[x]);
-    if constexpr (CODES) {
-      int code[COLUMNS];
+    for (int x = 0; x < COLUMNS; ++x) y[1][x] = y[0][x];
+    const auto add = [&](const auto& products, int segment) {
+      shared8(constants + T::N * segment + local, scale);
 #pragma unroll
-      for (int x = 0; x < COLUMNS; ++x) {
-        float biased;
-        if constexpr (EPILOGUE == ACT_CODES_OUT) biased = fmaf(gelu_of_units<TANH>(y[x]), problem.out_units, problem.out_biased);
-        else biased = y[x] + ROUND_BIAS;
-        code[x] = __float_as_int(biased) - ROUND_BITS;
+      for (int h = 0; h < 2; ++h) {
+        int v[COLUMNS];
+        codes8(products, piece, g, h, v);
+#pragma unroll
+        for (int x = 0; x < COLUMNS; ++x) y[h][x] = fmaf(__int2float_rn(v[x]), scale[x], y[h][x]);
       }
-      uint2 packed = make_uint2(pack_s8(code[0], code[1], code[2], code[3]), pack_s8(code[4], code[5], code[6], code[7]));
-      if (store) *reinterpret_cast<uint2*>(at.out + column) = packed;
-    } else {
-      if constexpr (RESIDUAL) {
-        uint4 other = {};
-        if constexpr (PREFETCH) other = residual[g][half];
-        else if (store) other = prefetch_residual(at, column);
-        add_halves(other, DTYPE, y);
+    };
+    if constexpr (SEGMENTS == PAIR) add(first, 0);
+    add(acc, SEGMENTS == PAIR);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const bool store = column < p.n && at[h].inside;
+      if constexpr (CODES) {
+        int code[COLUMNS];
+#pragma unroll
+        for (int x = 0; x < COLUMNS; ++x) {
+          float biased;
+          if constexpr (EPILOGUE == ACT_CODES_OUT) biased = fmaf(gelu_of_units<TANH>(y[h][x]), problem.out_units, problem.out_biased);
+          else biased = y[h][x] + ROUND_BIAS;
+          code[x] = rounded_code<NARROW>(biased, problem.spare_bits);
+        }
+        uint2 packed = make_uint2(pack_s8(code[0], code[1], code[2], code[3]), pack_s8(code[4], code[5], code[6], code[7]));
+        if constexpr (NARROW) packed = make_uint2(narrow_bytes(packed.x, problem.spare_bits), narrow_bytes(packed.y, problem.spare_bits));
+        if (store) *reinterpret_cast<uint2*>(at[h].out + column) = packed;
+      } else {
+        if constexpr (RESIDUAL) {
+          uint4 other = {};
+          if constexpr (PREFETCH) other = residual[g][h];
+          else if (store) other = prefetch_residual(at[h], column);
+          add_halves(other, DTYPE, y[h]);
+        }
+        uint4 packed = make_uint4(pack_halves(DTYPE, y[h][0], y[h][1]), pack_halves(DTYPE, y[h][2], y[h][3]),
+                                  pack_halves(DTYPE, y[h][4], y[h][5]), pack_halves(DTYPE, y[h][6], y[h][7]));
+        if (store) *reinterpret_cast<uint4*>(at[h].out + 2 * column) = packed;
       }
-      uint4 packed = make_uint4(pack_halves(DTYPE, y[0], y[1]), pack_halves(DTYPE, y[2], y[3]),
-                                pack_halves(DTYPE, y[4], y[5]), pack_halves(DTYPE, y[6], y[7]));
-      if (store) *reinterpret_cast<uint4*>(at.out + 2 * column) = packed;
     }
   }
 
-  template <int DTYPE, bool RESIDUAL, bool TANH>
+  template <int DTYPE, bool RESIDUAL, bool TANH, bool NARROW = false>
   __device__ __forceinline__ void finish_plain(const float* constants, int first_row, int first_column) {
 #pragma unroll
     for (int i = 0; i < T::PIECES; ++i) {
       const RowAt at[2] = {row_at(p, row_of(first_row, i, 0)), row_at(p, row_of(first_row, i, 1))};
 #pragma unroll
-      for (int g = 0; g < T::N / 32; ++g) {
-        finish_group<DTYPE, RESIDUAL, TANH>(constants, at[0], i, g, 0, first_column);
-        finish_group<DTYPE, RESIDUAL, TANH>(constants, at[1], i, g, 1, first_column);
-      }
+      for (int g = 0; g < T::N / 32; ++g) finish_group<DTYPE, RESIDUAL, TANH, NARROW>(constants, at, i, g, first_column);
     }
   }
 
@@ -237,21 +265,21 @@ struct Consumer {
         const int column = first_column + 32 * g + COLUMNS * c;
         if (column >= p.n) continue;
         float scale[COLUMNS], bias[COLUMNS] = {};
-        if constexpr (!SEGMENTS) {
+        if constexpr (SEGMENTS == ONE) {
           load8(p.scale + column, scale);
           if (p.bias != nullptr) load8(p.bias + column, bias);
         }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float y[COLUMNS];
-          if constexpr (SEGMENTS) {
+          if constexpr (SEGMENTS == ANY) {
 #pragma unroll
             for (int x = 0; x < COLUMNS; ++x) y[x] = total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2];
           } else {
             int v[COLUMNS];
 #pragma unroll
             for (int x = 0; x < COLUMNS; ++x) y[x] = bias[x];
-            accumulate8(codes8(i, g, h, v), at[h].scale, has_row_scale, scale, y);
+            accumulate8(codes8(acc, i, g, h, v), at[h].scale, has_row_scale, scale, y);
           }
           finish8<EPILOGUE>(p, at[h], column, problem.vectors, y);
         }
@@ -261,13 +289,20 @@ struct Consumer {
 
   // constants: scales and biases of the tile's columns, in shared memory.
   __device__ __forceinline__ void finish(const float* constants, int first_row, int first_column) {
-    if constexpr (!SEGMENTS && EPILOGUE != ACT_FLOAT_OUT) {
-      if (plain()) {
+    if constexpr (EPILOGUE != ACT_FLOAT_OUT && SEGMENTS != ANY) {
+      if (SEGMENTS == PAIR || problem.plain) {
         if constexpr (EPILOGUE == CODES_OUT) {
-          finish_plain<VITQ_S8, false, false>(constants, first_row, first_column);
+          if (problem.spare_bits) finish_plain<VITQ_S8, false, false, true>(constants, first_row, first_column);
+          else finish_plain<VITQ_S8, false, false>(constants, first_row, first_column);
         } else if constexpr (EPILOGUE == ACT_CODES_OUT) {
-          if (p.activation == VITQ_GELU) finish_plain<VITQ_S8, false, false>(constants, first_row, first_column);
-          else finish_plain<VITQ_S8, false, true>(constants, first_row, first_column);
+          const bool gelu = p.activation == VITQ_GELU;
+          if (problem.spare_bits) {
+            if (gelu) finish_plain<VITQ_S8, false, false, true>(constants, first_row, first_column);
+            else finish_plain<VITQ_S8, false, true, true>(constants, first_row, first_column);
+          } else {
+            if (gelu) finish_plain<VITQ_S8, false, false>(constants, first_row, first_column);
+            else finish_plain<VITQ_S8, false, true>(constants, first_row, first_column);
+          }
         } else if (p.residual.data != nullptr) {
           if (p.out.dtype == VITQ_F16) finish_plain<VITQ_F16, true, false>(constants, first_row, first_column);
           else finish_plain<VITQ_BF16, true, false>(constants, first_row, first_column);
@@ -278,7 +313,7 @@ struct Consumer {
         return;
       }
     }
-    finish_any(first_row, first_column);
+    if constexpr (SEGMENTS != PAIR) finish_any(first_row, first_column);
   }
 
   __device__ __forceinline__ static void shared8(const float* from, float (&to)[COLUMNS]) {
@@ -288,14 +323,16 @@ struct Consumer {
 };
 
 // Scales and biases of a tile's columns into shared memory, by `threads` threads; in GELU's units where it follows.
-template <int N, int EPILOGUE>
+template <class T, int EPILOGUE, Segments SEGMENTS>
 __device__ __forceinline__ void load_constants(const VitqLinear& p, float* to, int first_column, int thread, int threads) {
   constexpr float UNIT = EPILOGUE == ACT_CODES_OUT ? 1.0f / GELU_UNIT : 1.0f;
-  for (int i = thread; i < N; i += threads) {
-    int column = first_column + i;
-    bool inside = column < p.n;
+  const int64_t n_pad = (p.n + 31) / 32 * 32;
+  for (int i = thread; i < T::N; i += threads) {
+    const int column = first_column + i;
+    const bool inside = column < p.n;
     to[i] = inside ? __ldg(p.scale + column) * UNIT : 0.0f;
-    to[N + i] = inside && p.bias != nullptr ? __ldg(p.bias + column) * UNIT : 0.0f;
+    if (SEGMENTS == PAIR) to[T::N + i] = inside ? __ldg(p.scale + n_pad + column) * UNIT : 0.0f;
+    to[CONSTANTS<T, SEGMENTS> - T::N + i] = inside && p.bias != nullptr ? __ldg(p.bias + column) * UNIT : 0.0f;
   }
 }
 

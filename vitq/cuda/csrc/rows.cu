@@ -35,7 +35,7 @@ constexpr int DEPTH = 2;
 
 // Blocks of a multiprocessor, so that ptxas keeps to 65536 / (THREADS * blocks) registers.
 constexpr int resident(int vectors, Mode mode, bool staged) {
-  return (mode == DIVIDED ? 5 : vectors == 3 ? 4 : 3) - (staged && vectors == 3);
+  return (mode == DIVIDED ? 5 : vectors < 4 ? 4 : 3) - (staged && vectors == 3);
 }
 
 // T: float type of x, residual and sum. V: vectors of 8 neighbouring columns a lane. STAGED: codes go through shared memory to
@@ -138,6 +138,11 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
   }
 
   uint32_t gathered[STAGED && TOGETHER == 4 ? V : 1][W];  // codes of the last rows, a byte each
+  // Whether each column's feature waits in registers.
+  const bool known = STAGED && TOGETHER == 4 && a.order && a.out_dtype == VITQ_S8 && p.aligned_out && a.out_columns % 4 == 0 &&
+                     a.out_columns <= V * W * p.lanes;
+  Places<STAGED && TOGETHER == 4 ? 2 * V : 1> places_of_codes;
+  if (known) places_of_codes.find(p, lane);
   int count = 0, stage = 0;
   for (; start < unsigned(a.m); start += stride) {  // the same for all threads of a block: they meet in reductions
     const unsigned row = start + group;
@@ -343,7 +348,13 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
         count = 1;
       }
       if constexpr (ALL) __syncthreads(); else __syncwarp();
-      gather<TOGETHER, ALL>(p, codes, row - (count - 1) * stride, stride, count, lane, reduce);
+      const unsigned oldest = row - (count - 1) * stride;
+      if constexpr (TOGETHER == 4) {
+        if (known) gather_known(p, places_of_codes, codes, oldest, stride, count, lane, reduce);
+        else gather<TOGETHER, ALL>(p, codes, oldest, stride, count, lane, reduce);
+      } else {
+        gather<TOGETHER, ALL>(p, codes, oldest, stride, count, lane, reduce);
+      }
       if constexpr (ALL) __syncthreads(); else __syncwarp();
       count = 0;
     }
@@ -382,10 +393,10 @@ template <typename T, Mode MODE>
 int choose(const RowsLaunch& p, Lanes lanes, int vectors, bool staged, int threads, int shared, cudaStream_t stream) {
   void (*kernel)(RowsLaunch);
   if (lanes == WARP) {
-    kernel = staged ? rows_kernel<T, 3, WARP, MODE, true>
+    kernel = staged ? (vectors == 2 ? rows_kernel<T, 2, WARP, MODE, true> : rows_kernel<T, 3, WARP, MODE, true>)
              : vectors == 3 ? rows_kernel<T, 3, WARP, MODE, false> : rows_kernel<T, 4, WARP, MODE, false>;
   } else if (lanes == BLOCK) {
-    kernel = staged ? rows_kernel<T, 3, BLOCK, MODE, true>
+    kernel = staged ? (vectors == 2 ? rows_kernel<T, 2, BLOCK, MODE, true> : rows_kernel<T, 3, BLOCK, MODE, true>)
              : vectors == 3 ? rows_kernel<T, 3, BLOCK, MODE, false> : rows_kernel<T, 4, BLOCK, MODE, false>;
   } else {
     kernel = staged ? rows_kernel<T, 4, WIDE, MODE, true> : rows_kernel<T, 4, WIDE, MODE, false>;
@@ -483,17 +494,17 @@ extern "C" int vitq_rows(const VitqRows* args, void* stream_) {
   Lanes kind = WARP;
   int vectors = 4, threads = THREADS;
   if (eights) {
-    // 3 vectors a lane fit 96, 192, 384, 768 and 1536 columns without idle lanes, 4 the powers of 2.
+    // 3 vectors a lane fit 96, 192, 384, 768 and 1536 columns without idle lanes; 4, or 2 where codes are staged, the powers of 2.
     const int pieces = a.columns / 8;
     const auto lanes = [&](int each) {
       int n = 4;
       while (n < 32 && n * each < pieces) n *= 2;
       return n * each >= pieces ? n : (pieces + 32 * each - 1) / (32 * each) * 32;
     };
-    const int three = lanes(3), four = lanes(4);
+    const int two = lanes(2), three = lanes(3), four = lanes(4);
     const bool fits = three <= THREADS && (staged || ((three <= 32 || four > 32) && 3 * three <= 4 * four));
-    vectors = fits ? 3 : 4;
-    p.lanes = fits ? three : four;
+    vectors = staged && two <= THREADS && 2 * two < 3 * three ? 2 : fits ? 3 : 4;
+    p.lanes = vectors == 2 ? two : fits ? three : four;
     kind = p.lanes <= 32 ? WARP : p.lanes <= THREADS && (fits || !staged) ? BLOCK : WIDE;
   } else {
     staged = true;
