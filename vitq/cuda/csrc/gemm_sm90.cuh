@@ -181,33 +181,31 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         at.next(stages);
         for (int kt = 1; kt < problem.k_tiles; ++kt) next_product(kt);
       } else if constexpr (SEGMENTS == PAIR) {
-        // The first segment may end at any k-step; the second takes the rest of that piece, and then whole ones.
-        const int end = problem.p.segment_ends[0] / 32;
-        int kt = 0, step = 0;
-        next_piece(0, a, b);
+        // Pieces of the first segment, one that both share, and those of the second.
+        const int whole = problem.p.segment_ends[0] / 128, steps = problem.p.segment_ends[0] / 32 % 4;
         work.fence();
-        for (; step < end; ++step) {
-          if (step == 4 * kt + 4) {
-            cute::warpgroup_wait<0>();
-            release(at.slot);
-            at.next(stages);
-            next_piece(++kt, a, b);
-          }
+        int kt = 0;
+        for (; kt < whole; ++kt) {
+          next_piece(kt, a, b);
           cute::warpgroup_arrive();
-          work.multiply_step(a + 32 * (step - 4 * kt), b + 32 * (step - 4 * kt), work.first, step > 0);
+          work.template multiply_both<4>(a, b, kt > 0);
           cute::warpgroup_commit_batch();
-        }
-        if (step == 4 * kt + 4) {
-          cute::warpgroup_wait<0>();
-          release(at.slot);
+          cute::warpgroup_wait<1>();
+          if (kt > 0) release(previous);
+          previous = at.slot;
           at.next(stages);
-          next_piece(++kt, a, b);
         }
-        for (; step < 4 * kt + 4; ++step) {
-          cute::warpgroup_arrive();
-          work.multiply_step(a + 32 * (step - 4 * kt), b + 32 * (step - 4 * kt), work.acc, step > max(end, 4 * kt));
-          cute::warpgroup_commit_batch();
+        next_piece(kt, a, b);
+        cute::warpgroup_arrive();
+        switch (steps) {
+          case 0: work.template multiply_both<0>(a, b, false); break;
+          case 1: work.template multiply_both<1>(a, b, whole > 0); break;
+          case 2: work.template multiply_both<2>(a, b, whole > 0); break;
+          default: work.template multiply_both<3>(a, b, whole > 0);
         }
+        cute::warpgroup_commit_batch();
+        cute::warpgroup_wait<1>();
+        if (kt > 0) release(previous);
         previous = at.slot;
         at.next(stages);
         for (++kt; kt < problem.k_tiles; ++kt) next_product(kt);

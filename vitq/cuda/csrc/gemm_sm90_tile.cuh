@@ -74,6 +74,20 @@ struct Consumer {
     }
   }
 
+  // One piece of K of which the first STEPS k-steps are the first segment's and the others begin the second one's.
+  template <int STEPS>
+  __device__ __forceinline__ void multiply_both(const char* a, const char* b, bool accumulate) {
+    uint64_t da = operand(a), db = operand(b);
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) {
+        if (s < STEPS) mma<T::N>(da + i * (8192 >> 4) + s * STEP, db + s * STEP, first[i], accumulate || s > 0);
+        else mma<T::N>(da + i * (8192 >> 4) + s * STEP, db + s * STEP, acc[i], s > STEPS);
+      }
+    }
+  }
+
   // One k-step, to `acc` or `first`.
   template <int P, int W>
   __device__ __forceinline__ void multiply_step(const char* a, const char* b, uint32_t (&to)[P][W], bool accumulate) {
