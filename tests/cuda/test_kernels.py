@@ -37,6 +37,14 @@ ROOT = Path(__file__).parents[2]
 # Triton's interpreter truncates where a GPU rounds to bfloat16.
 FLOATS = [torch.float16, torch.float32] + [torch.bfloat16] * (not INTERPRETED)
 
+if INTERPRETED:  # which rounds a multiply-add twice; float64 holds the product of two float32 numbers
+    from triton.runtime import interpreter
+
+    def fused(self, x, y, z):
+        return interpreter.TensorHandle((x.data.astype("float64") * y.data + z.data).astype(z.data.dtype), z.dtype.scalar)
+
+    interpreter.InterpreterBuilder.create_fma = fused
+
 needs_triton = [pytest.mark.gpu, pytest.mark.skipif(not (HAS_TRITON and (torch.cuda.is_available() or INTERPRETED)),
                                                     reason="needs a CUDA device and triton")]
 needs_library = [pytest.mark.gpu, pytest.mark.skipif(loader.why_unavailable() is not None, reason=str(loader.why_unavailable()))]

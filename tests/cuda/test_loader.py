@@ -122,7 +122,7 @@ def test_a_file_that_is_no_library(library_at, tmp_path: Path) -> None:
 @pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
 def test_libraries_of_other_versions(library_at, tmp_path: Path) -> None:
     for i, (code, words) in enumerate([(stub(version=99), "ABI version 99"),
-                                       ("int vitq_abi_version(void) { return 1; }", "does not load"),
+                                       (f"int vitq_abi_version(void) {{ return {loader.ABI_VERSION}; }}", "does not load"),
                                        ("int something;", "does not load"), (stub(driver=0), "no NVIDIA driver"),
                                        (stub(driver=12040), "the driver runs CUDA 12.4, the library was built with CUDA 13.0")]):
         folder = tmp_path / str(i)

@@ -352,7 +352,8 @@ struct Places {
 };
 
 // `gather` of four rows whose places wait in registers, whole words at a time: nothing but shared memory is read, all of it
-// at once. LayerNorm of 39400 x 384 with reordered codes on an H100: @@ us, by `gather` @@.
+// at once. LayerNorm of 39400 x 384 on an H100: 26 us with reordered codes, 17.6 without. It waits for latencies, 3 warps a scheduler;
+// weights in shared memory in place of registers, and 4 warps, took 28 us.
 template <int PIECES, bool ALL>
 __device__ __forceinline__ void gather_known(const RowsLaunch& p, const Places<PIECES>& places, const uint8_t* codes, unsigned row,
                                              unsigned stride, int count, int lane, RowReduce<ALL>& reduce) {
