@@ -1,5 +1,6 @@
 # make demo      quantize DeiT-S on the demo photographs, from nothing: environment, install, run
 # make test      all tests that need no GPU            make test-gpu   those that do
+# make test-sanitizer   the CUDA kernels under compute-sanitizer: memcheck, racecheck
 # make cuda      compile the CUDA library (needs nvcc, no GPU; VITQ_CUDA_ARCHS=90a compiles for one chip only)
 # make clean     remove the environment and what was built or written
 #
@@ -20,7 +21,7 @@ STAMP = $(VENV)/.vitq-installed
 WORKERS ?= 2
 TEST_ENV = OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1
 
-.PHONY: all venv install cuda demo test test-gpu clean
+.PHONY: all venv install cuda demo test test-gpu test-sanitizer clean
 
 all: install
 
@@ -49,6 +50,11 @@ test: install
 
 test-gpu: install
 	$(BIN)/python -m pytest -m gpu $(TEST_ARGS)
+
+# racecheck watches every access to shared memory, so it takes some of each kernel's cases.
+test-sanitizer: install
+	compute-sanitizer --tool memcheck --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu tests/cuda/test_ops.py -k test_cuda_equals_the_reference
+	compute-sanitizer --tool racecheck --error-exitcode 9 $(BIN)/python -m pytest -q -m gpu tests/cuda/test_ops.py -k "twenty_runs or capture"
 
 clean:
 	rm -rf .venv build dist vitq.egg-info vitq-out .pytest_cache

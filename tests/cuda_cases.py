@@ -140,6 +140,12 @@ for ends in ((64, 384), (96, 384), (128, 384), (32, 160, 384), (352, 384), (160,
                             (torch.bfloat16, "")):
         case(f"linear segments {ends} {out} {activation}", "linear", lambda e=ends, o=out, a=activation: linear(
             330, 392, e[-1], ends=e, out=o, activation=a, residual=o if o.is_floating_point else None), 1e-3 if activation else 0)
+# Fewer bits in whole vectors, both ends of the range reached: 8-bit weights, as 4-bit ones are after widening.
+for out_bits in (2, 4, 7):
+    for activation in ("", "gelu", "gelu_tanh", "relu"):
+        for ends in ((), (64, 384)):
+            case(f"linear {activation} w8 codes{out_bits} in vectors {ends}", "linear", lambda a=activation, b=out_bits, e=ends: linear(
+                330, 392, 384, ends=e, out=torch.int8, activation=a, out_bits=b), 1e-3 if activation else 0)
 case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), zero=True))
 case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out=torch.int8))
 

@@ -39,6 +39,7 @@ def _kwargs(model):
     ("deit_tiny_patch16_224", {"depth": 2, "img_size": 160}, "w4a4"),
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1), "img_size": 192}, "w4a4"),
     ("vit_base_patch16_siglip_224", {"depth": 1}, "w4a8"), ("deit_tiny_distilled_patch16_224", {"depth": 1}, "w8a8"),
+    ("deit_tiny_patch16_224", {"depth": 1}, "dual-w8a8"), ("deit_tiny_patch16_224", {"depth": 1}, "dual-w4a4"),
 ])
 def test_reloads_bit_identically(name: str, kwargs: dict, recipe: str, tmp_path) -> None:
     source = build(name, num_classes=7, **kwargs)

@@ -66,8 +66,16 @@ def test_dual_uniform_in_any_role(role: str, bits: int) -> None:
         statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)]) if recipe.is_static else None
         executed = vitq.convert(model, recipe, statistics, dtype=torch.float32)
         assert sqnr(vitq.simulate(model, recipe, statistics)(images(model)), executed(images(model))) > 35
-        rows = [row.format for row in vitq.explain(executed) if row.role == role]
-        assert rows and all(("segments" if bits == 8 else "columns") in row for row in rows)
+        rows = [row for row in vitq.explain(executed) if row.role == role]
+        assert rows and all(("segments" if bits == 8 else "columns") in row.format for row in rows)
+        through_float = bits == 8 and name == "w8a8" and role in ("proj", "fc2")
+        assert all(("comes as floats" in row.note) == through_float for row in rows)
+
+
+def test_a_layer_too_small_to_divide_says_so() -> None:
+    converted = convert(build(depth=1, num_classes=10), quick("w8a8", "head.weight.segments=dual_uniform"))
+    assert "too small to divide its columns" in next(row.note for row in vitq.explain(converted) if row.role == "head")
+    assert "segments" not in repr(converted.head)
 
 
 def test_dual_uniform_wins_back_outlier_columns() -> None:

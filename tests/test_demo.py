@@ -76,3 +76,14 @@ def test_checkpoint_sizes(demo, statistics, tmp_path) -> None:
         recipe = vitq.Recipe.from_yaml(name).with_overrides(["calib_size=64"])
         folder = vitq.save(vitq.convert(model, recipe, statistics(recipe)), tmp_path / name)
         assert sum(f.stat().st_size for f in folder.iterdir()) <= most * float_bytes
+
+
+@pytest.mark.gpu
+def test_nothing_is_lost_on_a_gpu() -> None:
+    """All held-out photographs: at most 1.0 point below float, at least 97 % of the predictions equal."""
+    model = vitq.load_model("deit_s", "demo").model.cuda()
+    data = vitq.open_images("demo", vitq.data_config(model))
+    converted = vitq.convert(model, "w8a8", vitq.batches(data.calib, 32))
+    found = vitq.evaluate.evaluate_models({"float": model, "int8": converted}, vitq.batches(data.eval, 100))
+    difference = vitq.evaluate.compare(found["float"].logits, found["int8"].logits)
+    assert found["int8"].top1 >= found["float"].top1 - 0.01 and difference.equal >= 0.97

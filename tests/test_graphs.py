@@ -213,7 +213,7 @@ def test_on_a_cpu_it_is_the_model_itself(caplog) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8", "dual-w8a8", "dual-w4a4"])
 @pytest.mark.parametrize("name, kwargs", [("deit_tiny_patch16_224", {"depth": 2}),
                                           ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1)}),
                                           ("vit_base_patch16_xp_224", {"depth": 1})])

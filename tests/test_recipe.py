@@ -168,6 +168,8 @@ def test_overrides_in_order_and_as_one():
     ("fc1.weight.segments=dual", "weight.segments: 'dual' is not known; allowed: one, dual_uniform"),
     ("fc1.input.segments=dual_uniform", "rules[3].input.segments: 'dual_uniform' for the input of fc1; it divides the columns of a weight"),
     ("patch_embed.weight.segments=dual_uniform", "for the weight of patch_embed; pixels are quantized in their order: one"),
+    ("fc2.segments=dual_uniform", "fc2.segments: segments belongs to an operand; give fc2.weight.segments"),
+    ("segments=dual_uniform", "segments: segments belongs to an operand; give weight.segments"),
     (7, "override 7: override: 7 is int; give a string"),
 ])
 def test_override_messages(item, message):

@@ -21,7 +21,8 @@ MODELS = {
     "swin": ("swin_tiny_patch4_window7_224", {"img_size": 40, "window_size": 4, "embed_dim": 32, "depths": (2, 2),
                                               "num_heads": (2, 4)}),
 }
-PAIRS = [*((kind, "w8a8") for kind in MODELS), ("vit", "w4a8"), ("vit", "w8a8-dynamic"), ("swin", "w8a8-dynamic")]
+PAIRS = [*((kind, "w8a8") for kind in MODELS), ("vit", "w4a8"), ("vit", "w8a8-dynamic"), ("swin", "w8a8-dynamic"),
+         ("vit", "dual-w8a8"), ("vit", "dual-w4a4")]
 
 
 @pytest.fixture(autouse=True)
@@ -149,7 +150,7 @@ def test_compiles_whole_on_the_gpu(kind: str, recipe: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8", "w4a4"])
+@pytest.mark.parametrize("recipe", ["w8a8", "w8a8-dynamic", "w4a8", "w4a4", "dual-w8a8", "dual-w4a4"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_forward_never_waits_for_the_gpu(kind: str, recipe: str) -> None:
     name, arguments = MODELS[kind]

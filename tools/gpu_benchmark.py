@@ -155,7 +155,7 @@ def whole_model(name: str, batch: int, args, recipes: list[str], peers: tuple[st
 
 
 def small_batch(name: str, batch: int, args, device) -> tuple:
-    kinds = ["fp16"] + ["fp16" + models.COMPILED] * args.compile + ["w8a8"]
+    kinds = ["fp16"] + ["fp16" + models.COMPILED] * args.compile + ["w8a8", "w4a8", "dual-w4a4"]
     cases = models.time_cases(models.float_model(name, device), batch, kinds, args.repeats)
     best, t = models.best_half_ms(cases), cases["w8a8"].timing
     goals = [Goal(f"{name} at batch {batch}, W8A8 over the best 16-bit", best / t.median_ms, SMALL_GOALS[batch])] \

@@ -97,6 +97,8 @@ def parse_override(item: str) -> tuple[str, Any]:
     elif tail == ["bits"]:
         rule.update({operand: {"bits": value} for operand in present})
     else:
+        if tail[-1] in FIELD_CHECKS and len(tail) == 1:
+            raise ValueError(f"{key}: {tail[0]} belongs to an operand; give {key.removesuffix(tail[0])}{present[0]}.{tail[0]}; {KEYS}")
         known = [*TOP_LEVEL, *ROLES, *OPERANDS, *FIELD_CHECKS]
         wrong = next((part for part in tail if part not in known), key)
         raise ValueError(f"{key}: unknown key; {KEYS}{closest(wrong, known)}")

@@ -499,6 +499,29 @@ def test_segments(ends, dynamic, bits, fp, zero):
 
 
 @on_gpu
+@pytest.mark.parametrize("m", [3, 300])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_two_levels_of_scales(bits, dynamic, m):
+    """Codes times a multiplier of the row and the column's group, with few rows and many."""
+    torch.manual_seed(0)
+    n, k = 37, 70
+    fmt = ActivationFormat(8, dynamic=True) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21)
+    params = LinearParams(codes(n, k, bits=bits), bits, (torch.rand(n) + 0.1) / 100, torch.randn(n), fmt,
+                          weight_multiplier=torch.randint(1, (127 >> (bits - 1)) + 1, (2, n), dtype=torch.int8),
+                          column_group=torch.randint(0, 2, (k,), dtype=torch.uint8))
+    factors = torch.stack([params.weight_multiplier[g] for g in params.column_group.tolist()], dim=1).double()
+    assert torch.equal(params.integers.double(), params.codes.double() * factors)
+    spec, x = LinearSpec(params), torch.randn(m, k)
+    q = reference("quantize", fmt, x)
+    want = reference("linear", spec, q, dtype=torch.float32)
+    zero = 0 if dynamic else -21
+    exact = (q.codes.double() - zero) * q.scale.double() @ (params.codes.double() * factors * params.weight_scale[:, None].double()).T
+    torch.testing.assert_close(want.double(), exact + params.bias.double(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(cuda("linear", spec, to_device(q), dtype=torch.float32).cpu(), want)
+
+
+@on_gpu
 @pytest.mark.parametrize("fp", [0, 16])
 def test_segments_to_codes(fp):
     torch.manual_seed(0)

@@ -33,6 +33,7 @@ def compiled_kernels(monkeypatch):
 @pytest.mark.parametrize("name, kwargs, recipe", [
     ("deit_tiny_patch16_224", {"depth": 1}, "w8a8"), ("deit_tiny_patch16_224", {"depth": 1}, "w4a8"),
     ("deit_tiny_patch16_224", {"depth": 1}, "w8a8-dynamic"),
+    ("deit_tiny_patch16_224", {"depth": 1}, "dual-w8a8"), ("deit_tiny_patch16_224", {"depth": 1}, "dual-w4a4"),
     ("swin_tiny_patch4_window7_224", {"depths": (2, 1), "img_size": 112}, "w8a8")])
 def test_the_compiled_kernels_calls_without_a_gpu(name: str, kwargs: dict, recipe: str, compiled_kernels) -> None:
     """They equal the reference but for codes that a norm, GELU or softmax may round the other way, and trace into one graph."""
@@ -50,7 +51,7 @@ def test_the_compiled_kernels_calls_without_a_gpu(name: str, kwargs: dict, recip
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a8", "w4a8", "w4a4"])
+@pytest.mark.parametrize("recipe", ["w8a8-dynamic", "w8a8", "w4a8", "w4a4", "dual-w8a8", "dual-w4a4"])
 @pytest.mark.parametrize("name, kwargs",
                          [("deit_tiny_patch16_224", {"depth": 2}), ("vit_small_patch14_reg4_dinov2", {"depth": 2}),
                                           ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1)})])

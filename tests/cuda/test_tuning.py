@@ -20,7 +20,7 @@ VIT = [Case(m, n, k, codes=codes, activation=activation, residual=not codes)
                                        (384, 1536, False, ""), (2304, 768, True, ""), (768, 3072, False, ""),
                                        (3072, 1024, True, "gelu"))]
 ODD = [Case(1, 10, 48), Case(3, 1, 5), Case(12544, 96, 48), Case(8192, 8192, 8192, codes=True), Case(50, 1000, 384),
-       Case(300, 100, 192, segments=2, zero=True), Case(300, 100, 192, fp=32), Case(300, 100, 96, activation="gelu")]
+       Case(300, 100, 192, segments=2, zero=True), Case(300, 1152, 384, segments=2, codes=True), Case(300, 100, 192, fp=32), Case(300, 100, 96, activation="gelu")]
 
 
 @pytest.fixture

@@ -13,7 +13,6 @@ from vitq.calib.statistics import Histogram, Statistics
 from vitq.formats import ActivationFormat, Columns
 from vitq.models.sites import LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
-from vitq.quantizers import dual_uniform
 from vitq.quantizers.grid import weight_grid
 from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import LayerSpec, QuantSpec, Recipe
@@ -59,7 +58,7 @@ def linear_params(module: nn.Module, spec: LayerSpec, solver: str, input_format:
     if grid.group is None or grid.multiplier is not None:
         return LinearParams(codes, bits, grid.scale, bias, input_format, weight_multiplier=grid.multiplier, column_group=grid.group)
     order = torch.argsort(grid.group, stable=True)  # the groups become segments
-    ends = (int((grid.group == dual_uniform.OUTLIERS).sum()), len(order))
+    ends = tuple(grid.group.bincount().cumsum(0).tolist())
     return LinearParams(codes[:, order], bits, grid.scale, bias,
                         replace(input_format, columns=Columns(order.to(torch.int32), ends)))
 

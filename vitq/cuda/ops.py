@@ -48,7 +48,8 @@ SCHEMAS = {
             "Tensor(e!)? fp_out=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
-    # uint8 [N', K/2] -> int8 [N', K], in the same row order.
+    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier int8 [2, N'] and group uint8 [K] (0 or 1): each code times
+    # the multiplier that its row has for its column's group.
     "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? group=None) -> ()",
 }
 

@@ -69,6 +69,11 @@ class Case(NamedTuple):
     def plain(self) -> bool:
         return self.segments == 1 and not self.fp and not self.zero
 
+    @property
+    def pair(self) -> bool:
+        """Two integer segments with symmetric weights: two sets of accumulators, if the epilogue is plain too."""
+        return self.segments == 2 and not self.fp and not self.zero
+
 
 @dataclass(frozen=True)
 class HopperTile:
@@ -90,12 +95,12 @@ class HopperTile:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
         if case.weight_bits != 8 or case.input_bits != 8:
             return False
-        if not case.plain and self.index not in (0, 1, 3, 11):
+        if not case.plain and self.index not in ((0, 1, 3, 11) if case.pair else (1, 3, 11)):
             return False
         if case.plain and case.activation and not case.codes and self.index not in (1, 8, 11):
             return False
         pieces = -(-case.k // 128) + -(-case.fp // 64)
-        constants = 8 * self.columns * (2 if case.plain else loader.MAX_SEGMENTS + 1)
+        constants = 8 * self.columns * (3 if case.pair else 2)
         fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 320
         stage = 128 * (self.rows + (0 if self.resident else self.columns))
         return not (self.resident and pieces > 16) and (227 * 1024 - fixed) // stage >= (3 if self.resident else 2)
@@ -106,7 +111,7 @@ class HopperTile:
         across, down = -(-case.n // self.columns), -(-case.m // self.rows)
         area = self.rows * self.columns
         products = area * case.k / 4096
-        epilogue = area * (0.17 if case.activation and case.codes else 0.08 if case.codes else 0.12)
+        epilogue = area * (0.17 if case.activation and case.codes else 0.08 if case.codes else 0.12) + area * 0.04 * case.pair
         if self.resident:
             slots = max(multiprocessors // across, 1)
             rounds = -(-down // min(slots, down)) * -(-across // multiprocessors)
@@ -283,8 +288,9 @@ def example(case: Case, device: torch.device) -> dict[str, Any]:
         return x if bits == 8 else x.view(torch.uint8)
 
     # The first of two is short, as that of dual uniform weights.
-    parts = 6 if case.segments == 2 else case.segments
-    ends = [] if case.segments == 1 else [*(max(k_pad * s // parts // 32, s) * 32 for s in range(1, case.segments)), k_pad]
+    steps = k_pad // 32
+    first = max(steps // 6, 1) if case.segments == 2 else max(steps // case.segments, 1)
+    ends = [] if case.segments == 1 else [*(32 * first * s for s in range(1, case.segments)), k_pad]
     arguments: dict[str, Any] = {
         "out": torch.empty(case.m, case.n, dtype=torch.int8 if case.codes else torch.float16, **on),
         "codes": bytes_(case.m, k_pad, case.input_bits)[:, : round_up(case.k, 2) * case.input_bits // 8],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from vitq.ops.common import OutputFormat
 from vitq.ops.linear import LinearSpec
 from vitq.ops.patches import PatchesSpec
 from vitq.plan import LinearParams
-from vitq.quantizers import dual_uniform
+from vitq.quantizers.grid import divide
 from vitq.recipe import LayerSpec
 
 
@@ -21,9 +22,9 @@ class QuantLinear(PackedModule):
     """y = x Wᵀ + b with W in 2..8-bit codes and x quantized statically (per tensor) or dynamically (per token).
 
     Buffers: qweight (int8 [N, K], or uint8 [N, ⌈K/2⌉] packed where weight_bits <= 4), weight_scale float32 [N],
-    bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With two groups of input features
-    (`vitq.quantizers.dual_uniform`): as segments weight_scale is [2, N], and column_order int32 [K] is the feature of each column of
-    qweight; else weight_multiplier is int8 [2, N] and column_group uint8 [K].
+    bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With G groups of input features
+    (`vitq.quantizers.grid.Division`): as segments weight_scale is [G, N], and column_order int32 [K] is the feature of each column of
+    qweight; else weight_multiplier is int8 [G, N] and column_group uint8 [K].
     """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
@@ -33,15 +34,15 @@ class QuantLinear(PackedModule):
         packed = self.weight_bits <= 4
         shape = (out_features, (in_features + 1) // 2 if packed else in_features)
         self.register_buffer("qweight", torch.zeros(shape, dtype=torch.uint8 if packed else torch.int8))
-        outliers = dual_uniform.outlier_count(out_features, in_features) if spec.weight.segments == "dual_uniform" else 0
-        self.groups = (outliers, in_features - outliers) if outliers else ()
-        self.segmented = bool(outliers) and not dual_uniform.shares_scale(self.weight_bits)
-        self.register_buffer("weight_scale", torch.ones((2, out_features) if self.segmented else out_features))
-        if self.segmented:
+        self.division = divide(spec.weight, out_features, in_features)
+        groups, segmented = len(self.division.sizes), self.division.segmented
+        self.register_buffer("weight_scale", torch.ones((groups, out_features) if segmented else out_features))
+        if segmented:
             self.register_buffer("column_order", torch.arange(in_features, dtype=torch.int32))
-        elif outliers:
-            self.register_buffer("weight_multiplier", torch.ones(2, out_features, dtype=torch.int8))
+        elif groups:
+            self.register_buffer("weight_multiplier", torch.ones(groups, out_features, dtype=torch.int8))
             self.register_buffer("column_group", torch.zeros(in_features, dtype=torch.uint8))
+        self.too_small = spec.weight.segments != "one" and not groups
         self.register_buffer("bias", torch.zeros(out_features))
         if not self.dynamic:
             self.register_buffer("input_scale", torch.ones(()))
@@ -53,9 +54,9 @@ class QuantLinear(PackedModule):
         codes = pack_int4(params.codes) if self.weight_bits <= 4 else params.codes
         self.qweight.copy_(codes)
         self.weight_scale.copy_(params.weight_scale)
-        if self.segmented:
+        if self.division.segmented:
             self.column_order.copy_(params.input.columns.order)
-        elif self.groups:
+        elif self.division.sizes:
             self.weight_multiplier.copy_(params.weight_multiplier)
             self.column_group.copy_(params.column_group)
         if params.bias is not None:
@@ -66,7 +67,9 @@ class QuantLinear(PackedModule):
         self.invalidate()
 
     def input_format(self) -> ActivationFormat:
-        columns = Columns(self.column_order, (self.groups[0], self.in_features)) if self.segmented else None
+        columns = None
+        if self.division.segmented:
+            columns = Columns(self.column_order, tuple(accumulate(self.division.sizes)))
         if self.dynamic:
             return ActivationFormat(self.input_bits, dynamic=True, columns=columns)
         return ActivationFormat(self.input_bits, scale=self.input_scale, zero_point=self.input_zero_point, columns=columns)
@@ -81,10 +84,10 @@ class QuantLinear(PackedModule):
         self.invalidate()
 
     def cases(self) -> dict[str, Any]:
-        two_levels = bool(self.groups) and not self.segmented
-        params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(),
-                              weight_multiplier=self.weight_multiplier if two_levels else None,
-                              column_group=self.column_group if two_levels else None)
+        levels = {}
+        if self.division.sizes and not self.division.segmented:
+            levels = {"weight_multiplier": self.weight_multiplier, "column_group": self.column_group}
+        params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(), **levels)
         return {"quantize": self.input_format(), "linear": LinearSpec(params, self._activation, self._output)}
 
     def forward(self, x: Tensor | QTensor, *, residual: Tensor | None = None, inplace: bool = False,
@@ -101,17 +104,23 @@ class QuantLinear(PackedModule):
         storage = ""
         if self.weight_bits <= 4 and choice.backend != "cuda":
             storage = "packed int4 in the file, widened to int8 here"
-        notes = [note, storage, choice.reason and f"fell back: {choice.reason}",
+        undivided = "too small to divide its columns" if self.too_small else ""
+        # Elsewhere the norm before writes the codes, in any order.
+        floats = "its input comes as floats, since its columns have an order of their own"
+        floats = floats if self.division.segmented and not self.dynamic and role in ("proj", "fc2") else ""
+        notes = [note, undivided, floats, storage, choice.reason and f"fell back: {choice.reason}",
                  *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
-        kind = "dynamic per token" if self.dynamic else "static per tensor"
-        if self.groups:
-            kind += f", {'segments' if self.segmented else 'columns'} {' + '.join(map(str, self.groups))}"
+        kind = ("dynamic per token" if self.dynamic else "static per tensor") + self._groups()
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
                    self.own_bytes(), "; ".join(n for n in notes if n))
 
     def extra_repr(self) -> str:
         return (f"{self.in_features}, {self.out_features}, W{self.weight_bits}A{self.input_bits}, "
-                f"{'dynamic' if self.dynamic else 'static'}")
+                f"{'dynamic' if self.dynamic else 'static'}{self._groups()}")
+
+    def _groups(self) -> str:
+        sizes = " + ".join(map(str, self.division.sizes))
+        return sizes and f", {'segments' if self.division.segmented else 'columns'} {sizes}"
 
 
 class QuantPatchConv(QuantLinear):

@@ -4,7 +4,7 @@ Folding a LayerNorm multiplies whole columns of the next weight, so its outliers
 their own need not spread its levels over them for all the other weights.
 
 The groups run in one of two ways. In general as two segments, each with an accumulator: the columns are put in order, outliers first. With
-few bits a row's two scales can be integer multiples of one, ``code * multiplier`` is an int8, and the layer runs as any 8-bit one.
+up to 4 bits a row's two scales can be integer multiples of one: ``code * multiplier`` is an int8, and the layer runs as any 8-bit one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ TAIL = 0.01
 OUTPUTS_A_COLUMN = 20
 STEP = 32
 OUTLIERS, OTHERS = 0, 1  # groups
-# With multipliers up to this two scales of any ratio up to it are met within 7 %.
-ENOUGH = 7
+# With multipliers up to this, two scales whose ratio is not above it are each met within 3 %.
+ENOUGH = 15
 
 
 def outlier_count(out_features: int, in_features: int) -> int:

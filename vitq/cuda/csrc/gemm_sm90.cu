@@ -63,6 +63,8 @@ extern "C" int vitq_linear_sm90(const VitqLinear* args, void* stream_) {
   if (p.zero != nullptr && p.row_sums == nullptr) return VITQ_BAD_ARGUMENT;
   if (p.a_fp != nullptr && (p.lda_fp % 8 || p.k_fp <= 0 || p.k_fp % 16)) return VITQ_BAD_ARGUMENT;
   if (p.out.dtype == VITQ_S8 && p.residual.data != nullptr) return VITQ_UNSUPPORTED;
+  for (int s = 0; s < p.segments; ++s)
+    if (p.segment_ends[s] % 32 || p.segment_ends[s] <= (s ? p.segment_ends[s - 1] : 0)) return VITQ_BAD_ARGUMENT;
   if (p.segment_ends[p.segments - 1] != p.k) return VITQ_BAD_ARGUMENT;
   if (p.segments > 1 || p.zero != nullptr || p.a_fp != nullptr) return sm90::launch_segments(p, p.config, stream);
   switch (epilogue_of(p)) {

@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
             const int steps = min(4, problem.p.k / 32 - 4 * kt);
             for (int s = 0; s < steps; ++s) {
               cute::warpgroup_arrive();
-              work.multiply_step(a + 32 * s, b + 32 * s, work.acc, accumulate);
+              work.multiply_step(a + 32 * s, b + 32 * s, accumulate);
               cute::warpgroup_commit_batch();
               accumulate = true;
               if (4 * kt + s + 1 == problem.p.segment_ends[segment] / 32) {

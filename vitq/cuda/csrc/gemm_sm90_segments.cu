@@ -1,4 +1,7 @@
-// Several segments: two sets of accumulators, or float sums beside one, leave registers for 192 columns at most.
+// Several segments. Two sets of accumulators leave registers for 192 columns; float sums beside one, and what they are made of, for
+// 128: there a call that was to have 192 takes those.
+#include <type_traits>
+
 #include "gemm_sm90.cuh"
 
 namespace vitq::sm90 {
@@ -6,7 +9,7 @@ namespace {
 template <int EPILOGUE, Segments SEGMENTS>
 int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {
   switch (config) {
-    case 0: return launch<Config0, EPILOGUE, SEGMENTS>(p, stream);
+    case 0: return launch<std::conditional_t<SEGMENTS == PAIR, Config0, Config1>, EPILOGUE, SEGMENTS>(p, stream);
     case 1: return launch<Config1, EPILOGUE, SEGMENTS>(p, stream);
     case 3: return launch<Config3, EPILOGUE, SEGMENTS>(p, stream);
     case 11: return launch<Config11, EPILOGUE, SEGMENTS>(p, stream);

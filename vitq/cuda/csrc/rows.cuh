@@ -337,7 +337,7 @@ __device__ __forceinline__ void gather(const RowsLaunch& p, const uint8_t* codes
 // j-th of piece i; columns that do not exist, and those of order -1, take the fill.
 template <int PIECES>
 struct Places {
-  uint32_t pair[PIECES][2];
+  uint32_t words[PIECES][2];
 
   __device__ __forceinline__ void find(const RowsLaunch& p, int lane) {
     const auto word = [&](int feature) { return uint32_t(feature < 0 ? p.a.columns : feature); };
@@ -345,8 +345,8 @@ struct Places {
     for (int i = 0; i < PIECES; i++) {
       const int column = 4 * (lane + i * p.lanes), left = p.a.out_columns - column;
       const int4 from = left > 0 ? ordered(p, column, left) : make_int4(-1, -1, -1, -1);
-      pair[i][0] = word(from.x) | word(from.y) << 16;
-      pair[i][1] = word(from.z) | word(from.w) << 16;
+      words[i][0] = word(from.x) | word(from.y) << 16;
+      words[i][1] = word(from.z) | word(from.w) << 16;
     }
   }
 };
@@ -362,7 +362,7 @@ __device__ __forceinline__ void gather_known(const RowsLaunch& p, const Places<P
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
     const int column = 4 * (lane + i * p.lanes);
-    const uint32_t low = places.pair[i][0], high = places.pair[i][1];
+    const uint32_t low = places.words[i][0], high = places.words[i][1];
     const uint4 four = make_uint4(words[low & 0xFFFF], words[low >> 16], words[high & 0xFFFF], words[high >> 16]);
     uint32_t word[4];
     transpose_bytes(four, word);
