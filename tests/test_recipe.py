@@ -160,7 +160,7 @@ def test_overrides_in_order_and_as_one():
     ("weight.bits=[", "value '[' is not YAML"),
     ("calib_size=0", "calib_size: 0; allowed: 1 or more samples"),
     ("transforms=layernorm_fold", "transforms: 'layernorm_fold' is str; give a list"),
-    ("solver=gptq", "solver: 'gptq' is not known; allowed: rtn"),
+    ("solver=gptp", "solver: 'gptp' is not known; allowed: rtn, gptq, erq"),
     ("qk.weight.bits=4", "rules[3].weight: qk has no such operand; it has input and other"),
     ("name:bits=4", "no layer name or no field"),
     ("name:blocks.0.*.colour=4", "name:blocks.0.*.colour: unknown key"),
@@ -192,7 +192,7 @@ WEIGHT, INPUT = ({"roles": ["qkv"], operand: None} for operand in ("weight", "in
     ({"calib_size": 0}, ValueError, "calib_size: 0; allowed: 1 or more samples"),
     ({"calib_size": 1.5}, TypeError, "calib_size: 1.5 is float; give an integer, at least 1"),
     ({"calib_size": True}, TypeError, "calib_size: True is bool"),
-    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, solver, rules (did you mean 'calib_size'?)"),
+    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, solver, solver_options, rules (did you mean 'calib_size'?)"),
     ({"transforms": ["layernorm_fould"]}, ValueError, "transforms[0]: 'layernorm_fould' is not known; allowed: layernorm_fold (did you mean 'layernorm_fold'?)"),
     ({"transforms": ["layernorm_fold"] * 2}, ValueError, "transforms: layernorm_fold, layernorm_fold; give each one once"),
     ({"solver": None}, TypeError, "solver: None is NoneType; give one of rtn"),
@@ -284,7 +284,7 @@ def test_file_name_serves_as_name_and_unknown_recipes_are_listed(tmp_path):
     path.write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not readable as YAML"):
         Recipe.from_yaml(path)
-    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dual-w4a4, dual-w8a8, w4a4, w4a8")):
+    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dual-w4a4, dual-w8a8, erq-w3a3, erq-w3a4, ")):
         Recipe.from_yaml("w8a9")
     with pytest.raises(ValueError, match=re.escape("(did you mean 'w8a8'?)")):
         Recipe.from_yaml("w8a9")

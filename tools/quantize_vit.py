@@ -150,14 +150,16 @@ def load(args, device: torch.device, console: Console):
 
 def quantize(args, recipe, loaded, data, console: Console):
     """Calibrates once. Returns the statistics (None for a dynamic recipe) and the converted model."""
-    statistics = None
+    statistics = images = None
+    if recipe.needs_inputs:
+        images = list(vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size))
     if recipe.is_static:
         console.step(f"calibrating on up to {recipe.calib_size} images")
         with console.bar("calibrate", recipe.calib_size) as bar:
-            batches = vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)
+            batches = images or vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)
             statistics = vitq.calibrate(loaded.model, recipe, batches, progress=bar.update)
     console.step(f"converting with the recipe {recipe.name}")
-    return statistics, vitq.convert(loaded.model, recipe, statistics, args.backend)
+    return statistics, vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics)
 
 
 def measure(args, report: dict, loaded, model, data, own_labels: bool, console: Console) -> torch.Tensor:

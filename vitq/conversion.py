@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.choose import choose, linear_params, observed_format
-from vitq.calib.runner import collect
+from vitq.calib.gram import gram_of
+from vitq.calib.runner import collect, limited
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat
@@ -30,7 +31,7 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None,
-            backend: str = "auto", *, dtype: torch.dtype | None = None,
+            backend: str = "auto", *, dtype: torch.dtype | None = None, statistics: Statistics | None = None,
             progress: Callable[[int], None] | None = None) -> nn.Module:
     """A new model that executes in integers; the given one is not touched.
 
@@ -39,7 +40,9 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     calib: what a static recipe measures its activation ranges on: any iterable of image batches (tensors [B, C, H, W],
         (images, labels) pairs, a DataLoader) preprocessed as the model expects, of which at most `recipe.calib_size`
         images are read, or the `Statistics` that `vitq.calibrate` returned.
+        A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then read twice.
     backend: auto (the device's own), reference, cpu or cuda.
+    statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver alone.
     dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
         Logits are float32 always.
     progress: called with the number of images of each calibration batch.
@@ -49,7 +52,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     """
     recipe = _recipe(recipe, calib)
     check_backend(backend)
-    prepared, plan = quantize(model, recipe, calib, progress=progress)
+    prepared, plan = quantize(model, recipe, calib, statistics=statistics, progress=progress)
     device = next(model.parameters()).device
     check_backend(backend, device)
     dtype = float_dtype(dtype, device)
@@ -75,11 +78,12 @@ def calibrate(model: nn.Module, recipe: str | Recipe = "w8a8", calib: Iterable =
     return collect(prepare(model), recipe, calib, progress=progress)
 
 
-def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *,
+def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *, statistics: Statistics | None = None,
              progress: Callable[[int], None] | None = None) -> tuple[Prepared, Plan]:
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
-    if recipe.is_static and calib is None:
-        raise ValueError(f"recipe {recipe.name!r} is static: give calib= (an iterable of preprocessed image batches, or the "
+    if (recipe.is_static and statistics is None or recipe.needs_inputs) and calib is None:
+        what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}"
+        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of preprocessed image batches, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     prepared = prepare(model)
     for site in prepared.linears:
@@ -87,10 +91,16 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         if site.role == "patch_embed" and not spec.is_float and spec.input.dynamic:
             raise ValueError(f"recipe {recipe.name!r} asks for a dynamic input of {site.name!r}: a patch embedding reads "
                              "pixels, which have no token yet; use a static input or bits: 16")
-    stats = calib if isinstance(calib, Statistics) else None
+    stats, data = statistics, None
+    if isinstance(calib, Statistics):
+        stats = calib
+    elif calib is not None:
+        data = calib
+        if recipe.needs_inputs and iter(calib) is calib:  # it is read more than once
+            data = list(limited(calib, recipe.calib_size))
     if stats is None and recipe.is_static:
-        stats = collect(prepared, recipe, calib, progress=progress)
-    return prepared, choose(prepared, recipe, stats)
+        stats = collect(prepared, recipe, data, progress=progress)
+    return prepared, choose(prepared, recipe, stats, data)
 
 
 def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec], *, dtype: torch.dtype, backend: str,
@@ -172,7 +182,12 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
         if sample is None:
             raise ValueError(f"recipe {recipe.name!r} is static: give sample=, activations to measure the range on")
         fmt = observed_format(sample, spec.input)
-    module.set_params(linear_params(linear, spec, recipe.solver, fmt))
+    gram = None
+    if recipe.needs_inputs:
+        if sample is None:
+            raise ValueError(f"recipe {recipe.name!r} solves by {recipe.solver!r}: give sample=, activations to look at")
+        gram = gram_of(sample.to(linear.weight.device), fmt)
+    module.set_params(linear_params(linear, spec, recipe, fmt, gram))
     module = module.to(linear.weight.device)
     pack_all(module)
     return module

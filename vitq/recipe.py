@@ -92,10 +92,11 @@ class Recipe:
     calib_size: int = 128
     transforms: tuple[str, ...] = ()
     solver: str = "rtn"
+    solver_options: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.solver)
+        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.solver, self.solver_options)
         for i, rule in enumerate(checks.as_tuple(self.rules, "rules")):
             checks.check_type(rule, Rule, f"rules[{i}]", "a Rule (Recipe.from_dict takes plain mappings)")
             rule.check(f"rules[{i}]")
@@ -157,6 +158,11 @@ class Recipe:
                     return True
         return False
 
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether the solver looks at the inputs of each layer, so that calibration images are read twice."""
+        return self.solver != "rtn"
+
     @classmethod
     def from_yaml(cls, path_or_name: str | Path) -> Recipe:
         """Read a YAML file, or a shipped recipe by its name (see :func:`recipes`)."""
@@ -184,7 +190,7 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dicts; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**data, "transforms": list(self.transforms), "rules": [rule.to_dict() for rule in self.rules]}
+        return {**data, "transforms": list(self.transforms), "solver_options": dict(self.solver_options), "rules": [rule.to_dict() for rule in self.rules]}
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
@@ -204,7 +210,8 @@ class Recipe:
                     rules[-1].check(where)
                 else:
                     changes[key] = checks.as_tuple(value, key) if key == "transforms" else value
-                    replace(self, **{key: changes[key]})
+                    if not key.startswith("solver"):  # a solver and its options are checked together
+                        replace(self, **{key: changes[key]})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"override {item!r}: {error}") from error
         try:

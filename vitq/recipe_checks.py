@@ -13,7 +13,14 @@ LINEAR_ROLES = tuple(role for role in ROLES if role not in MATMUL_ROLES)
 OPERANDS = ("weight", "input", "other")
 FLOAT_BITS = 16
 TRANSFORMS = ("layernorm_fold",)
-SOLVERS = ("rtn",)
+SOLVERS = ("rtn", "gptq", "erq")
+# What `solver_options` may hold for each solver: a positive number, true or false, or one of these words.
+SOLVER_OPTIONS: dict[str, dict[str, Any]] = {
+    "rtn": {},
+    "gptq": {"damping": float, "act_order": bool},
+    "erq": {"input_ridge": float, "weight_ridge": float, "absolute_ridge": bool, "reduce_inputs": bool, "compensate": bool,
+            "columns": ("sequence", "halves"), "rounding": ("nearest", "gradient", "descent")},
+}
 GRANULARITIES = ("per_tensor", "per_channel", "per_token")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEGMENTS = ("one", "dual_uniform")
@@ -85,7 +92,8 @@ def check_fields(given: Any, key: str) -> None:
         FIELD_CHECKS[name](value, f"{key}.{name}")
 
 
-def check_header(name: Any, description: Any, schema: Any, calib_size: Any, transforms: Any, solver: Any) -> None:
+def check_header(name: Any, description: Any, schema: Any, calib_size: Any, transforms: Any, solver: Any,
+                 solver_options: Any) -> None:
     """The top-level keys of a recipe but its rules."""
     check_type(name, str, "name", "a string")
     if not name:
@@ -100,6 +108,16 @@ def check_header(name: Any, description: Any, schema: Any, calib_size: Any, tran
     if len(set(transforms)) != len(transforms):
         raise ValueError(f"transforms: {', '.join(transforms)}; give each one once")
     check_choice(solver, SOLVERS, "solver")
+    check_type(solver_options, Mapping, "solver_options", f"a mapping of {', '.join(SOLVER_OPTIONS[solver]) or 'nothing'}")
+    check_keys(solver_options, SOLVER_OPTIONS[solver], "solver_options")
+    for key, value in solver_options.items():
+        kind, where = SOLVER_OPTIONS[solver][key], f"solver_options.{key}"
+        if isinstance(kind, tuple):
+            check_choice(value, kind, where)
+        elif kind is bool:
+            check_type(value, bool, where, "true or false")
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+            raise ValueError(f"{where}: {value!r}; allowed: a number above 0")
 
 
 def check_rule(roles: tuple[Any, ...], names: tuple[Any, ...], given: Mapping[str, Any], key: str) -> None:

@@ -10,7 +10,7 @@ import yaml
 
 from vitq.recipe_checks import FIELD_CHECKS, LINEAR_ROLES, OPERANDS, ROLES, check_type, closest, operands
 
-TOP_LEVEL = ("calib_size", "solver", "transforms")
+TOP_LEVEL = ("calib_size", "solver", "solver_options", "transforms")
 KEYS = (
     "allowed: calib_size, solver, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
     "name:PATTERN.OPERAND.FIELD or name:PATTERN.bits"

@@ -111,7 +111,7 @@ def test_everything_of_one_gpu(tmp_path, capsys, monkeypatch):
     layers, model, small = ({row[0]: row for row in table["rows"]} for table in report["tables"][1:])
     assert list(layers) == ["norm", "qkv", "attention", "proj", "fc1", "fc2"]
     assert layers["qkv"][1] == "202 x 64 -> 192 int8" and layers["proj"][1].endswith(" + residual")
-    assert list(model) == ["fp16", "w8a8", "w4a8", "torchao int8", "torchao fp8"] and list(small) == ["fp16", "w8a8"]
+    assert list(model) == ["fp16", "w8a8", "w4a8", "torchao int8", "torchao fp8"] and list(small) == ["fp16", "w8a8", "w4a8", "dual-w4a4"]
     if not gpu.models.has_torchao():
         assert model["torchao fp8"][-1] == "ImportError: torchao is not installed"
     goals = {goal["what"]: goal for goal in report["goals"]}

@@ -2,44 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from vitq.calib.gram import Gram, collect_grams
 from vitq.calib.runner import fingerprint, is_folded, specs
 from vitq.calib.solvers import SOLVERS
+from vitq.calib.solvers.problem import Problem
 from vitq.calib.statistics import Histogram, Statistics
 from vitq.formats import ActivationFormat, Columns
 from vitq.models.sites import LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
-from vitq.quantizers.grid import weight_grid
 from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import LayerSpec, QuantSpec, Recipe
 from vitq.transforms.layernorm_fold import fold
 
 
 @torch.no_grad()
-def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan:
-    """Fold, solve and choose formats, layer by layer. Changes `prepared.model` by the transforms only.
+def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: Iterable | None = None) -> Plan:
+    """Fold, choose formats, solve. Changes `prepared.model` by the transforms only.
 
-    stats may be None for a recipe with no static operand. Raises ValueError naming the layer for NaN weights, and for
-    statistics that were collected on another model or without an operand that this recipe needs.
+    stats may be None for a recipe with no static operand. data: the calibration images, to be iterated again, for a solver that looks
+    at the inputs. Raises ValueError naming the layer for NaN weights, and for statistics that were collected on another model or without
+    an operand that this recipe needs.
     """
     if stats is not None and stats.model != fingerprint(prepared.model):
         raise ValueError(f"these statistics were collected on another model or other weights ({stats.model}, this one is "
                          f"{fingerprint(prepared.model)}): calibrate again")
     plan = Plan(recipe, specs(prepared, recipe), samples=0 if stats is None else stats.samples)
+    formats = {}
     for site in prepared.linears:
-        spec = plan.specs[site.name]
-        if spec.is_float:
-            continue
-        module = prepared.model.get_submodule(site.name)
-        input_format = _linear_input(prepared.model, site, spec, recipe, stats, plan)
+        if not plan.specs[site.name].is_float:
+            formats[site.name] = _linear_input(prepared.model, site, plan.specs[site.name], recipe, stats, plan)
+    if recipe.needs_inputs and data is None:
+        raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
+                         "calibration images themselves, not statistics of them")
+    grams = collect_grams(prepared, formats, data, recipe.calib_size) if recipe.needs_inputs else ((name, None) for name in formats)
+    for name, gram in grams:
         try:
-            plan.layers[site.name] = linear_params(module, spec, recipe.solver, input_format)
+            plan.layers[name] = linear_params(prepared.model.get_submodule(name), plan.specs[name], recipe, formats[name], gram)
         except ValueError as error:
-            raise ValueError(f"weight of {site.name!r}: {error}") from error
+            raise ValueError(f"weight of {name!r}: {error}") from error
     for site in prepared.attentions:
         qk, pv = plan.specs[site.qk], plan.specs[site.pv]
         if not qk.is_float:
@@ -49,17 +55,21 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None) -> Plan
     return plan
 
 
-def linear_params(module: nn.Module, spec: LayerSpec, solver: str, input_format: ActivationFormat) -> LinearParams:
-    """Codes of one linear (or patch convolution) by the named solver. Raises ValueError for NaN or infinite weights."""
+def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_format: ActivationFormat,
+                  gram: Gram | None = None) -> LinearParams:
+    """Codes of one linear (or patch convolution) by the recipe's solver. Raises ValueError for NaN or infinite weights."""
     weight = module.weight.detach().float().flatten(1)
-    grid, bits = weight_grid(weight, spec.weight), spec.weight.bits
-    codes = SOLVERS[solver](weight, grid, bits)
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("it holds NaN or inf; repair or retrain it, or load another checkpoint")
     bias = None if module.bias is None else module.bias.detach().float().clone()
+    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options))
+    codes, grid, bits = solution.codes, solution.grid, spec.weight.bits
     if grid.group is None or grid.multiplier is not None:
-        return LinearParams(codes, bits, grid.scale, bias, input_format, weight_multiplier=grid.multiplier, column_group=grid.group)
+        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_multiplier=grid.multiplier,
+                            column_group=grid.group)
     order = torch.argsort(grid.group, stable=True)  # the groups become segments
     ends = tuple(grid.group.bincount().cumsum(0).tolist())
-    return LinearParams(codes[:, order], bits, grid.scale, bias,
+    return LinearParams(codes[:, order], bits, grid.scale, solution.bias,
                         replace(input_format, columns=Columns(order.to(torch.int32), ends)))
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from vitq.formats import ActivationFormat
 from vitq.models.sites import Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
-from vitq.quantizers.uniform import dequantize, fake_quantize, fake_quantize_per_token
+from vitq.quantizers.activation import fake_activation
+from vitq.quantizers.uniform import dequantize
 
 
 @torch.no_grad()
@@ -24,6 +25,8 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
         module = prepared.model.get_submodule(name)
         if isinstance(params, LinearParams):
             module.weight.copy_(_weight(params).view_as(module.weight))
+            if params.bias is not None:
+                module.bias.copy_(params.bias)  # which a solver may have moved
             module.register_forward_pre_hook(partial(_fake_input, params.input))
         elif isinstance(params, AttentionParams):
             for tap, fmt in ((module.tap_q, params.q), (module.tap_k, params.k), (module.tap_v, params.v)):
@@ -44,18 +47,12 @@ def _weight(params: LinearParams) -> Tensor:
     return weight if columns is None else weight[:, columns.order.argsort()]
 
 
-def _fake(fmt: ActivationFormat, x: Tensor) -> Tensor:
-    if fmt.dynamic:
-        return fake_quantize_per_token(x, fmt.bits)
-    return fake_quantize(x, fmt.scale.to(x.device), fmt.zero_point.to(x.device), fmt.bits)
-
-
 def _fake_input(fmt: ActivationFormat, module: nn.Module, args: tuple) -> tuple:
-    return (_fake(fmt, args[0]), *args[1:])
+    return (fake_activation(args[0], fmt), *args[1:])
 
 
 def _fake_output(fmt: ActivationFormat, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
-    return _fake(fmt, output)
+    return fake_activation(output, fmt)
 
 
 def _fake_probabilities(bits: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

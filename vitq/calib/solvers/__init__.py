@@ -1,12 +1,12 @@
 """Solvers choose the integer codes of a layer's weight. Each is a function registered here by its recipe name.
 
-solver(weight [N, K] float32, grid, bits) -> codes int8 [N, K]
-
-grid: the scales, chosen before (`vitq.quantizers.grid`).
+solver(Problem) -> Solution (`vitq.calib.solvers.problem`): weight, bias and the Gram matrix of the inputs in; codes, grid and bias out.
 """
 
 from __future__ import annotations
 
+from vitq.calib.solvers.erq import erq
+from vitq.calib.solvers.gptq import gptq
 from vitq.calib.solvers.rtn import rtn
 
-SOLVERS = {"rtn": rtn}
+SOLVERS = {"rtn": rtn, "gptq": gptq, "erq": erq}

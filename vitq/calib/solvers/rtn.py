@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from vitq.quantizers.grid import WeightGrid
+from vitq.calib.solvers.problem import Problem, Solution
+from vitq.quantizers.grid import weight_grid
 from vitq.quantizers.uniform import quantize
 
 
-def rtn(weight: Tensor, grid: WeightGrid, bits: int) -> Tensor:
-    """See `vitq.calib.solvers`."""
-    return quantize(weight, grid.columns(), 0, bits)
+def rtn(problem: Problem) -> Solution:
+    """Each weight to the nearest code. Raises ValueError on NaN or infinity."""
+    grid = weight_grid(problem.weight, problem.spec)
+    return Solution(quantize(problem.weight, grid.columns(), 0, problem.spec.bits), grid, problem.bias)

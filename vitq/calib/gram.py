@@ -1,0 +1,93 @@
+"""Gram matrices of layer inputs: all that error-reducing solvers need of the data, in memory that does not grow with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitq.calib.runner import exact_float32, limited
+from vitq.formats import ActivationFormat
+from vitq.models.sites import Prepared
+from vitq.quantizers.activation import fake_activation
+
+# Rows multiplied at once, in float64: the solvers subtract these sums from one another.
+CHUNK = 4096
+
+
+class Gram:
+    """Of the inputs of a linear layer with K features: quantized, Σ x̄ᵀx̄, and cross, Σ x̄ᵀx, with x̄ what the layer reads and x what the
+    float model had. float64 [K + 1, K + 1] on the inputs' device; the last feature is a 1, which the bias multiplies. rows: of inputs."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self.quantized = torch.zeros(features + 1, features + 1, dtype=torch.float64, device=device)
+        self.cross = torch.zeros_like(self.quantized)
+        self.rows = 0
+
+    def update(self, x: Tensor, quantized: Tensor) -> None:
+        """Add rows: x and quantized [..., K]."""
+        for floats, codes in zip(x.flatten(0, -2).split(CHUNK), quantized.flatten(0, -2).split(CHUNK)):
+            floats, codes = (F.pad(part.double(), (0, 1), value=1.0) for part in (floats, codes))
+            self.quantized.addmm_(codes.T, codes)
+            self.cross.addmm_(codes.T, floats)
+            self.rows += len(codes)
+
+
+def gram_of(sample: Tensor, fmt: ActivationFormat) -> Gram:
+    """The Gram matrices of activations [..., K] that a layer reads in this format."""
+    gram = Gram(sample.shape[-1], sample.device)
+    with torch.no_grad(), exact_float32():
+        gram.update(sample, fake_activation(sample, fmt))
+    return gram
+
+
+def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int,
+                  memory: float = 2e9) -> Iterator[tuple[str, Gram]]:
+    """The Gram matrices of the layers in `formats`, in the model's order, over at most `limit` images of `data`.
+
+    The float model runs once for as many layers as have room in `memory` bytes; their matrices are the caller's to drop before the
+    next ones are made. data must give the same images each time it is iterated.
+    """
+    group, size = [], 0.0
+    for name in formats:
+        needed = 16.0 * (_features(prepared.model.get_submodule(name)) + 1) ** 2
+        if group and size + needed > memory:
+            yield from _collect(prepared.model, {layer: formats[layer] for layer in group}, data, limit)
+            group, size = [], 0.0
+        group.append(name)
+        size += needed
+    if group:
+        yield from _collect(prepared.model, {layer: formats[layer] for layer in group}, data, limit)
+
+
+def _collect(model: nn.Module, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:
+    device = next(model.parameters()).device
+    grams, handles = {}, []
+    try:
+        for name, fmt in formats.items():
+            module = model.get_submodule(name)
+            grams[name] = Gram(_features(module), device)
+            handles.append(module.register_forward_pre_hook(partial(_on_input, grams[name], fmt)))
+        with torch.no_grad(), exact_float32():
+            for images in limited(data, limit):
+                model(images.to(device, torch.float32))
+    finally:
+        for handle in handles:
+            handle.remove()
+    while grams:
+        name = next(iter(grams))
+        yield name, grams.pop(name)
+
+
+def _on_input(gram: Gram, fmt: ActivationFormat, module: nn.Module, args: tuple) -> None:
+    x = args[0]
+    if isinstance(module, nn.Conv2d):  # a patch embedding: its kernel is its stride
+        x = F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)
+    gram.update(x, fake_activation(x, fmt))
+
+
+def _features(module: nn.Module) -> int:
+    return module.weight[0].numel()

@@ -1,0 +1,147 @@
+"""ERQ (Zhong et al., ICML 2024, arXiv 2407.06794, and TPAMI 2025): reduce the error of quantized inputs, then of quantized weights.
+
+Aqer moves the float weights and the bias to what fits the quantized inputs best, by ridge regression. Wqer then quantizes some of the
+remaining columns, chooses the direction of their rounding, and moves the others to make up for what is left, until none remains. Both are
+in closed form from Gram matrices, with weight and bias as one matrix [W, b] whose last input is 1.
+
+ERQ's code quantizes half of the remaining columns at once, in the order of the features. Column by column, large inputs first, as GPTQ
+does it, with exact descent over all columns afterwards, leaves less of the weights' error (tests/calib/test_solvers.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitq.calib.solvers.gptq import quantize_in_sequence
+from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
+from vitq.formats import int_range
+from vitq.quantizers.grid import WeightGrid, weight_grid
+
+STEPS = 100  # of the gradient rule, as in ERQ's code
+
+
+def erq(problem: Problem) -> Solution:
+    """Options: input_ridge, weight_ridge (0.01), parts of the Gram matrix's mean diagonal, or with absolute_ridge the λ that is added
+    to it; reduce_inputs (true): Aqer; columns: sequence | halves; compensate (true): move the columns that are left; rounding: descent,
+    the exact descent | gradient, ERQ's rule, of halves | nearest.
+
+    Raises ValueError on NaN or infinity.
+    """
+    options, gram, features, bits = problem.options, problem.gram, problem.weight.shape[1], problem.spec.bits
+    joint = problem.weight.double() if problem.bias is None else torch.cat((problem.weight, problem.bias[:, None]), 1).double()
+    quantized, cross = (m[: joint.shape[1], : joint.shape[1]] for m in (gram.quantized, gram.cross))
+    unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean())
+    if options.get("reduce_inputs", True):
+        joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 0.01) * unit)
+    grid = weight_grid(joint[:, :features].float(), problem.spec)
+    rounding, compensate, ridge = options.get("rounding", "descent"), options.get("compensate", True), options.get("weight_ridge", 0.01) * unit
+    if options.get("columns", "sequence") == "halves" or not compensate:
+        codes, moved = quantize_by_halves(joint, features, grid, bits, quantized, gram.rows, ridge, rounding=rounding, compensate=compensate)
+    else:
+        codes, moved = quantize_in_sequence(joint, features, grid, bits, quantized, ridge)
+        if rounding == "descent":
+            codes, moved = descend_all(joint, codes, grid, bits, quantized, gram.rows)
+    return Solution(codes, grid, None if problem.bias is None else moved[:, -1].float())
+
+
+def reduce_input_error(joint: Tensor, quantized: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Aqer: joint [N, D] plus the ridge solution of what it misses of the float outputs on quantized inputs."""
+    return joint + solve_ridge(quantized, (cross - quantized) @ joint.T, ridge).T
+
+
+def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int, quantized: Tensor, rows: int, ridge: float, *,
+                       rounding: str, compensate: bool) -> tuple[Tensor, Tensor]:
+    """Wqer on joint [N, D], whose first K = features columns have the grid. Returns codes int8 [N, K], and joint with these on the grid
+    and the rest moved."""
+    n, k = joint.shape[0], features
+    scale, joint = grid.columns().double().expand(n, k), joint.clone()
+    qmin, qmax = int_range(bits)
+    codes = torch.empty(n, k, dtype=torch.int8, device=joint.device)
+    start = 0
+    while start < k:
+        stop = min(start + max((joint.shape[1] - start) // 2, 1), k)
+        value, step = joint[:, start:stop] / scale[:, start:stop], scale[:, start:stop]
+        chosen = torch.round(value).clamp(qmin, qmax)
+        inner = quantized[start:stop, start:stop] / max(rows, 1)
+        if rounding == "descent":
+            chosen = descend(value, chosen, step, inner, bits)
+        elif rounding == "gradient":
+            chosen = follow_gradient(value, chosen, step, inner, bits)
+        error = (chosen - value) * step
+        codes[:, start:stop] = chosen.to(torch.int8)
+        joint[:, start:stop] += error
+        if compensate and stop < joint.shape[1]:
+            right = quantized[stop:, start:stop] @ error.T
+            joint[:, stop:] -= solve_ridge(quantized[stop:, stop:], right, ridge).T
+        start = stop
+    return codes, joint
+
+
+def descend_all(joint: Tensor, codes: Tensor, grid: WeightGrid, bits: int, quantized: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Descent over all columns of codes int8 [N, K] towards joint [N, D]; a bias is always at its best. As `quantize_by_halves` returns."""
+    features = codes.shape[1]
+    step = grid.columns().double().expand(codes.shape)
+    inner, along = quantized[:features, :features], quantized[:features, features:]
+    if along.shape[1]:
+        inner = inner - along @ along.T / quantized[-1, -1]
+    codes = descend(joint[:, :features] / step, codes.double(), step, inner / max(rows, 1), bits)
+    moved = torch.cat((codes * step, joint[:, features:]), 1)
+    if along.shape[1]:
+        moved[:, features:] -= (moved[:, :features] - joint[:, :features]) @ along / quantized[-1, -1]
+    return codes.to(torch.int8), moved
+
+
+def descend(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, bits: int) -> Tensor:
+    """Exact coordinate descent of Σ e M eᵀ over each row's errors e = (code − value)·step, from `codes`: the code up or down that lowers
+    it most, until none does. All [N, S] float64; inner M [S, S]."""
+    qmin, qmax = int_range(bits)
+    codes = codes.clone()
+    product, diagonal = ((codes - value) * step) @ inner, inner.diagonal()
+    active = torch.arange(len(codes), device=codes.device)
+    floor = 1e-12 * (diagonal.mean() * step.square().mean(1)).clamp_min(1e-300)
+    for _ in range(8 * codes.shape[1]):
+        here, slope = step[active], 2 * product[active] * step[active]
+        curve = here.square() * diagonal
+        up, down = curve + slope, curve - slope
+        up.masked_fill_(codes[active] >= qmax, torch.inf)
+        down.masked_fill_(codes[active] <= qmin, torch.inf)
+        best, column = torch.minimum(up, down).min(1)
+        better = best < -floor[active]
+        sign = torch.where(up.gather(1, column[:, None]) <= down.gather(1, column[:, None]), 1.0, -1.0)[:, 0].double()
+        active, column, sign = active[better], column[better], sign[better]
+        if not len(active):
+            break
+        codes[active, column] += sign
+        product[active] += (sign * step[active, column])[:, None] * inner[column]
+    return codes
+
+
+def follow_gradient(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, bits: int) -> Tensor:
+    """ERQ's rule: the error with the largest gradient that it shares the sign of steps against it, to the nearer of its two roundings,
+    as long as the row's objective does not rise. Arguments as of `descend`."""
+    codes = codes.clone()
+    low, high = (rounded(value).clamp(*int_range(bits)) for rounded in (torch.floor, torch.ceil))
+    error = (codes - value) * step
+    product = error @ inner
+    loss = (error * product).sum(1)
+    active = torch.arange(len(codes), device=codes.device)
+    for _ in range(STEPS):
+        gradient = 2 * product[active]
+        size = torch.where(error[active] * gradient > 0, gradient.abs(), torch.zeros_like(gradient))
+        best, column = size.max(1)
+        at = (active, column)
+        wanted = error[at] - gradient.gather(1, column[:, None])[:, 0]
+        up, down = (high[at] - value[at]) * step[at], (low[at] - value[at]) * step[at]
+        to = torch.where((up - wanted).abs() <= (down - wanted).abs(), up, down)
+        change = to - error[at]
+        new_loss = loss[active] + 2 * change * product[at] + change.square() * inner.diagonal()[column]
+        moves = (best > 0) & (change != 0) & (new_loss <= loss[active])
+        if not bool(moves.any()):
+            break
+        active, column, change, to, new_loss = active[moves], column[moves], change[moves], to[moves], new_loss[moves]
+        product[active] += change[:, None] * inner[column]
+        error[active, column], loss[active] = to, new_loss
+        codes[active, column] = torch.where(to == (high[active, column] - value[active, column]) * step[active, column],
+                                            high[active, column], low[active, column])
+    return codes

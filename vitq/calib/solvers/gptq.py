@@ -1,0 +1,53 @@
+"""GPTQ (Frantar et al., ICLR 2023; arXiv 2210.17323): columns one after the other, each one's error made up for by those after it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
+from vitq.quantizers.grid import WeightGrid, weight_grid
+from vitq.quantizers.uniform import quantize
+
+# Columns whose errors are collected before the columns after them are moved, all at once.
+BLOCK = 128
+
+
+def gptq(problem: Problem) -> Solution:
+    """Options: damping (0.01), a part of the Gram matrix's mean diagonal; act_order (true), columns with large inputs first.
+
+    Raises ValueError on NaN or infinity.
+    """
+    options, gram, features = problem.options, problem.gram.quantized[:-1, :-1], problem.weight.shape[1]
+    grid = weight_grid(problem.weight, problem.spec)
+    ridge = options.get("damping", 0.01) * float(gram.diagonal().mean())
+    codes, _ = quantize_in_sequence(problem.weight.double(), features, grid, problem.spec.bits, gram, ridge,
+                                    act_order=options.get("act_order", True))
+    return Solution(codes, grid, problem.bias)
+
+
+def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: int, gram: Tensor, ridge: float, *,
+                         act_order: bool = True) -> tuple[Tensor, Tensor]:
+    """joint [N, D], whose first K = features columns have the grid, for inputs of this Gram matrix [D, D]. Returns codes int8 [N, K], and
+    joint with these on the grid and the rest (a bias) moved to make up for them."""
+    scale, gram = grid.columns().double().expand(len(joint), features), gram.clone()
+    dead = gram.diagonal() == 0  # whatever such a column holds is multiplied by 0
+    gram[dead, dead] = 1.0
+    order = torch.arange(len(gram), device=gram.device)
+    if act_order:
+        order[:features] = torch.argsort(gram.diagonal()[:features], descending=True, stable=True)
+    gram, moved, scale = gram[order][:, order], joint[:, order], scale[:, order[:features]]
+    inverse = solve_ridge(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge)
+    factor = torch.linalg.cholesky(0.5 * (inverse + inverse.T), upper=True)
+    codes = torch.empty(len(joint), features, dtype=torch.int8, device=joint.device)
+    for start in range(0, features, BLOCK):
+        stop = min(start + BLOCK, features)
+        errors = torch.empty(len(moved), stop - start, dtype=moved.dtype, device=moved.device)
+        for column in range(start, stop):
+            codes[:, column] = quantize(moved[:, column].float(), scale[:, column].float(), 0, bits)
+            error = (moved[:, column] - codes[:, column] * scale[:, column]) / factor[column, column]
+            moved[:, column : stop] -= error[:, None] * factor[column, column : stop]
+            errors[:, column - start] = error
+        moved[:, stop:] -= errors @ factor[start:stop, stop:]
+    back = torch.argsort(order)
+    return codes[:, back[:features]], moved[:, back]

@@ -1,0 +1,50 @@
+"""What a solver is given and what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitq.calib.gram import Gram
+from vitq.quantizers.grid import WeightGrid
+from vitq.recipe import QuantSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One linear layer. weight float32 [N, K], bias float32 [N] or None; gram: of its inputs, None for a solver that needs none;
+    options: the recipe's `solver_options`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    spec: QuantSpec
+    gram: Gram | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """codes int8 [N, K] on the grid, and the bias that goes with them, float32 [N] or None."""
+
+    codes: Tensor
+    grid: WeightGrid
+    bias: Tensor | None
+
+
+def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
+    """(gram + ridge·I)⁻¹ right, float64, by Cholesky; with ten times the ridge, again and again, where that fails.
+
+    ValueError for a gram matrix that is not finite.
+    """
+    if not bool(torch.isfinite(gram).all()):
+        raise ValueError("the inputs' Gram matrix is not finite; check the calibration images and the model's activations")
+    ridge = max(ridge, 1e-12 * float(gram.diagonal().mean()), torch.finfo(torch.float64).tiny)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        if not int(failed):
+            return torch.cholesky_solve(right, factor)
+        ridge *= 10.0
