@@ -118,6 +118,8 @@ def check_header(name: Any, description: Any, schema: Any, calib_size: Any, tran
             check_type(value, bool, where, "true or false")
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
             raise ValueError(f"{where}: {value!r}; allowed: a number above 0")
+    if solver_options.get("rounding") == "gradient" and solver_options.get("columns", "sequence") != "halves":
+        raise ValueError("solver_options.rounding: 'gradient' goes with columns: halves; with sequence: descent, nearest")
 
 
 def check_rule(roles: tuple[Any, ...], names: tuple[Any, ...], given: Mapping[str, Any], key: str) -> None:

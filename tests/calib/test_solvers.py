@@ -197,14 +197,16 @@ def test_what_a_solver_needs() -> None:
 @pytest.mark.parametrize("options, message", [
     ("{rounding: up}", "solver_options.rounding: 'up' is not known; allowed: nearest, gradient, descent"),
     ("{ridge: 1}", "solver_options.ridge: unknown key"), ("{input_ridge: 0}", "solver_options.input_ridge: 0; allowed: a number above 0"),
+    ("{rounding: gradient}", "solver_options.rounding: 'gradient' goes with columns: halves"),
     ("{compensate: 1}", "solver_options.compensate: 1 is int; give true or false"), ("3", "solver_options: 3 is int; give a mapping"),
 ])
 def test_solver_options_are_checked(options: str, message: str) -> None:
     with pytest.raises((ValueError, TypeError)) as raised:
         vitq.Recipe.from_yaml("erq-w4a4").with_overrides([f"solver_options={options}"])
     assert message in str(raised.value)
-    recipe = vitq.Recipe.from_yaml("erq-w4a4").with_overrides(["solver_options={rounding: gradient}"])
-    assert vitq.Recipe.from_dict(recipe.to_dict()) == recipe and recipe.solver_options == {"rounding": "gradient"}
+    recipe = vitq.Recipe.from_yaml("erq-w4a4").with_overrides(["solver_options={rounding: gradient, columns: halves}"])
+    assert vitq.Recipe.from_dict(recipe.to_dict()) == recipe
+    assert recipe.solver_options == {"rounding": "gradient", "columns": "halves"}
 
 
 def test_an_unused_gram_has_no_rows() -> None:

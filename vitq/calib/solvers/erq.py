@@ -35,9 +35,11 @@ def erq(problem: Problem) -> Solution:
     if options.get("reduce_inputs", True):
         joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 0.01) * unit)
     grid = weight_grid(joint[:, :features].float(), problem.spec)
-    rounding, compensate, ridge = options.get("rounding", "descent"), options.get("compensate", True), options.get("weight_ridge", 0.01) * unit
+    rounding, compensate = options.get("rounding", "descent"), options.get("compensate", True)
+    ridge = options.get("weight_ridge", 0.01) * unit
     if options.get("columns", "sequence") == "halves" or not compensate:
-        codes, moved = quantize_by_halves(joint, features, grid, bits, quantized, gram.rows, ridge, rounding=rounding, compensate=compensate)
+        codes, moved = quantize_by_halves(joint, features, grid, bits, quantized, gram.rows, ridge, rounding=rounding,
+                                          compensate=compensate)
     else:
         codes, moved = quantize_in_sequence(joint, features, grid, bits, quantized, ridge)
         if rounding == "descent":
@@ -54,13 +56,12 @@ def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int
                        rounding: str, compensate: bool) -> tuple[Tensor, Tensor]:
     """Wqer on joint [N, D], whose first K = features columns have the grid. Returns codes int8 [N, K], and joint with these on the grid
     and the rest moved."""
-    n, k = joint.shape[0], features
-    scale, joint = grid.columns().double().expand(n, k), joint.clone()
+    scale, joint = grid.columns().double().expand(len(joint), features), joint.clone()
     qmin, qmax = int_range(bits)
-    codes = torch.empty(n, k, dtype=torch.int8, device=joint.device)
+    codes = torch.empty(scale.shape, dtype=torch.int8, device=joint.device)
     start = 0
-    while start < k:
-        stop = min(start + max((joint.shape[1] - start) // 2, 1), k)
+    while start < features:
+        stop = min(start + max((joint.shape[1] - start) // 2, 1), features)
         value, step = joint[:, start:stop] / scale[:, start:stop], scale[:, start:stop]
         chosen = torch.round(value).clamp(qmin, qmax)
         inner = quantized[start:stop, start:stop] / max(rows, 1)
