@@ -6,12 +6,13 @@ import pytest
 import torch
 
 import vitq.ops
-from vitq.formats import ActivationFormat, QTensor, int_range
+from vitq.formats import ActivationFormat, Columns, QTensor, int_range
 from vitq.ops import dispatch
 from vitq.ops.attention import AttentionSpec
 from vitq.ops.common import OutputFormat, signed, unsigned
 from vitq.ops.layer_norm import LayerNormSpec
 from vitq.ops.linear import LinearSpec, ReferenceLinear
+from vitq.ops.quantize import ReferenceQuantize
 from vitq.plan import AttentionParams, LinearParams
 
 CPU = torch.device("cpu")
@@ -117,6 +118,42 @@ def test_per_column_output(kernel, bits: int) -> None:
     y = run(kernel, spec, x, dtype=torch.float32)
     assert y.codes.dtype == torch.int8
     same_codes(y, run(ReferenceLinear(), spec, x, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("output", ["float", "codes", "codes4", "columns", "gelu", "gelu codes", "residual"])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("ends", [(32, 96), (64, 75), (32, 64, 96)], ids=str)
+@pytest.mark.parametrize("kernel", kernels("linear"))
+def test_segments_and_their_order(kernel, ends: tuple[int, ...], dynamic: bool, output: str) -> None:
+    """Each segment with a scale of its own; the input's features in any order, as its own kernel writes them."""
+    m, n, k = 150, 200, ends[-1]
+    columns = Columns(torch.randperm(k, generator=generator(8)).to(torch.int32), ends)
+    fmt = ActivationFormat(8, dynamic=True, columns=columns) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21,
+                                                                                              columns=columns)
+    scale = torch.rand(len(ends), n, generator=generator(1)) * 1e-3 + 1e-4
+    params = LinearParams(codes(n, k, seed=3), 8, scale, torch.randn(n, generator=generator(2)), fmt)
+    outputs = {"codes": OutputFormat(8, torch.tensor(0.05), torch.tensor(-3, dtype=torch.int32)),
+               "codes4": OutputFormat(4, torch.tensor(0.5), torch.tensor(1, dtype=torch.int32)),
+               "columns": OutputFormat(8, torch.rand(n, generator=generator(6)) * 0.05 + 0.02,
+                                       torch.zeros(n, dtype=torch.int32), signed_only=True)}
+    outputs["gelu codes"] = outputs["codes"]
+    spec = LinearSpec(params, "gelu" if "gelu" in output else None, outputs.get(output))
+    x = torch.randn(m, k, generator=generator(9))
+    choice = dispatch.choose("quantize", "reference" if isinstance(kernel, ReferenceLinear) else "cpu", fmt, CPU)
+    read = choice.kernel.run(choice.kernel.pack(fmt, CPU), x)
+    want = run(ReferenceQuantize(), fmt, x)
+    assert torch.equal(signed(read), want.codes)
+    residual = torch.randn(m, n, generator=generator(5)) if output == "residual" else None
+    got, expected = (run(which, spec, given, dtype=torch.float32, residual=residual)
+                     for which, given in ((kernel, read), (ReferenceLinear(), want)))
+    if isinstance(got, QTensor):
+        same_codes(got, expected)
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-4)
+    weight = params.codes.double() * torch.cat([s[:, None].expand(n, b - a) for s, a, b in zip(scale, (0, *ends), ends)], 1)
+    exact = ((want.codes.double() - float(want.zero_point)) * want.scale.double()) @ weight.T + params.bias.double()
+    if output == "float":
+        torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("kernel", kernels("linear"))
