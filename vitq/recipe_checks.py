@@ -13,7 +13,6 @@ LINEAR_ROLES = tuple(role for role in ROLES if role not in MATMUL_ROLES)
 OPERANDS = ("weight", "input", "other")
 FLOAT_BITS = 16
 TRANSFORMS = ("layernorm_fold",)
-SOLVERS = ("rtn", "gptq", "erq")
 # What `solver_options` may hold for each solver: a positive number, true or false, or one of these words.
 SOLVER_OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {},
@@ -21,6 +20,7 @@ SOLVER_OPTIONS: dict[str, dict[str, Any]] = {
     "erq": {"input_ridge": float, "weight_ridge": float, "absolute_ridge": bool, "reduce_inputs": bool, "compensate": bool,
             "columns": ("sequence", "halves"), "rounding": ("nearest", "gradient", "descent")},
 }
+SOLVERS = tuple(SOLVER_OPTIONS)
 GRANULARITIES = ("per_tensor", "per_channel", "per_token")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEGMENTS = ("one", "dual_uniform")

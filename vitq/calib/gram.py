@@ -51,16 +51,16 @@ def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat], d
     The float model runs once for as many layers as have room in `memory` bytes; their matrices are the caller's to drop before the
     next ones are made. data must give the same images each time it is iterated.
     """
-    group, size = [], 0.0
-    for name in formats:
+    passes, room = [], 0.0
+    for name, fmt in formats.items():
         needed = 16.0 * (_features(prepared.model.get_submodule(name)) + 1) ** 2
-        if group and size + needed > memory:
-            yield from _collect(prepared.model, {layer: formats[layer] for layer in group}, data, limit)
-            group, size = [], 0.0
-        group.append(name)
-        size += needed
-    if group:
-        yield from _collect(prepared.model, {layer: formats[layer] for layer in group}, data, limit)
+        if not passes or needed > room:
+            passes.append({})
+            room = memory
+        passes[-1][name] = fmt
+        room -= needed
+    for layers in passes:
+        yield from _collect(prepared.model, layers, data, limit)
 
 
 def _collect(model: nn.Module, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:

@@ -169,12 +169,9 @@ class OneDnnLinear:
         scale = params.weight_scale.double()
         bias = torch.zeros(n, dtype=torch.float64) if params.bias is None else params.bias.double()
         out_scale, out_zero, tail, handed_on, limits = 1.0, 0, None, 0, None
-        shift = 0 if spec.output is None or spec.output.signed_only else 128
         if spec.output is not None:
+            shift, limits = _written(spec.output)
             handed_on = spec.output.zero_point + shift
-            if spec.output.bits < 8:
-                qmin, qmax = int_range(spec.output.bits)
-                limits = qmin + shift, qmax + shift
         if params.input.dynamic:
             # The row scale multiplies after the GEMM, so only the shift is folded in here, and the bias is added last.
             tail = bias.float()
@@ -242,15 +239,16 @@ class OneDnnSegments(NamedTuple):
     limits: tuple[int, int] | None
 
 
+def _written(output: OutputFormat) -> tuple[int, tuple[int, int] | None]:
+    """What oneDNN adds to the signed codes that it writes, and the limits of codes of fewer than 8 bits, which it saturates to 8."""
+    shift, (qmin, qmax) = 0 if output.signed_only else 128, int_range(output.bits)
+    return shift, (qmin + shift, qmax + shift) if output.bits < 8 else None
+
+
 def _pack_segments(spec: LinearSpec) -> OneDnnSegments:
     params, constants = spec.params, fold(spec)
     ends, parts = params.segment_ends, []
-    shift, limits = 0, None
-    if constants.to_codes:
-        shift = 0 if spec.output.signed_only else 128
-        if spec.output.bits < 8:
-            qmin, qmax = int_range(spec.output.bits)
-            limits = qmin + shift, qmax + shift
+    shift, limits = _written(spec.output) if constants.to_codes else (0, None)
     for scale, start, end in zip(constants.scale, (0, *ends), ends):
         codes = params.codes[:, start:end].contiguous()
         bias = -128.0 * codes.sum(dim=1, dtype=torch.int64).double() * scale.double()

@@ -162,15 +162,19 @@ __global__ void __launch_bounds__(T::THREADS, 1)
       };
       const char *a, *b;
       int previous = at.slot;
-      auto next_product = [&](int kt) {  // one piece more, while the one before it is still under way
+      // One piece more, while the one before it is still under way.
+      auto product = [&](int kt, auto multiply) {
         next_piece(kt, a, b);
         cute::warpgroup_arrive();
-        work.multiply(a, b, true);
+        multiply();
         cute::warpgroup_commit_batch();
         cute::warpgroup_wait<1>();
-        release(previous);
+        if (kt > 0) release(previous);
         previous = at.slot;
         at.next(stages);
+      };
+      auto rest = [&](int kt) {
+        for (; kt < problem.k_tiles; ++kt) product(kt, [&] { work.multiply(a, b, true); });
       };
       if constexpr (SEGMENTS == ONE) {
         next_piece(0, a, b);
@@ -179,36 +183,22 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         work.multiply(a, b, false);
         cute::warpgroup_commit_batch();
         at.next(stages);
-        for (int kt = 1; kt < problem.k_tiles; ++kt) next_product(kt);
+        rest(1);
       } else if constexpr (SEGMENTS == PAIR) {
         // Pieces of the first segment, one that both share, and those of the second.
         const int whole = problem.p.segment_ends[0] / 128, steps = problem.p.segment_ends[0] / 32 % 4;
         work.fence();
         int kt = 0;
-        for (; kt < whole; ++kt) {
-          next_piece(kt, a, b);
-          cute::warpgroup_arrive();
-          work.template multiply_both<4>(a, b, kt > 0);
-          cute::warpgroup_commit_batch();
-          cute::warpgroup_wait<1>();
-          if (kt > 0) release(previous);
-          previous = at.slot;
-          at.next(stages);
-        }
-        next_piece(kt, a, b);
-        cute::warpgroup_arrive();
-        switch (steps) {
-          case 0: work.template multiply_both<0>(a, b, false); break;
-          case 1: work.template multiply_both<1>(a, b, whole > 0); break;
-          case 2: work.template multiply_both<2>(a, b, whole > 0); break;
-          default: work.template multiply_both<3>(a, b, whole > 0);
-        }
-        cute::warpgroup_commit_batch();
-        cute::warpgroup_wait<1>();
-        if (kt > 0) release(previous);
-        previous = at.slot;
-        at.next(stages);
-        for (++kt; kt < problem.k_tiles; ++kt) next_product(kt);
+        for (; kt < whole; ++kt) product(kt, [&] { work.template multiply_both<4>(a, b, kt > 0); });
+        product(kt, [&] {
+          switch (steps) {
+            case 0: work.template multiply_both<0>(a, b, false); break;
+            case 1: work.template multiply_both<1>(a, b, whole > 0); break;
+            case 2: work.template multiply_both<2>(a, b, whole > 0); break;
+            default: work.template multiply_both<3>(a, b, whole > 0);
+          }
+        });
+        rest(kt + 1);
       } else {
         int segment = 0;
         bool accumulate = false;

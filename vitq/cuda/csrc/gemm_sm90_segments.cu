@@ -16,7 +16,6 @@ int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {
     default: return VITQ_UNSUPPORTED;
   }
 }
-
 }  // namespace
 
 int launch_segments(const VitqLinear& p, int config, cudaStream_t stream) {
