@@ -113,7 +113,8 @@ def weight_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     if spec.granularity != "per_channel":
         raise ValueError(f"weight granularity = {spec.granularity!r}; allowed: 'per_channel', 'per_tensor'")
     rows = max(1, CHUNK // weight.shape[1])
-    parts = [_rows_range(part, spec) for part in weight.split(rows)]
+    # Contiguous, so that sums have one order however the weight lies in memory: near-ties of ratios would be decided by it.
+    parts = [_rows_range(part.contiguous(), spec) for part in weight.split(rows)]
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero_point for _, zero_point in parts])
 
 
