@@ -62,7 +62,7 @@ def test_execution_equals_simulation(name: str, kwargs: dict, recipe: str) -> No
     converted = vitq.convert(model, chosen, statistics, dtype=torch.float32)
     x = images(model).cuda()
     simulated = vitq.simulate(model, chosen, statistics)(x)
-    assert sqnr(simulated, converted(x)) > (15 if recipe == "w4a4" else 35)
+    assert sqnr(simulated, converted(x)) > (15 if recipe.endswith("w4a4") else 35)
     rows = [r for r in vitq.explain(converted) if r.role in ("qkv", "fc1", "qk") and r.kernel != "sdpa"]
     assert all(r.backend == "cuda" for r in rows), rows
 

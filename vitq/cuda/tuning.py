@@ -95,7 +95,7 @@ class HopperTile:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
         if case.weight_bits != 8 or case.input_bits != 8:
             return False
-        if not case.plain and self.index not in ((0, 1, 3, 11) if case.pair else (1, 3, 11)):
+        if not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 3, 11)):
             return False
         if case.plain and case.activation and not case.codes and self.index not in (1, 8, 11):
             return False

@@ -12,6 +12,7 @@ int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {
     case 0: return launch<std::conditional_t<SEGMENTS == PAIR, Config0, Config1>, EPILOGUE, SEGMENTS>(p, stream);
     case 1: return launch<Config1, EPILOGUE, SEGMENTS>(p, stream);
     case 3: return launch<Config3, EPILOGUE, SEGMENTS>(p, stream);
+    case 9: return launch<std::conditional_t<SEGMENTS == PAIR, Config9, Config11>, EPILOGUE, SEGMENTS>(p, stream);
     case 11: return launch<Config11, EPILOGUE, SEGMENTS>(p, stream);
     default: return VITQ_UNSUPPORTED;
   }
