@@ -315,6 +315,27 @@ def plot_benchmark(path: str | os.PathLike[str], groups: Mapping[str, Mapping[st
     return _save(figure, path)
 
 
+def plot_drops(path: str | os.PathLike[str], models: Sequence[Mapping[str, Any]], title: str = "") -> Path:
+    """A PNG with one bar for each recipe and method of each model, as tools/compare_methods.py reports them: the mean drop from float in
+    points of top-1, a dot for each calibration draw."""
+    bars = [(found["model"], row) for found in models for row in found["rows"]]
+    if not bars:
+        raise ValueError("there are no drops to plot")
+    methods = list(dict.fromkeys(row["method"] for _, row in bars))
+    colours = dict(zip(methods, _colours(len(methods))))
+    figure, axes = _figure(9, 1.4 + 0.3 * len(bars))
+    for place, (_, row) in enumerate(bars):
+        axes.barh(place, row["drop"], color=colours[row["method"]], height=0.8)
+        axes.scatter(row["drops"], [place] * len(row["drops"]), s=8, color="black", zorder=3)
+    axes.set_yticks(range(len(bars)), [f"{model}  {row['recipe']}  {row['method']}" for model, row in bars], fontsize=7)
+    axes.set_ylim(len(bars) - 0.4, -0.6)
+    axes.set_xlabel("points of top-1 below float (dots: calibration draws; lower is better)")
+    axes.set_title(title or "Drop by method", fontsize=10)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return _save(figure, path)
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     # Figure and not pyplot: no display, no global state, and a caller's own backend stays as it is.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -1,10 +1,8 @@
-"""What train_demo.py trains on: a task's classes and photographs, and its training batches, made on the device."""
+"""The textiles task of train_demo.py: photographs of cloth, and training batches made of them on the device."""
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Callable
+import argparse
+import random
 
 import numpy as np
 import torch
@@ -12,30 +10,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from vitq import DEMO_CLASSES, demo_split  # noqa: E402
+from vitq import DEMO_CLASSES, demo_split
 
-
-@dataclass(frozen=True)
-class Task:
-    """What the trainer must know of a set of images. A second task is a second entry of TASKS."""
-
-    arch: str
-    classes: tuple[str, ...]
-    mean: float  # of the training photographs' pixels / 255
-    std: float
-    data: str  # one line for the card
-    split: Callable[[str | None], dict[str, list[tuple[str, int]]]]
-    spot_class: str | None = None  # the class that differs from `plain_class` by one small spot
-    plain_class: str | None = None
-
-
-TASKS = {
-    "textiles": Task("deit_small_patch16_224", DEMO_CLASSES, 0.5, 0.135,
-                     "the simulated textile photographs of PyPI `conformal-clip-data` 0.1.4 (MIT licence, "
-                     "Copyright (c) 2025 Megahed), 250x250 pixels; 1600 to train on, 400 held out",
-                     demo_split, spot_class="local", plain_class="nominal"),
-}
+ARCH, MEAN, STD = "deit_small_patch16_224", 0.5, 0.135  # of the training photographs' pixels / 255
+DEFAULTS = {"epochs": 200, "batch-size": 192, "lr": 5e-4, "drop-path": 0.1, "smoothing": 0.05}
+SPOT, PLAIN = (DEMO_CLASSES.index(c) for c in ("local", "nominal"))  # the class that differs from the other by one small spot
+DATA = ("the simulated textile photographs of PyPI `conformal-clip-data` 0.1.4 (MIT licence, Copyright (c) 2025 Megahed), 250x250 "
+        "pixels; 1600 to train on, 400 held out")
 SPOT_H, SPOT_W = 12, 7  # half axes, in pixels, of the ellipse that covers a spot and its rim
 
 
@@ -70,12 +51,11 @@ class Batches:
     - a spot moved from a photograph of the spot class into a plain one: new places on new cloth.
     """
 
-    def __init__(self, x: Tensor, y: Tensor, task: Task, size: int, batch: int, seed: int):
-        self.x, self.y, self.task, self.size, self.batch = x, y, task, size, batch
-        self.gen = torch.Generator(x.device).manual_seed(seed)
-        self.by_class = [torch.nonzero(y == c).flatten() for c in range(len(task.classes))]
-        self.spot, self.plain = (task.classes.index(c) if c else -1 for c in (task.spot_class, task.plain_class))
-        self.centres = find_spots(x) if self.spot >= 0 else torch.zeros(len(x), 2, dtype=torch.long, device=x.device)
+    def __init__(self, x: Tensor, y: Tensor, size: int, batch: int, seed: int):
+        self.x, self.y, self.size, self.batch, self.images = x, y, size, batch, len(x)
+        self.gen, self.sizes = torch.Generator(x.device).manual_seed(seed), random.Random(seed)
+        self.by_class = [torch.nonzero(y == c).flatten() for c in range(len(DEMO_CLASSES))]
+        self.centres = find_spots(x)
 
     def rand(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
         return torch.rand(shape, generator=self.gen, device=self.x.device) * (high - low) + low
@@ -86,9 +66,11 @@ class Batches:
         pick = torch.stack([c[(u * len(c)).long()] for c in self.by_class])
         return pick[classes, torch.arange(len(classes), device=classes.device)]
 
-    def __call__(self, crop: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, done: float) -> tuple[Tensor, Tensor, Tensor]:
         dev, n, (h, w) = self.x.device, self.batch, self.x.shape[-2:]
-        y = torch.arange(n, device=dev) % len(self.task.classes)
+        side = min(h, w)
+        crop = side if self.sizes.random() < 0.5 else self.sizes.randint(int(0.9 * side), side)
+        y = torch.arange(n, device=dev) % len(DEMO_CLASSES)
         index = self.draw(y)
         x, centre = self.x[index].float(), self.centres[index]
         rows, cols = torch.arange(h, device=dev)[:, None], torch.arange(w, device=dev)
@@ -96,19 +78,17 @@ class Batches:
         def ellipse(c: Tensor) -> Tensor:
             return (((rows - c[:, 0, None, None]) / SPOT_H) ** 2 + ((cols - c[:, 1, None, None]) / SPOT_W) ** 2) <= 1
 
-        mask = torch.zeros(n, h, w, dtype=torch.bool, device=dev)
-        if self.spot >= 0:
-            # Half of the spot class: cloth of the plain class with a spot of a photograph of the spot class.
-            moved = torch.nonzero((y == self.spot) & (self.rand(n) < 0.5)).flatten()
-            cloth = self.x[self.draw(torch.full_like(moved, self.plain))].float()
-            to = torch.stack([self.rand(len(moved), low=9, high=h - 10),
-                              self.rand(len(moved), low=6, high=w - 8)], 1).long()
-            src = (rows[None] + (centre[moved, 0] - to[:, 0])[:, None, None]) % h * w \
-                + (cols[None] + (centre[moved, 1] - to[:, 1])[:, None, None]) % w
-            spots = x[moved].flatten(2).gather(2, src.flatten(1)[:, None].expand(-1, 3, -1)).view_as(cloth)
-            x[moved] = torch.where(ellipse(to)[:, None], spots, cloth)
-            centre[moved] = to
-            mask = ellipse(centre) & (y == self.spot)[:, None, None]
+        # Half of the spot class: cloth of the plain class with a spot of a photograph of the spot class.
+        moved = torch.nonzero((y == SPOT) & (self.rand(n) < 0.5)).flatten()
+        cloth = self.x[self.draw(torch.full_like(moved, PLAIN))].float()
+        to = torch.stack([self.rand(len(moved), low=9, high=h - 10),
+                          self.rand(len(moved), low=6, high=w - 8)], 1).long()
+        src = (rows[None] + (centre[moved, 0] - to[:, 0])[:, None, None]) % h * w \
+            + (cols[None] + (centre[moved, 1] - to[:, 1])[:, None, None]) % w
+        spots = x[moved].flatten(2).gather(2, src.flatten(1)[:, None].expand(-1, 3, -1)).view_as(cloth)
+        x[moved] = torch.where(ellipse(to)[:, None], spots, cloth)
+        centre[moved] = to
+        mask = ellipse(centre) & (y == SPOT)[:, None, None]
         turn = self.rand(n) < 0.5
         x[turn], mask[turn] = x[turn].flip(2, 3), mask[turn].flip(1, 2)
         centre = torch.where(turn[:, None], torch.tensor([h - 1, w - 1], device=dev) - centre, centre)
@@ -117,7 +97,7 @@ class Batches:
         reach, last = torch.tensor([SPOT_H, SPOT_W], device=dev), torch.tensor([h - crop, w - crop], device=dev)
         low, high = centre + reach + 1 - crop, centre - reach
         inside = start.maximum(low.clamp(min=0).minimum(last)).minimum(high.clamp(min=0).minimum(last))
-        start = torch.where((y == self.spot)[:, None], inside, start)
+        start = torch.where((y == SPOT)[:, None], inside, start)
         take, b = torch.arange(crop, device=dev), torch.arange(n, device=dev)[:, None, None]
         r, c = (start[:, :1] + take)[:, :, None], (start[:, 1:] + take)[:, None, :]
         x, mask = x.permute(0, 2, 3, 1)[b, r, c].permute(0, 3, 1, 2), mask[b, r, c]
@@ -126,3 +106,14 @@ class Batches:
         x = (x - mean) * self.rand(n, 1, 1, 1, low=0.85, high=1.15) + mean + self.rand(n, 1, 1, 1, low=-.04, high=.04)
         mask = F.interpolate(mask[:, None].float(), size=(self.size, self.size), mode="area")[:, 0]
         return x.clamp(0, 1), y, mask
+
+
+def prepare(a: argparse.Namespace, size: int):
+    """(classes, batches, held-out samples, what they are, one line for the card)."""
+    split, what = demo_split(a.images), "held-out test photographs"
+    fit, held = split["train"], split["test"]
+    if a.val:
+        fit, held, what = fit[200:], fit[:200], "validation photographs"
+    if a.limit:  # some of every class
+        fit, held = (sorted(part, key=lambda s: s[1])[:: max(1, len(part) // a.limit)] for part in (fit, held))
+    return DEMO_CLASSES, Batches(*read_all(fit, a.device), size, a.batch_size, a.seed), held, what, DATA
