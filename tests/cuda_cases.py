@@ -302,7 +302,9 @@ for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
              lambda s=shape, d=dynamic: rows(randn(*s).half(), merge=True, norm="layer_norm", dynamic=d), 1e-3, 1e-5)
 
 for shape, patch in (((2, 3, 224, 224), (16, 16)), ((1, 3, 30, 33), (14, 14)), ((2, 3, 56, 56), (4, 4)),
-                     ((0, 3, 32, 32), (16, 16)), ((1, 1, 9, 7), (3, 2))):
+                     ((0, 3, 32, 32), (16, 16)), ((1, 1, 9, 7), (3, 2)),
+                     # lines of patches that several blocks share, the last one a smaller part
+                     ((2, 3, 224, 224), (32, 32)), ((1, 3, 224, 224), (14, 14)), ((4, 3, 512, 512), (16, 16)), ((1, 3, 280, 280), (14, 14))):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         case(f"patches {shape} {patch} {dtype}", "patches", lambda s=shape, p=patch, d=dtype: dict(
             out=torch.zeros(s[0] * (s[2] // p[0]) * (s[3] // p[1]), s[1] * p[0] * p[1], dtype=torch.int8), images=randn(*s).to(d),

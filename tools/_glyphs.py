@@ -61,6 +61,7 @@ TEST = {
 RANGES = ((0x21, 0x7F), (0xA1, 0x250), (0x370, 0x400), (0x400, 0x500), (0x1E00, 0x1F00), (0x2010, 0x2050), (0x20A0, 0x20C0))
 IN_TRAIN, IN_TEST = 8, 4  # families that must have a character
 ALIKE = 0.93  # overlap (of intersection to union of ink) from which on two characters look the same in a font
+ENOUGH, PACE = 0.25, 0.004  # accuracy on the last batches from which on distortion grows, by so much a step
 TILE, EM, BASELINE, SIDE = 96, 60, 68, 112  # pixels: of a rendered character; of an image
 
 
@@ -173,7 +174,8 @@ class Sampler:
         return F.grid_sample(tiles, grid, align_corners=False)
 
     def images(self, label: Tensor, strength: float = 1.0) -> Tensor:
-        """float 0..1 [n, 1, SIDE, SIDE] of classes int64 [n]; strength 0 leaves the characters as they are, 1 is what is tested."""
+        """float 0..1 [n, 1, SIDE, SIDE] of classes int64 [n]; strength 0 leaves the characters as they are, white on black, 1 is
+        what is tested."""
         n = len(label)
 
         def each(low: float, high: float) -> Tensor:
@@ -189,7 +191,7 @@ class Sampler:
         soft = F.avg_pool2d(ink, 5, 1, 2, count_include_pad=False)
         cut = each(-0.22, 0.22) * strength  # below 0 thickens, above 0 thins
         ink = ((0.5 * ink + 0.5 * soft - 0.45 - cut) * 3 + 0.5).clamp(0, 1)
-        ground = each(0, 1) + self.noise(n, 1, 4) * each(0, 0.16) * strength
+        ground = each(0, 1) * strength + self.noise(n, 1, 4) * each(0, 0.16) * strength
         contrast = each(0.9 - 0.6 * strength, 1.0)
         paint = torch.where(ground.mean((2, 3), keepdim=True) > 0.5, ground - contrast, ground + contrast)
         paint = paint + self.noise(n, 1, 6) * 0.08 * strength
@@ -201,17 +203,20 @@ class Sampler:
 
 
 class Batches:
-    """Training batches, made on the device: (images [B, 3, size, size] 0..1, labels, None). The distortion grows to full strength
-    over the first two fifths of the training, without which a transformer is slow to find the characters at all."""
+    """Training batches, made on the device: (images [B, 3, size, size] 0..1, labels, None). Distortion grows from none to full strength, as
+    fast as the model follows: with characters that move, and are dark on light as often as light on dark, a transformer does not leave
+    chance for thousands of steps, while it learns those that stay in a hundred."""
 
     def __init__(self, ink: Tensor, label: Tensor, classes: int, size: int, batch: int, seed: int):
         self.sampler, self.size, self.batch, self.images = Sampler(ink, label, classes, seed), size, batch, len(ink)
+        self.strength = 0.0
 
-    def __call__(self, done: float) -> tuple[Tensor, Tensor, None]:
+    def __call__(self, accuracy: float) -> tuple[Tensor, Tensor, None]:
+        if accuracy > ENOUGH:
+            self.strength = min(1.0, self.strength + PACE)
         s = self.sampler
         label = torch.randint(s.classes, (self.batch,), generator=s.gen, device=s.ink.device)
-        x = s.images(label, min(1.0, 0.2 + 2 * done))
-        x = F.interpolate(x, size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
+        x = F.interpolate(s.images(label, self.strength), size=(self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         return x.expand(-1, 3, -1, -1), label, None
 
 

@@ -66,7 +66,7 @@ class Batches:
         pick = torch.stack([c[(u * len(c)).long()] for c in self.by_class])
         return pick[classes, torch.arange(len(classes), device=classes.device)]
 
-    def __call__(self, done: float) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, accuracy: float) -> tuple[Tensor, Tensor, Tensor]:
         dev, n, (h, w) = self.x.device, self.batch, self.x.shape[-2:]
         side = min(h, w)
         crop = side if self.sizes.random() < 0.5 else self.sizes.randint(int(0.9 * side), side)

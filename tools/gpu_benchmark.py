@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Everything docs/benchmarks.md says of one GPU, measured in one run: whole models, small batches, one GEMM, each layer.
 
-    python tools/gpu_benchmark.py --markdown tables.md --json tables.json      # all of it: 6 to 10 minutes
+    python tools/gpu_benchmark.py --markdown tables.md --json tables.json      # all of it; torchao takes most of the time
     python tools/gpu_benchmark.py --sections gemm,layers                       # under a minute
     python tools/gpu_benchmark.py --sections models --models deit_s,vit_l --recipes w8a8
 
@@ -28,10 +28,11 @@ import _gpu_kernels as kernels
 import _gpu_models as models
 import vitq
 from _gpu_report import GOAL_HEADERS, Goal, Results
+from vitq.models.zoo import resolve_name
 
 SECTIONS = ("gemm", "layers", "models", "small-batches", "peers")
 MODELS = ("deit_s", "deit_b", "vit_l", "swin_t", "swin_b")
-SMALL = ("deit_s", "deit_b")  # also those whose layers are timed, and whose peers are
+SMALL = ("deit_s", "deit_b")  # also those whose layers are timed
 # What W8A8 must reach over the best compiled 16-bit model, and what it aims at.
 GOALS = {"deit_s": (2.0, 2.6), "deit_b": (2.1, 2.5), "vit_l": (2.1, 2.4), "swin_t": (2.2, 3.5), "swin_b": (2.2, 3.5)}
 SMALL_GOALS = {1: 1.0, 8: 1.2, 32: 1.6}
@@ -82,10 +83,18 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> int:
     sections = names(args.sections)
     if unknown := [name for name in sections if name not in SECTIONS]:
         raise ValueError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
+    whole, small = names(args.models), names(args.small_models)
+    for name in (*whole, *small):
+        resolve_name(name)
+    if not all(b.isdecimal() for b in names(args.small_batches)):
+        raise ValueError(f"--small-batches must be numbers with commas in between, got {args.small_batches}")
+    batches = [int(b) for b in names(args.small_batches)]
     for flag, value in (("--batch", args.batch), ("--repeats", args.repeats), ("--side", args.side),
-                        *(("--small-batches", int(b)) for b in names(args.small_batches))):
+                        *(("--small-batches", b) for b in batches)):
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, got {value}")
+    if device.type != "cuda" and args.device is None:
+        raise ValueError("there is no GPU here; --device cpu goes through the motions, slowly")
     for path in filter(None, (args.json, args.markdown)):
         if not path.parent.is_dir():
             raise ValueError(f"cannot write {path}: there is no folder {path.parent}")
@@ -99,7 +108,6 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> int:
                             f"(CUDA {torch.version.cuda}), timm {timm.__version__}: `{command}`")
     print(results.machine, flush=True)
     ceilings = find_ceilings(args, device)
-    whole, small, batches = names(args.models), names(args.small_models), [int(b) for b in names(args.small_batches)]
     if args.compile and args.ahead and device.type == "cuda":
         ahead(sections, whole, small, batches, args.batch, device)
 
@@ -117,16 +125,20 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> int:
     return 1 if failed else 0
 
 
+def timed_whole(sections, whole, small) -> list[str]:
+    """The models that are timed at the large batch: the peers alone are timed beside fewer of them."""
+    return whole if "models" in sections else small if "peers" in sections else []
+
+
 def jobs(args, sections, recipes, whole, small, batches, device, ceilings):
     """(title, what returns its headers, rows and goals) in the order in which they run: short ones first."""
     if "gemm" in sections:
         yield f"GEMM {args.side}³", lambda: gemm(args, device)
     for name in small if "layers" in sections else ():
         yield f"{name}, W8A8, each kernel of a block at batch {args.batch}", lambda n=name: layers(n, args, device, ceilings)
-    peers = small if "peers" in sections else []
-    for name in whole if "models" in sections else peers:
-        yield f"{name}, batch {args.batch}", lambda n=name: whole_model(
-            n, args.batch, args, recipes, models.PEERS if n in peers else (), device)
+    peers = models.PEERS if "peers" in sections else ()
+    for name in timed_whole(sections, whole, small):
+        yield f"{name}, batch {args.batch}", lambda n=name: whole_model(n, args.batch, args, recipes, peers, device)
     for name in small if "small-batches" in sections else ():
         for batch in batches:
             yield f"{name}, batch {batch}", lambda n=name, b=batch: small_batch(n, b, args, device)
@@ -201,8 +213,9 @@ def find_ceilings(args, device) -> vitq.profiling.Ceilings:
 
 def ahead(sections, whole, small, batches, batch, device) -> None:
     fp16 = "fp16" + models.COMPILED
-    found = [(name, batch, fp16) for name in (whole if "models" in sections else small if "peers" in sections else ())]
-    found += [(name, batch, peer) for name in small for peer in models.PEERS if "peers" in sections and models.has_torchao()]
+    large = timed_whole(sections, whole, small)
+    found = [(name, batch, fp16) for name in large]
+    found += [(name, batch, peer) for name in large for peer in models.PEERS if "peers" in sections and models.has_torchao()]
     found += [(name, b, fp16) for name in small for b in batches if "small-batches" in sections]
     if found:
         began = time.perf_counter()

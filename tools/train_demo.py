@@ -49,12 +49,13 @@ def train(model: nn.Module, task, batches, a: argparse.Namespace) -> nn.Module:
                              {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0}],
                             lr=a.lr, betas=(0.9, 0.98), fused=device.type == "cuda")
     features = torch.compile(model.forward_features) if device.type == "cuda" else model.forward_features
+    recent, accuracy = torch.zeros((), device=device), 0.0  # right, of the last ten or so batches
     model.train()
     for step in range(steps):
         warm, done = max(1, steps // 10), step / steps
         for g in opt.param_groups:
             g["lr"] = a.lr * min((step + 1) / warm, 0.5 * (1 + math.cos(math.pi * done)) + 1e-3)
-        img, label, mask = batches(done)
+        img, label, mask = batches(accuracy)
         img = (img - task.MEAN) / task.STD
         with torch.autocast(device.type, torch.bfloat16):
             f = features(img)
@@ -67,9 +68,12 @@ def train(model: nn.Module, task, batches, a: argparse.Namespace) -> nn.Module:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
         with torch.no_grad():
+            recent.lerp_((logits.argmax(1) == label).float().mean(), 0.1)
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), max(0.002, 9 / (step + 10)))
+        if step % 10 == 0:
+            accuracy = recent.item()
         if step % warm == 0 or step == steps - 1:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}", flush=True)
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  accuracy {accuracy:.3f}", flush=True)
     return ema
 
 

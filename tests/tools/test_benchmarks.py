@@ -172,10 +172,17 @@ def test_jobs_of_the_processes_that_compile_ahead(monkeypatch):
 
 @pytest.mark.parametrize("args, message", [
     (["--sections", "gem"], "unknown section gem"), (["--batch", "0"], "--batch must be at least 1"), (["--recipes", "w3"], "w3"),
+    (["--models", "deit_x"], "unknown model 'deit_x'"), (["--small-models", "x"], "unknown model 'x'"), (["--small-batches", "x"], "--small-batches must be numbers"),
     (["--markdown", "no/such/x.md"], "no folder no/such")])
 def test_mistakes_of_gpu_benchmark(args, message, capsys):
     assert gpu.main([*TINY, *args]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_gpu_benchmark_without_a_gpu(capsys):
+    assert gpu.main([]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
 
 
 def test_tools_are_thin():

@@ -19,9 +19,13 @@ def report() -> str:
     lines = [f"CUDA library: {_library()}", f"GPU:          {_gpu()}", f"Driver:       {_driver()}",
              f"PyTorch:      {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})", f"Triton:       {_triton()}"]
     if forced := os.environ.get("VITQ_FORCE_ARCH"):
-        lines.append(f"VITQ_FORCE_ARCH={forced}: GEMMs of sm_{forced}")
+        lines.append(f"VITQ_FORCE_ARCH={forced}: " + (f"GEMMs of sm_{forced}" if forced in ("80", "90") else
+                                                      "no such GEMMs, every one will be refused; it may be 80 or 90"))
     if why is None:
-        lines += ["What runs:", *_kernels(0)]
+        try:
+            lines += ["What runs:", *_kernels(0)]
+        except ValueError as error:
+            return "\n".join([*lines, f"  nothing: {error}"])
         lines.append(f"Tile choices: {len(tuning.cached(torch.cuda.current_device()))} measured here ({tuning.cache_folder()}), "
                      f"{len(tuning.shipped(torch.cuda.get_device_name()))} shipped for this GPU; the rest is estimated")
         return "\n".join(lines)

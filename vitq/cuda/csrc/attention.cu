@@ -7,6 +7,7 @@
 
 #include "attention_passes.cuh"
 #include "attention_registers.cuh"
+#include "launch.cuh"
 
 namespace vitq {
 namespace {
@@ -32,7 +33,7 @@ template <typename Kernel>
 int start(Kernel kernel, const Launch& p, int64_t blocks, int threads, int bytes, cudaStream_t stream) {
   if (blocks >= int64_t{1} << 31) return VITQ_UNSUPPORTED;
   if (bytes > 48 * 1024) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel));
     if (error) return error;
     // So that as many blocks fit an SM as were counted on.
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);

@@ -1,42 +1,15 @@
-// vitq_linear_sm80: argument checks and the choice of a tile; the kernel is in gemm_sm80.cuh.
+// vitq_linear_sm80: the choice of a tile; the kernel is in gemm_sm80.cuh.
 #include <algorithm>
 #include <atomic>
 
 #include "gemm_sm80.cuh"
+#include "launch.cuh"
 
 namespace vitq {
 namespace sm80 {
 namespace {
 
 constexpr int FORCE_NATIVE_INT4 = 100;  // config + 100, 4-bit inputs: the s4 instruction even where it is emulated
-
-bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-int check(const VitqLinear& p) {
-  if (p.n < 1 || p.k < 32 || p.a_columns < 1 || p.a_columns > p.k || p.rows_per_group < 1) return VITQ_BAD_ARGUMENT;
-  if ((p.a_bits != 8 && p.a_bits != 4) || (p.weight_bits != 8 && p.weight_bits != 4)) return VITQ_BAD_ARGUMENT;
-  if (p.k % (p.weight_bits == 4 ? 64 : 32) != 0) return VITQ_BAD_ARGUMENT;
-  if (p.weight == nullptr || p.scale == nullptr || p.out.data == nullptr || p.a == nullptr) return VITQ_BAD_ARGUMENT;
-  if (p.lda % 16 != 0 || !aligned16(p.a) || !aligned16(p.weight)) return VITQ_BAD_ARGUMENT;
-  if (!aligned16(p.scale) || !aligned16(p.zero) || !aligned16(p.bias)) return VITQ_BAD_ARGUMENT;
-  if (p.segments < 1 || p.segments > VITQ_MAX_SEGMENTS) return VITQ_BAD_ARGUMENT;
-  for (int s = 0, before = 0; s < p.segments; before = p.segment_ends[s++])
-    if (p.segment_ends[s] <= before || p.segment_ends[s] % 32 != 0) return VITQ_BAD_ARGUMENT;
-  if (p.segment_ends[p.segments - 1] != p.k) return VITQ_BAD_ARGUMENT;
-  if (p.zero != nullptr && p.row_sums == nullptr) return VITQ_BAD_ARGUMENT;
-  if (p.a_fp != nullptr) {
-    if (p.weight_fp == nullptr || p.k_fp < 16 || p.k_fp % 16 != 0 || p.lda_fp % 8 != 0) return VITQ_BAD_ARGUMENT;
-    if (!aligned16(p.a_fp) || !aligned16(p.weight_fp)) return VITQ_BAD_ARGUMENT;
-  }
-  if (p.out.dtype < VITQ_F32 || p.out.dtype > VITQ_S8 || p.activation < VITQ_NO_ACTIVATION || p.activation > VITQ_GELU_TANH)
-    return VITQ_BAD_ARGUMENT;
-  if (p.residual.data != nullptr && (p.out.dtype == VITQ_S8 || p.residual.dtype < VITQ_F32 || p.residual.dtype > VITQ_BF16))
-    return VITQ_BAD_ARGUMENT;
-  if (p.a_bits == 4 && p.weight_bits == 8) return VITQ_UNSUPPORTED;
-  // sums of 128·128·k must fit 32 bits; row and column numbers of the last tile as well
-  if (p.k >= 1 << 17 || p.k_fp >= 1 << 28 || p.m > INT32_MAX - 256 || p.n > INT32_MAX - 256) return VITQ_UNSUPPORTED;
-  return 0;
-}
 
 struct Gpu {
   int processors, major;
@@ -96,7 +69,7 @@ extern "C" int vitq_linear_sm80(const VitqLinear* args, void* stream_) {
   if (args == nullptr) return VITQ_BAD_ARGUMENT;
   const VitqLinear& p = *args;
   if (p.m <= 0) return p.m < 0 ? VITQ_BAD_ARGUMENT : 0;  // first: without rows there may be no pointers either
-  if (int error = check(p)) return error;
+  if (int error = vitq::check_linear(p)) return error;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   Gpu device;
   if (int error = gpu(device)) return error;

@@ -55,17 +55,9 @@ extern "C" int vitq_linear_sm90(const VitqLinear* args, void* stream_) {
   using namespace vitq;
   const VitqLinear& p = *args;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  if (p.m < 0 || p.n <= 0 || p.k <= 0 || p.k % 32 || p.segments < 1 || p.segments > VITQ_MAX_SEGMENTS) return VITQ_BAD_ARGUMENT;
-  if (p.m == 0) return 0;
+  if (p.m <= 0) return p.m < 0 ? VITQ_BAD_ARGUMENT : 0;  // first: without rows there may be no pointers either
+  if (int error = check_linear(p)) return error;
   if (p.weight_bits != 8 || p.a_bits != 8) return VITQ_UNSUPPORTED;
-  if (p.a == nullptr || p.weight == nullptr || p.scale == nullptr || p.out.data == nullptr) return VITQ_BAD_ARGUMENT;
-  if (p.lda % 16 || reinterpret_cast<uintptr_t>(p.a) % 16 || p.a_columns > p.k || p.a_columns <= 0) return VITQ_BAD_ARGUMENT;
-  if (p.zero != nullptr && p.row_sums == nullptr) return VITQ_BAD_ARGUMENT;
-  if (p.a_fp != nullptr && (p.lda_fp % 8 || p.k_fp <= 0 || p.k_fp % 16)) return VITQ_BAD_ARGUMENT;
-  if (p.out.dtype == VITQ_S8 && p.residual.data != nullptr) return VITQ_UNSUPPORTED;
-  for (int s = 0; s < p.segments; ++s)
-    if (p.segment_ends[s] % 32 || p.segment_ends[s] <= (s ? p.segment_ends[s - 1] : 0)) return VITQ_BAD_ARGUMENT;
-  if (p.segment_ends[p.segments - 1] != p.k) return VITQ_BAD_ARGUMENT;
   if (p.segments > 1 || p.zero != nullptr || p.a_fp != nullptr) return sm90::launch_segments(p, p.config, stream);
   switch (epilogue_of(p)) {
     case FLOAT_OUT: return sm90::launch_float(p, p.config, stream);

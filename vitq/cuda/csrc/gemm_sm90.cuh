@@ -16,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include "gemm_sm90_tile.cuh"
+#include "launch.cuh"
 
 namespace vitq::sm90 {
 
@@ -303,7 +304,7 @@ int launch(const VitqLinear& p, cudaStream_t stream) {
     blocks = static_cast<int>(tiles < sms ? tiles : sms);
   }
   auto kernel = gemm<T, EPILOGUE, SEGMENTS>;
-  cudaError_t status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel));
   if (status != cudaSuccess) return status;
   kernel<<<blocks, T::THREADS, shared, stream>>>(a, b, a_fp, b_fp, problem);
   return cudaGetLastError();

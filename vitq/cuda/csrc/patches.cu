@@ -36,10 +36,10 @@ struct PatchesLaunch {
   Divisor by_chunks, by_patch_w, by_patch_h, by_strip, by_strips, by_groups, by_words;
 };
 
-// 16 bytes of pixels as they lie in memory, `left` of them at most where they are not aligned.
+// 16 bytes of pixels as they lie in memory; of those beyond the row, of which `left` are left, zeros. VECTORS: rows are whole vectors.
 template <typename T, bool VECTORS>
 __device__ __forceinline__ uint4 load_pixels(const T* from, int left) {
-  if constexpr (VECTORS) return __ldg(reinterpret_cast<const uint4*>(from));
+  if constexpr (VECTORS) return left > 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
   uint32_t word[4] = {};
 #pragma unroll
   for (int i = 0; i < 4; i++) {

@@ -11,6 +11,7 @@
 
 #include "rows.cuh"
 #include "rows_any.cuh"
+#include "launch.cuh"
 
 namespace vitq {
 namespace {
@@ -375,11 +376,7 @@ int launch(void (*kernel)(RowsLaunch), const RowsLaunch& p, int threads, int sha
   if (!error) error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   // More than 48 KB must be asked for, of which the kernel's own variables take a few hundred bytes; sm_86 and sm_89 have 99 KB,
   // less than the longest rows with fp_order need.
-  if (!error && shared > 47 * 1024 &&
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared) != cudaSuccess) {
-    cudaGetLastError();
-    return VITQ_UNSUPPORTED;
-  }
+  if (!error && shared > 47 * 1024) error = allow_shared(reinterpret_cast<const void*>(kernel));
   if (!error) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, kernel, threads, shared);
   if (error) return error;
   if (!resident) return VITQ_UNSUPPORTED;

@@ -1,0 +1,52 @@
+// What launches of several kernels share: host code only.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <stdint.h>
+
+#include "vitq_cuda.h"
+
+namespace vitq {
+
+// Lets a kernel have all the shared memory that a block of the device may have. Not what one launch needs: another thread may ask for
+// less between this and the launch.
+inline cudaError_t allow_shared(const void* kernel) {
+  int device, most;
+  cudaFuncAttributes own;
+  cudaError_t error = cudaGetDevice(&device);
+  if (!error) error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (!error) error = cudaFuncGetAttributes(&own, kernel);
+  if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most - int(own.sharedSizeBytes));
+  return error;
+}
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// 0 where both GEMM kernels could take the arguments, m > 0 aside.
+inline int check_linear(const VitqLinear& p) {
+  if (p.n < 1 || p.k < 32 || p.a_columns < 1 || p.a_columns > p.k || p.rows_per_group < 1) return VITQ_BAD_ARGUMENT;
+  if ((p.a_bits != 8 && p.a_bits != 4) || (p.weight_bits != 8 && p.weight_bits != 4)) return VITQ_BAD_ARGUMENT;
+  if (p.k % (p.weight_bits == 4 ? 64 : 32) != 0) return VITQ_BAD_ARGUMENT;
+  if (p.weight == nullptr || p.scale == nullptr || p.out.data == nullptr || p.a == nullptr) return VITQ_BAD_ARGUMENT;
+  if (p.lda % 16 != 0 || !aligned16(p.a) || !aligned16(p.weight)) return VITQ_BAD_ARGUMENT;
+  if (!aligned16(p.scale) || !aligned16(p.zero) || !aligned16(p.bias)) return VITQ_BAD_ARGUMENT;
+  if (p.segments < 1 || p.segments > VITQ_MAX_SEGMENTS) return VITQ_BAD_ARGUMENT;
+  for (int s = 0, before = 0; s < p.segments; before = p.segment_ends[s++])
+    if (p.segment_ends[s] <= before || p.segment_ends[s] % 32 != 0) return VITQ_BAD_ARGUMENT;
+  if (p.segment_ends[p.segments - 1] != p.k) return VITQ_BAD_ARGUMENT;
+  if (p.zero != nullptr && p.row_sums == nullptr) return VITQ_BAD_ARGUMENT;
+  if (p.a_fp != nullptr) {
+    if (p.weight_fp == nullptr || p.k_fp < 16 || p.k_fp % 16 != 0 || p.lda_fp % 8 != 0) return VITQ_BAD_ARGUMENT;
+    if (!aligned16(p.a_fp) || !aligned16(p.weight_fp)) return VITQ_BAD_ARGUMENT;
+  }
+  if (p.out.dtype < VITQ_F32 || p.out.dtype > VITQ_S8 || p.activation < VITQ_NO_ACTIVATION || p.activation > VITQ_GELU_TANH)
+    return VITQ_BAD_ARGUMENT;
+  if (p.residual.data != nullptr && (p.out.dtype == VITQ_S8 || p.residual.dtype < VITQ_F32 || p.residual.dtype > VITQ_BF16))
+    return VITQ_BAD_ARGUMENT;
+  if (p.a_bits == 4 && p.weight_bits == 8) return VITQ_UNSUPPORTED;
+  // sums of 128·128·k must fit 32 bits; row and column numbers of the last tile as well
+  if (p.k >= 1 << 17 || p.k_fp >= 1 << 28 || p.m > INT32_MAX - 256 || p.n > INT32_MAX - 256) return VITQ_UNSUPPORTED;
+  return 0;
+}
+
+}  // namespace vitq
