@@ -136,7 +136,7 @@ def write(model: nn.Module, classes: tuple[str, ...], held: list, what: str, dat
     scores = score(saved.to(a.device), held, classes, a.device)
     rows = "\n".join(f"| {k} | {v:.4f} |" for k, v in scores.items())
     options = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in vars(a).items()
-                       if k not in ("output", "images", "device", "val", "limit"))
+                       if k not in ("output", "images", "images_only", "device", "val", "limit"))
     named = f" ({', '.join(classes)})" if len(classes) < 10 else ""
     path.with_suffix(".md").write_text(f"""# {path.name}
 
@@ -166,6 +166,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--arch", help="timm name or vitq's short one (default: deit_s)")
     p.add_argument("--images", help="textiles: folder with the class folders (default: the installed package's)")
     p.add_argument("--test-images", type=int, default=16, help="glyphs: images of each class that are held out (default 16)")
+    p.add_argument("--images-only", action="store_true", help="glyphs: write the images to calibrate and evaluate on, and train nothing")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--val", action="store_true", help="textiles: hold 200 of the training photographs out and score on them")
     p.add_argument("--limit", type=int, help="use about so many images of each part (smoke test)")
@@ -181,6 +182,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.arch = resolve_name(a.arch or TASKS[a.task].ARCH).partition(".")[0]
     if a.task == "textiles" and not a.arch.startswith(("deit", "vit")):
         raise ValueError(f"textiles are taught by patch tokens, which {a.arch} does not have: take a deit or vit, or --task glyphs")
+    if a.images_only and a.task != "glyphs":
+        raise ValueError("--images-only is for --task glyphs; the textiles are a package of photographs")
     for name in ("epochs", "batch_size", "test_images", "limit"):
         if getattr(a, name) is not None and getattr(a, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(a, name)}")
@@ -196,6 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         torch.manual_seed(a.seed)
         size = timm.get_pretrained_cfg(a.arch).input_size[-1]
         classes, batches, held, what, data = task.prepare(a, size)
+        if a.images_only:
+            print(f"{len(held)} {what} of {len(classes)} classes and images to calibrate on are in {a.output / a.task}")
+            return 0
         started = time.perf_counter()
         model = train(build(a.arch, task, len(classes), a.drop_path).to(a.device), task, batches, a)
         write(model, classes, held, what, data, time.perf_counter() - started, a)
