@@ -317,3 +317,9 @@ for n, k in ((32, 64), (96, 128), (384, 1536), (0, 64)):
             out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=b), 4),
             multiplier=torch.randint(1, m + 1, (2, n), dtype=torch.int8, generator=generator(1)),
             group=torch.randint(0, 2, (k,), dtype=torch.uint8, generator=generator(2))))
+    for bits, largest in ((4, 8), (3, 18), (2, 42)):
+        zeros = torch.randint(-(1 << bits - 1), 1 << bits - 1, (2, n), dtype=torch.int8, generator=generator(3))
+        multiplier = torch.randint(1, largest + 1, (2, n), dtype=torch.int8, generator=generator(1))
+        case(f"widen_int4 {n}x{k} with offsets {bits}", "widen_int4", lambda n=n, k=k, b=bits, m=multiplier, z=zeros: dict(
+            out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=b), 4), multiplier=m.clone(), offset=-z * m,
+            group=torch.randint(0, 2, (k,), dtype=torch.uint8, generator=generator(2))))

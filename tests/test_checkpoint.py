@@ -40,10 +40,13 @@ def _kwargs(model):
     ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1), "img_size": 192}, "w4a4"),
     ("vit_base_patch16_siglip_224", {"depth": 1}, "w4a8"), ("deit_tiny_distilled_patch16_224", {"depth": 1}, "w8a8"),
     ("deit_tiny_patch16_224", {"depth": 1}, "dual-w8a8"), ("deit_tiny_patch16_224", {"depth": 1}, "dual-w4a4"),
+    ("deit_tiny_patch16_224", {"depth": 1}, "asymmetric"), ("deit_tiny_patch16_224", {"depth": 1}, "dual-asymmetric"),
 ])
 def test_reloads_bit_identically(name: str, kwargs: dict, recipe: str, tmp_path) -> None:
     source = build(name, num_classes=7, **kwargs)
-    model = convert(source, quick(recipe))
+    if recipe.endswith("asymmetric"):
+        recipe = quick(recipe.replace("asymmetric", "w4a4"), *(f"{role}.weight.symmetric=false" for role in ("qkv", "proj", "fc1", "fc2")))
+    model = convert(source, recipe if isinstance(recipe, vitq.Recipe) else quick(recipe))
     record = {"name": name, "weights": "random:0", "model_kwargs": {k: v for k, v in kwargs.items() if k != "img_size"}}
     loaded = vitq.load(vitq.save(model, tmp_path / "c", source=record))
     assert torch.equal(loaded(images(source)), model(images(source)))

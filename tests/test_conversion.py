@@ -42,12 +42,12 @@ def test_execution_equals_simulation(name: str, recipe: str, backend: str) -> No
     assert sqnr(vitq.simulate(model, chosen, statistics)(x), executed(x)) > 35
 
 
-@pytest.mark.parametrize("recipe", ["w4a4", "dual-w4a4"])
-def test_w4a4_equals_its_simulation_block_by_block(recipe: str) -> None:
-    model, recipe = build(depth=4), quick(recipe)
-    statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)])
-    executed, simulated = (f(model, recipe, statistics) for f in (
-        lambda *a: vitq.convert(*a, dtype=torch.float32), vitq.simulate))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("recipe", ["w4a4", "dual-w4a4", "erq-w3a3"])
+def test_w4a4_equals_its_simulation_block_by_block(recipe: str, symmetric: bool) -> None:
+    model, recipe = build(depth=4), quick(recipe, *(f"{role}.weight.symmetric={symmetric}".lower() for role in ("qkv", "proj", "fc1", "fc2")))
+    calib = [images(model, 4, seed=2)]
+    executed, simulated = vitq.convert(model, recipe, calib, dtype=torch.float32), vitq.simulate(model, recipe, calib)
     seen = []
     for block in simulated.blocks:
         block.register_forward_hook(lambda module, args, output: seen.append((args[0].clone(), output.clone())))

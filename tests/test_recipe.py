@@ -222,7 +222,7 @@ def test_top_level_messages(top, error, message):
     ({"input": {"granularity": "per_row"}}, ValueError, "rules[1].input.granularity: 'per_row' is not known; allowed: per_tensor, per_channel, per_token"),
     ({"weight": {"dynamic": True}}, ValueError, "rules[1].weight.dynamic: true for the weight of patch_embed; weights are static: false"),
     ({"weight": {"granularity": "per_token"}}, ValueError, "rules[1].weight.granularity: 'per_token' for the weight of patch_embed; allowed for weights: per_channel, per_tensor"),
-    ({"weight": {"symmetric": False}}, ValueError, "rules[1].weight.symmetric: false for the weight of patch_embed; allowed for weights: true"),
+    ({"weight": {"symmetric": False}}, ValueError, "rules[1].weight.symmetric: false for the weight of patch_embed; allowed for weights of more than 4 bits: true"),
     ({"roles": ["fc1"], "input": {"granularity": "per_channel"}}, ValueError, "rules[1].input.granularity: 'per_channel' for the input of fc1; allowed for static activations: per_tensor"),
     ({"roles": ["fc1"], "input": {"granularity": "per_token"}}, ValueError, "per_token needs dynamic: true"),
     ({"roles": ["fc1"], "input": {"dynamic": True, "granularity": "per_tensor"}}, ValueError, "rules[1].input.granularity: 'per_tensor' for the input of fc1; allowed for dynamic activations: per_token"),

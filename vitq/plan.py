@@ -21,8 +21,9 @@ class LinearParams:
     of the value 0 too (their weights are 0). With S segments weight_scale is [S, N]. weight_zero: int32, as weight_scale, for
     asymmetric weights (the input then carries row sums), else None. weight_fp: float16 [N, F], for the features kept in float16.
 
-    Without segments, a scale of two levels: weight_multiplier int8 [G, N] and column_group uint8 [K], the group of each column.
-    What is multiplied is then code · multiplier, an int8 too, and weight_scale is that of one step of the multiplier.
+    Without segments and up to 4 bits, a grid of two levels: weight_multiplier int8 [G, N], weight_offset int8 [G, N] or None, and
+    column_group uint8 [K], the group of each column. What is multiplied is then code · multiplier + offset, an int8 too, so that zero
+    points (offset = -zero point · multiplier) need no row sums, and weight_scale is that of one step of the multiplier.
     """
 
     codes: Tensor
@@ -33,6 +34,7 @@ class LinearParams:
     weight_zero: Tensor | None = None
     weight_fp: Tensor | None = None
     weight_multiplier: Tensor | None = None
+    weight_offset: Tensor | None = None
     column_group: Tensor | None = None
 
     @property
@@ -40,7 +42,9 @@ class LinearParams:
         """int8 [N, K]: what the input's codes are multiplied with."""
         if self.weight_multiplier is None:
             return self.codes
-        return self.codes * self.weight_multiplier[self.column_group.long()].T
+        group = self.column_group.long()
+        products = self.codes * self.weight_multiplier[group].T
+        return products if self.weight_offset is None else products + self.weight_offset[group].T
 
     @property
     def segment_ends(self) -> tuple[int, ...]:

@@ -157,8 +157,8 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
                 refuse(operand, "dynamic", "weights are static: false")
             if spec.granularity == "per_token":
                 refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor")
-            if not spec.symmetric:
-                refuse(operand, "symmetric", "allowed for weights: true")
+            if not spec.symmetric and 4 < spec.bits < 16:
+                refuse(operand, "symmetric", "allowed for weights of more than 4 bits: true (code less zero point would not be an int8)")
             if spec.segments != "one" and role == "patch_embed":
                 refuse(operand, "segments", "pixels are quantized in their order: one")
             continue

@@ -36,7 +36,7 @@ def layer(n: int, k: int, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
 
 def output_error(problem: Problem, x: torch.Tensor, solution) -> float:
     """Mean square of what the quantized layer misses of the float one, on the inputs themselves."""
-    weight = solution.codes.double() * solution.grid.columns().double()
+    weight = (solution.codes - solution.grid.zero_points()).double() * solution.grid.columns().double()
     bias = 0.0 if problem.bias is None else solution.bias.double() - problem.bias.double()
     wanted = x.double() @ problem.weight.double().T
     return float((fake_activation(x, FORMAT).double() @ weight.T + bias - wanted).square().mean())
@@ -95,10 +95,11 @@ def test_rounding_never_raises_its_objective(rule: str, size: float) -> None:
             assert bool((objective(stepped) >= after * (1 - 1e-6)).all())
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_solvers_lose_less_the_more_they_do(bits: int) -> None:
+def test_solvers_lose_less_the_more_they_do(bits: int, symmetric: bool) -> None:
     x, (weight, bias) = inputs(2000, 64), layer(48, 64)
-    spec, gram = QuantSpec(bits=bits, granularity="per_channel"), gram_of(x, FORMAT)
+    spec, gram = QuantSpec(bits=bits, granularity="per_channel", symmetric=symmetric), gram_of(x, FORMAT)
 
     def error(solver: str, **options) -> float:
         problem = Problem(weight, bias, spec, gram, options)
@@ -116,17 +117,18 @@ def test_solvers_lose_less_the_more_they_do(bits: int) -> None:
     assert error("erq") < 0.95 * error("gptq") and error("erq") < 0.7 * rtn
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("segments", ["one", "dual_uniform"])
 @pytest.mark.parametrize("solver", ["gptq", "erq"])
 @pytest.mark.parametrize("case", ["plain", "no bias", "constant row", "dead channel", "few rows", "one feature"])
-def test_layers_that_could_break_a_solver(case: str, solver: str, segments: str) -> None:
+def test_layers_that_could_break_a_solver(case: str, solver: str, segments: str, symmetric: bool) -> None:
     features = 1 if case == "one feature" else 70
     x, (weight, bias) = inputs(10 if case == "few rows" else 300, features), layer(60, features)
     if case == "constant row":
         weight[3], weight[4] = 0.0, 0.7
     if case == "dead channel":
         x[:, 5] = 0.0
-    spec = QuantSpec(bits=4, granularity="per_channel", segments=segments)
+    spec = QuantSpec(bits=4, granularity="per_channel", segments=segments, symmetric=symmetric)
     problem = Problem(weight, None if case == "no bias" else bias, spec, gram_of(x, FORMAT))
     solution = SOLVERS[solver](problem)
     qmin, qmax = int_range(4)

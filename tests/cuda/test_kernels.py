@@ -11,6 +11,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from vitq.ops.linear import LinearSpec, int_matmul
 from vitq.ops.patches import PatchesSpec
 from vitq.ops.windows import Windows
 from vitq.plan import AttentionParams, LinearParams
+from vitq.quantizers.dual_uniform import largest_multiplier
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
 GPU = torch.device("cpu" if INTERPRETED else "cuda")
@@ -502,21 +504,27 @@ def test_segments(ends, dynamic, bits, fp, zero):
 @pytest.mark.parametrize("m", [3, 300])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_two_levels_of_scales(bits, dynamic, m):
-    """Codes times a multiplier of the row and the column's group, with few rows and many."""
+@pytest.mark.parametrize("groups, symmetric", [(2, True), (2, False), (1, False)])
+def test_two_levels_of_scales(groups, symmetric, bits, dynamic, m):
+    """Codes less a zero point, times a multiplier, of the row and the column's group, with few rows and many."""
     torch.manual_seed(0)
     n, k = 37, 70
     fmt = ActivationFormat(8, dynamic=True) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21)
     params = LinearParams(codes(n, k, bits=bits), bits, (torch.rand(n) + 0.1) / 100, torch.randn(n), fmt,
-                          weight_multiplier=torch.randint(1, (127 >> (bits - 1)) + 1, (2, n), dtype=torch.int8),
-                          column_group=torch.randint(0, 2, (k,), dtype=torch.uint8))
-    factors = torch.stack([params.weight_multiplier[g] for g in params.column_group.tolist()], dim=1).double()
-    assert torch.equal(params.integers.double(), params.codes.double() * factors)
+                          weight_multiplier=torch.randint(1, largest_multiplier(bits, symmetric) + 1, (groups, n), dtype=torch.int8),
+                          column_group=torch.randint(0, groups, (k,), dtype=torch.uint8))
+    zero = torch.zeros(groups, n, dtype=torch.int8)
+    if not symmetric:
+        zero = torch.randint(-(1 << bits - 1), 1 << bits - 1, (groups, n), dtype=torch.int8)
+        params = replace(params, weight_offset=-zero * params.weight_multiplier)
+    factors, zeros = (torch.stack([t[g] for g in params.column_group.tolist()], dim=1).double() for t in (params.weight_multiplier, zero))
+    integers = (params.codes.double() - zeros) * factors
+    assert torch.equal(params.integers.double(), integers)
     spec, x = LinearSpec(params), torch.randn(m, k)
     q = reference("quantize", fmt, x)
     want = reference("linear", spec, q, dtype=torch.float32)
     zero = 0 if dynamic else -21
-    exact = (q.codes.double() - zero) * q.scale.double() @ (params.codes.double() * factors * params.weight_scale[:, None].double()).T
+    exact = (q.codes.double() - zero) * q.scale.double() @ (integers * params.weight_scale[:, None].double()).T
     torch.testing.assert_close(want.double(), exact + params.bias.double(), rtol=1e-5, atol=1e-4)
     assert torch.equal(cuda("linear", spec, to_device(q), dtype=torch.float32).cpu(), want)
 

@@ -95,5 +95,22 @@ def test_the_grid_serves_both_groups(bits: int) -> None:
     assert errors[1] < (0.2 if bits > 2 else 0.8) * errors[0]  # 9 times finer where there are no outliers; 2 bits hardly tell
 
 
+@pytest.mark.parametrize("segments", ["one", "dual_uniform"])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_asymmetric_grids(bits: int, segments: str) -> None:
+    """Rows that are not centred lose less with a zero point; every code less its zero point, times its multiplier, is an int8."""
+    weight = stretched(64, 128, list(range(5, 30)))
+    weight = weight.abs() - 0.2 * weight.abs().mean(1, keepdim=True)
+    specs = [QuantSpec(bits=bits, **{**DUAL, "segments": segments, "symmetric": symmetric}) for symmetric in (True, False)]
+    symmetric, asymmetric = (weight_grid(weight, spec) for spec in specs)
+    assert symmetric.zero_point is None and int(symmetric.zero_points().abs().max()) == 0
+    qmin, qmax = int_range(bits)
+    assert qmin <= int(asymmetric.zero_point.min()) and int(asymmetric.zero_point.max()) <= qmax
+    multiplier = 1 if asymmetric.multiplier is None else int(asymmetric.multiplier.max())
+    assert multiplier * (2**bits - 1) <= 127
+    errors = [(fake_quantize(weight, grid.columns(), grid.zero_points(), bits) - weight).square().mean() for grid in (symmetric, asymmetric)]
+    assert errors[1] < 0.6 * errors[0]
+
+
 def test_a_small_weight_keeps_one_group() -> None:
     assert weight_grid(torch.randn(10, 384), QuantSpec(**DUAL)).group is None

@@ -62,9 +62,14 @@ def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_form
     bias = None if module.bias is None else module.bias.detach().float().clone()
     solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options))
     codes, grid, bits = solution.codes, solution.grid, spec.weight.bits
-    if grid.group is None or grid.multiplier is not None:
-        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_multiplier=grid.multiplier,
-                            column_group=grid.group)
+    if grid.multiplier is not None or grid.zero_point is not None:
+        multiplier = torch.ones_like(grid.scale, dtype=torch.int8)[None] if grid.multiplier is None else grid.multiplier
+        group = torch.zeros_like(codes[0], dtype=torch.uint8) if grid.group is None else grid.group
+        offset = None if grid.zero_point is None else (-grid.zero_point * multiplier).to(torch.int8)
+        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_multiplier=multiplier, weight_offset=offset,
+                            column_group=group)
+    if grid.group is None:
+        return LinearParams(codes, bits, grid.scale, solution.bias, input_format)
     order = torch.argsort(grid.group, stable=True)  # the groups become segments
     ends = tuple(grid.group.bincount().cumsum(0).tolist())
     return LinearParams(codes[:, order], bits, grid.scale, solution.bias,

@@ -38,8 +38,9 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
 def _weight(params: LinearParams) -> Tensor:
     """The numbers that the codes stand for, each feature in its place."""
     if params.weight_multiplier is not None:
-        scale = (params.weight_scale * params.weight_multiplier)[params.column_group.long()].T
-        return dequantize(params.codes, scale, 0)
+        group, multiplier = params.column_group.long(), params.weight_multiplier
+        zero_point = torch.zeros_like(multiplier) if params.weight_offset is None else -params.weight_offset // multiplier
+        return dequantize(params.codes, (params.weight_scale * multiplier)[group].T, zero_point[group].T)
     ends = params.segment_ends
     scales = params.weight_scale.view(len(ends), -1)
     parts = [dequantize(params.codes[:, start:end], scale[:, None], 0) for start, end, scale in zip((0, *ends), ends, scales)]

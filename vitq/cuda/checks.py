@@ -196,7 +196,7 @@ def patches(out, images, patch_h, patch_w, scale) -> None:
     _same_device("patches", out, images)
 
 
-def widen_int4(out, packed, multiplier, group) -> None:
+def widen_int4(out, packed, multiplier, offset, group) -> None:
     """ValueError that names the argument."""
     if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] % 32 or not packed.is_contiguous():
         refuse("widen_int4", "packed", f"{packed.dtype} {list(packed.shape)}", "contiguous uint8 [N', K/2], K a multiple of 64")
@@ -204,12 +204,14 @@ def widen_int4(out, packed, multiplier, group) -> None:
         refuse("widen_int4", "out", f"{out.dtype} {list(out.shape)}",
                f"contiguous int8 [{packed.shape[0]}, {2 * packed.shape[1]}]")
     for name, tensor, dtype, shape in (("multiplier", multiplier, torch.int8, (2, out.shape[0])),
-                                       ("group", group, torch.uint8, (out.shape[1],))):
+                                       ("offset", offset, torch.int8, (2, out.shape[0])), ("group", group, torch.uint8, (out.shape[1],))):
         if (multiplier is None) != (group is None):
             refuse("widen_int4", "multiplier and group", "one of them", "both or none")
+        if offset is not None and multiplier is None:
+            refuse("widen_int4", "offset", "given without multiplier", "with it, or None")
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous()):
             refuse("widen_int4", name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous {str(dtype)[6:]} {list(shape)}")
-    _same_device("widen_int4", out, packed, multiplier, group)
+    _same_device("widen_int4", out, packed, multiplier, offset, group)
 
 
 def _even_rows(x: Tensor) -> bool:

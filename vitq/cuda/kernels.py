@@ -33,8 +33,8 @@ LARGEST_VALUE = 2.0**22
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
     """weight: `layout.pack_weight`; scale and zero float32 [S, N'], bias [N'], weight_fp fp16 [N', F']: see
-    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers if it has any:
-    int8 [2, N'] in the rows' order, and uint8 [K'], which of the two holds for a column."""
+    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers and offsets if it has
+    any: int8 [2, N'] in the rows' order, and uint8 [K'], which of the two holds for a column."""
 
     weight: Tensor
     bits: int
@@ -52,6 +52,7 @@ class PackedLinear:
     out_zero_point: int
     widen_rows: int
     multiplier: Tensor | None
+    offset: Tensor | None
     group: Tensor | None
 
 
@@ -77,9 +78,10 @@ class CutlassLinear:
             weight_fp = permute_rows(F.pad(weight_fp.half(), (0, -weight_fp.shape[1] % 16))).to(device)
         scalar = output is not None and not constants.to_codes
         packed = pack_weight((params.codes if bits == 4 else params.integers).detach(), bits).to(device)
-        multiplier = group = None
+        multiplier = offset = group = None
         if bits == 4 and params.weight_multiplier is not None:
-            multiplier = permute_rows(params.weight_multiplier.T).T.contiguous().to(device)
+            multiplier, offset = (None if t is None else permute_rows(t.expand(2, n).T).T.contiguous().to(device)
+                                  for t in (params.weight_multiplier, params.weight_offset))
             group = F.pad(params.column_group, (0, 2 * packed.shape[1] - k)).to(device)
         ends = params.segment_ends
         return PackedLinear(
@@ -90,7 +92,7 @@ class CutlassLinear:
             dynamic=params.input.dynamic, output=None if output is None else output.to(device),
             out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
             widen_rows=sys.maxsize if bits == 8 else 0 if group is not None else tuning.widen_rows(packed.device),
-            multiplier=multiplier, group=group)
+            multiplier=multiplier, offset=offset, group=group)
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
@@ -119,7 +121,7 @@ class CutlassLinear:
         weight, bits = packed.weight, packed.bits
         if m > packed.widen_rows:
             weight, bits = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=torch.int8, device=weight.device), 8
-            torch.ops.vitq.widen_int4(weight, packed.weight, packed.multiplier, packed.group)
+            torch.ops.vitq.widen_int4(weight, packed.weight, packed.multiplier, packed.offset, packed.group)
         sums = codes_fp = None
         if packed.zero is not None:
             sums = x.row_sums.reshape(m, -1).contiguous()

@@ -48,9 +48,9 @@ SCHEMAS = {
             "Tensor(e!)? fp_out=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
-    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier int8 [2, N'] and group uint8 [K] (0 or 1): each code times
-    # the multiplier that its row has for its column's group.
-    "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? group=None) -> ()",
+    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and offset int8 [2, N'] and group uint8 [K] (0 or 1): each
+    # code times the multiplier, plus the offset, that its row has for its column's group.
+    "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? offset=None, Tensor? group=None) -> ()",
 }
 
 _current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -171,14 +171,16 @@ def _patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: flo
         loader.check("patches", code, f"images {list(images.shape)}, patches {patch_h} x {patch_w}")
 
 
-def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, group: Tensor | None = None) -> None:
-    checks.widen_int4(out, packed, multiplier, group)
+def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, offset: Tensor | None = None,
+                group: Tensor | None = None) -> None:
+    checks.widen_int4(out, packed, multiplier, offset, group)
     if not out.numel():
         return
     rows, k = out.shape
     function = loader.library().vitq_widen_int4
     with _guard(out.device):
-        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(group), out.data_ptr(), rows, k, _stream(out.device))
+        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(offset), _pointer(group), out.data_ptr(), rows, k,
+                        _stream(out.device))
     if code:
         loader.check("widen_int4", code, f"{rows} x {k}")
 

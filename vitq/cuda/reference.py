@@ -160,7 +160,10 @@ def patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: floa
     out.copy_((torch.round(cut / torch.tensor(scale)) + zero_point).clamp(*int_range(bits)).reshape(out.shape))
 
 
-def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, group: Tensor | None = None) -> None:
-    checks.widen_int4(out, packed, multiplier, group)
+def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, offset: Tensor | None = None,
+               group: Tensor | None = None) -> None:
+    checks.widen_int4(out, packed, multiplier, offset, group)
     codes = widen(packed)
-    out.copy_(codes if multiplier is None else codes * multiplier[group.long()].T)
+    if multiplier is not None:
+        codes = codes * multiplier[group.long()].T
+    out.copy_(codes if offset is None else codes + offset[group.long()].T)

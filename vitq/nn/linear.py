@@ -24,7 +24,8 @@ class QuantLinear(PackedModule):
     Buffers: qweight (int8 [N, K], or uint8 [N, ⌈K/2⌉] packed where weight_bits <= 4), weight_scale float32 [N],
     bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With G groups of input features
     (`vitq.quantizers.grid.Division`): as segments weight_scale is [G, N], and column_order int32 [K] is the feature of each column of
-    qweight; else weight_multiplier is int8 [G, N] and column_group uint8 [K].
+    qweight; else weight_multiplier is int8 [G, N] and column_group uint8 [K]. Asymmetric weights have these too, of one group at least, and
+    weight_offset int8 [G, N].
     """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
@@ -39,9 +40,12 @@ class QuantLinear(PackedModule):
         self.register_buffer("weight_scale", torch.ones((groups, out_features) if segmented else out_features))
         if segmented:
             self.register_buffer("column_order", torch.arange(in_features, dtype=torch.int32))
-        elif groups:
-            self.register_buffer("weight_multiplier", torch.ones(groups, out_features, dtype=torch.int8))
+        self.symmetric, self.levels = spec.weight.symmetric, 0 if segmented else groups or int(not spec.weight.symmetric)
+        if self.levels:
+            self.register_buffer("weight_multiplier", torch.ones(self.levels, out_features, dtype=torch.int8))
             self.register_buffer("column_group", torch.zeros(in_features, dtype=torch.uint8))
+        if not self.symmetric:
+            self.register_buffer("weight_offset", torch.zeros(self.levels, out_features, dtype=torch.int8))
         self.too_small = spec.weight.segments != "one" and not groups
         self.register_buffer("bias", torch.zeros(out_features))
         if not self.dynamic:
@@ -56,9 +60,11 @@ class QuantLinear(PackedModule):
         self.weight_scale.copy_(params.weight_scale)
         if self.division.segmented:
             self.column_order.copy_(params.input.columns.order)
-        elif self.division.sizes:
+        if self.levels:
             self.weight_multiplier.copy_(params.weight_multiplier)
             self.column_group.copy_(params.column_group)
+        if not self.symmetric:
+            self.weight_offset.copy_(params.weight_offset)
         if params.bias is not None:
             self.bias.copy_(params.bias)
         if not self.dynamic:
@@ -85,8 +91,9 @@ class QuantLinear(PackedModule):
 
     def cases(self) -> dict[str, Any]:
         levels = {}
-        if self.division.sizes and not self.division.segmented:
-            levels = {"weight_multiplier": self.weight_multiplier, "column_group": self.column_group}
+        if self.levels:
+            levels = {"weight_multiplier": self.weight_multiplier, "column_group": self.column_group,
+                      "weight_offset": None if self.symmetric else self.weight_offset}
         params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(), **levels)
         return {"quantize": self.input_format(), "linear": LinearSpec(params, self._activation, self._output)}
 
@@ -120,7 +127,8 @@ class QuantLinear(PackedModule):
 
     def _groups(self) -> str:
         sizes = " + ".join(map(str, self.division.sizes))
-        return sizes and f", {'segments' if self.division.segmented else 'columns'} {sizes}"
+        groups = sizes and f", {'segments' if self.division.segmented else 'columns'} {sizes}"
+        return groups + ("" if self.symmetric else ", asymmetric weights")
 
 
 class QuantPatchConv(QuantLinear):

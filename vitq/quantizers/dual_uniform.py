@@ -43,9 +43,9 @@ def column_groups(weight: Tensor, outliers: int) -> Tensor:
     return groups
 
 
-def largest_multiplier(bits: int) -> int:
-    """Up to which multiplier ``code * multiplier`` is an int8 for every code of so many bits."""
-    return 127 >> (bits - 1)
+def largest_multiplier(bits: int, symmetric: bool = True) -> int:
+    """Up to which multiplier ``(code - zero_point) * multiplier`` is an int8 for every code of so many bits, and every zero point among them."""
+    return 127 >> (bits - 1) if symmetric else 127 // (2**bits - 1)
 
 
 def shares_scale(bits: int) -> bool:
@@ -53,12 +53,12 @@ def shares_scale(bits: int) -> bool:
     return largest_multiplier(bits) >= ENOUGH
 
 
-def share_scale(scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def share_scale(scale: Tensor, bits: int, symmetric: bool = True) -> tuple[Tensor, Tensor]:
     """Two scales a row, [2, N] -> one, float32 [N], and multipliers int8 [2, N] whose products come nearest, as ratios.
 
     A ratio beyond the largest multiplier keeps the larger scale, so that nothing is clipped.
     """
-    largest = largest_multiplier(bits)
+    largest = largest_multiplier(bits, symmetric)
     steps = torch.arange(1, largest + 1, device=scale.device)
     # Each ratio once, in its smallest terms.
     pairs = torch.stack(torch.meshgrid(steps, steps, indexing="ij")).flatten(1)

@@ -56,13 +56,15 @@ def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int
                        rounding: str, compensate: bool) -> tuple[Tensor, Tensor]:
     """Wqer on joint [N, D], whose first K = features columns have the grid. Returns codes int8 [N, K], and joint with these on the grid
     and the rest moved."""
-    scale, joint = grid.columns().double().expand(len(joint), features), joint.clone()
+    scale, zero = (t.double().expand(len(joint), features) for t in (grid.columns(), grid.zero_points()))
+    joint = joint.clone()
     qmin, qmax = int_range(bits)
     codes = torch.empty(scale.shape, dtype=torch.int8, device=joint.device)
     start = 0
     while start < features:
         stop = min(start + max((joint.shape[1] - start) // 2, 1), features)
-        value, step = joint[:, start:stop] / scale[:, start:stop], scale[:, start:stop]
+        step = scale[:, start:stop]
+        value = joint[:, start:stop] / step + zero[:, start:stop]
         chosen = torch.round(value).clamp(qmin, qmax)
         inner = quantized[start:stop, start:stop] / max(rows, 1)
         if rounding == "descent":
@@ -82,12 +84,12 @@ def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int
 def descend_all(joint: Tensor, codes: Tensor, grid: WeightGrid, bits: int, quantized: Tensor, rows: int) -> tuple[Tensor, Tensor]:
     """Descent over all columns of codes int8 [N, K] towards joint [N, D]; a bias is always at its best. As `quantize_by_halves` returns."""
     features = codes.shape[1]
-    step = grid.columns().double().expand(codes.shape)
+    step, zero = (t.double().expand(codes.shape) for t in (grid.columns(), grid.zero_points()))
     inner, along = quantized[:features, :features], quantized[:features, features:]
     if along.shape[1]:
         inner = inner - along @ along.T / quantized[-1, -1]
-    codes = descend(joint[:, :features] / step, codes.double(), step, inner / max(rows, 1), bits)
-    moved = torch.cat((codes * step, joint[:, features:]), 1)
+    codes = descend(joint[:, :features] / step + zero, codes.double(), step, inner / max(rows, 1), bits)
+    moved = torch.cat(((codes - zero) * step, joint[:, features:]), 1)
     if along.shape[1]:
         moved[:, features:] -= (moved[:, :features] - joint[:, :features]) @ along / quantized[-1, -1]
     return codes.to(torch.int8), moved

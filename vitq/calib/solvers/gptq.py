@@ -30,13 +30,15 @@ def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: i
                          act_order: bool = True) -> tuple[Tensor, Tensor]:
     """joint [N, D], whose first K = features columns have the grid, for inputs of this Gram matrix [D, D]. Returns codes int8 [N, K], and
     joint with these on the grid and the rest (a bias) moved to make up for them."""
-    scale, gram = grid.columns().double().expand(len(joint), features), gram.clone()
+    scale, zero = (t.double().expand(len(joint), features) for t in (grid.columns(), grid.zero_points()))
+    gram = gram.clone()
     dead = gram.diagonal() == 0  # whatever such a column holds is multiplied by 0
     gram[dead, dead] = 1.0
     order = torch.arange(len(gram), device=gram.device)
     if act_order:
         order[:features] = torch.argsort(gram.diagonal()[:features], descending=True, stable=True)
-    gram, moved, scale = gram[order][:, order], joint[:, order], scale[:, order[:features]]
+    gram, moved = gram[order][:, order], joint[:, order]
+    scale, zero = scale[:, order[:features]], zero[:, order[:features]]
     inverse = solve_ridge(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge)
     factor = torch.linalg.cholesky(0.5 * (inverse + inverse.T), upper=True)
     codes = torch.empty(len(joint), features, dtype=torch.int8, device=joint.device)
@@ -44,8 +46,8 @@ def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: i
         stop = min(start + BLOCK, features)
         errors = torch.empty(len(moved), stop - start, dtype=moved.dtype, device=moved.device)
         for column in range(start, stop):
-            codes[:, column] = quantize(moved[:, column].float(), scale[:, column].float(), 0, bits)
-            error = (moved[:, column] - codes[:, column] * scale[:, column]) / factor[column, column]
+            codes[:, column] = quantize(moved[:, column].float(), scale[:, column].float(), zero[:, column], bits)
+            error = (moved[:, column] - (codes[:, column] - zero[:, column]) * scale[:, column]) / factor[column, column]
             moved[:, column : stop] -= error[:, None] * factor[column, column : stop]
             errors[:, column - start] = error
         moved[:, stop:] -= errors @ factor[start:stop, stop:]

@@ -10,4 +10,4 @@ from vitq.quantizers.uniform import quantize
 def rtn(problem: Problem) -> Solution:
     """Each weight to the nearest code. Raises ValueError on NaN or infinity."""
     grid = weight_grid(problem.weight, problem.spec)
-    return Solution(quantize(problem.weight, grid.columns(), 0, problem.spec.bits), grid, problem.bias)
+    return Solution(quantize(problem.weight, grid.columns(), grid.zero_points(), problem.spec.bits), grid, problem.bias)

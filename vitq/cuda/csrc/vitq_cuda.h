@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 2  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 3  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -137,7 +137,7 @@ typedef struct {
 int vitq_patches(const VitqPatches* args, void* stream);
 
 // Packed int4 weight (layout.py) to int8 [rows, k] in the same row order.
-int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const uint8_t* group, int8_t* out, int64_t rows, int64_t k,
+int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group, int8_t* out, int64_t rows, int64_t k,
                     void* stream);
 
 int vitq_abi_version(void);

@@ -14,16 +14,18 @@ __device__ __forceinline__ uint32_t widen(uint32_t word) {  // low nibbles of fo
   return low | (low & 0x08080808u) * 0x1Eu;  // 8 · 30 = 0xF0: the sign fills the upper nibble, no byte carries into the next
 }
 
-// Two levels of scales: the codes of a row times one of two multipliers, by the column's group. group: 0 or 1 in four bytes.
-struct Multipliers {
-  uint32_t first, second;
+// Two levels of scales: the codes of a row times one of two multipliers, plus one of two offsets, by the column's group. group: 0 or 1 in
+// four bytes.
+struct Levels {
+  uint32_t first, second, first_offset, second_offset;
 
   // Two codes in the low nibbles of 16-bit lanes. Codes of fewer than 4 bits have multipliers of up to 63: code + 8 times that, and
-  // what takes 8 of them off again (a multiple of 256 keeps it positive), stay in their lanes.
+  // what takes 8 of them off again and adds the offset (a multiple of 256 keeps it positive), stay in their lanes.
   __device__ __forceinline__ uint32_t two(uint32_t nibbles, uint32_t group) const {
     const uint32_t u = nibbles ^ 0x00080008u, mask = group * 0xFFFFu;
     const uint32_t ones = 0x00010001u & mask, zeros = 0x00010001u & ~mask;
-    return (u & mask) * second + (u & ~mask) * first + ones * (0x400u - 8 * second) + zeros * (0x400u - 8 * first);
+    return (u & mask) * second + (u & ~mask) * first + ones * (0x400u - 8 * second + second_offset) +
+           zeros * (0x400u - 8 * first + first_offset);
   }
 
   __device__ __forceinline__ uint32_t four(uint32_t word, uint32_t group) const {
@@ -34,7 +36,7 @@ struct Multipliers {
 // 16 packed bytes, half a block of 64 k: 16 codes from the low nibbles, and 16 from the high ones 32 codes further on.
 template <bool MULTIPLIED>
 __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict__ packed, const int8_t* __restrict__ multiplier,
-                                                        const uint4* __restrict__ group, uint4* __restrict__ out, unsigned rows,
+                                                        const int8_t* __restrict__ offset, const uint4* __restrict__ group, uint4* __restrict__ out, unsigned rows,
                                                         unsigned row_vectors) {
   const unsigned vectors = rows * row_vectors, stride = gridDim.x * THREADS;
   for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < vectors; i += stride) {
@@ -44,7 +46,8 @@ __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict_
       const unsigned row = i / row_vectors, j = i - row * row_vectors;
       const uint4* groups = group + (j >> 1) * 4 + (j & 1);
       const uint4 low = __ldg(groups), high = __ldg(groups + 2);
-      const Multipliers m{uint32_t(multiplier[row]), uint32_t(multiplier[rows + row])};
+      Levels m{uint32_t(multiplier[row]), uint32_t(multiplier[rows + row]), 0, 0};
+      if (offset) m.first_offset = uint32_t(int32_t(offset[row])), m.second_offset = uint32_t(int32_t(offset[rows + row]));
       to[0] = make_uint4(m.four(v.x, low.x), m.four(v.y, low.y), m.four(v.z, low.z), m.four(v.w, low.w));
       to[2] = make_uint4(m.four(v.x >> 4, high.x), m.four(v.y >> 4, high.y), m.four(v.z >> 4, high.z), m.four(v.w >> 4, high.w));
     } else {
@@ -56,9 +59,9 @@ __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict_
 
 }  // namespace
 
-extern "C" int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const uint8_t* group, int8_t* out, int64_t rows,
-                               int64_t k, void* stream_) {
-  if (rows < 0 || k < 0 || k % 64 || (multiplier == nullptr) != (group == nullptr)) return VITQ_BAD_ARGUMENT;
+extern "C" int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group,
+                               int8_t* out, int64_t rows, int64_t k, void* stream_) {
+  if (rows < 0 || k < 0 || k % 64 || (multiplier == nullptr) != (group == nullptr) || (offset && !multiplier)) return VITQ_BAD_ARGUMENT;
   const int64_t vectors = rows * (k / 32);
   if (!vectors) return 0;
   if (!packed || !out || uintptr_t(packed) % 16 || uintptr_t(out) % 16 || uintptr_t(group) % 16) return VITQ_BAD_ARGUMENT;
@@ -66,7 +69,7 @@ extern "C" int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, 
   const auto blocks = unsigned(std::min<int64_t>((vectors + THREADS - 1) / THREADS, 1 << 20));
   const auto kernel = multiplier ? widen_kernel<true> : widen_kernel<false>;
   kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream_)>>>(
-      reinterpret_cast<const uint4*>(packed), multiplier, reinterpret_cast<const uint4*>(group), reinterpret_cast<uint4*>(out),
-      unsigned(rows), unsigned(k / 32));
+      reinterpret_cast<const uint4*>(packed), multiplier, offset, reinterpret_cast<const uint4*>(group),
+      reinterpret_cast<uint4*>(out), unsigned(rows), unsigned(k / 32));
   return cudaGetLastError();
 }
