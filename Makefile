@@ -34,7 +34,7 @@ install: $(STAMP)
 
 # An editable install: Python files and recipes are read from here; it is made again when what is compiled or required changes.
 $(STAMP): pyproject.toml setup.py vitq/cpu/build.py $(wildcard vitq/cpu/csrc/*) | $(BIN)/python
-	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[test,demo]'
+	$(BIN)/python -m pip install $(PIP_ARGS) -e '.[test,demo,glyphs]'
 	touch $@
 
 # The headers alone: what else the package depends on, building does not need.

@@ -61,7 +61,7 @@ def test_the_recipe_of_the_docs_is_one(tmp_path: Path):
 
 def test_the_readme_lists_every_recipe():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [name for name in vitq.recipes() if f"| `{name}` |" not in text] == []
+    assert [name for name in vitq.recipes() if f"| `{name.replace('-paper', '')}` |" not in text] == [] and "`erq-*-paper`" in text
 
 
 def test_links_between_pages_lead_somewhere():

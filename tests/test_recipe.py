@@ -150,11 +150,11 @@ def test_overrides_in_order_and_as_one():
 @pytest.mark.parametrize(("item", "message"), [
     ("calib_size", "override 'calib_size': give key=value"),
     ("=4", "override '=4': give key=value"),
-    ("calib_sise=4", "calib_sise: unknown key; allowed: calib_size, solver, transforms; ROLE.OPERAND.FIELD"),
+    ("calib_sise=4", "calib_sise: unknown key; allowed: calib_size, execution, solver, solver_options, transforms; ROLE.OPERAND.FIELD"),
     ("calib_sise=4", "(did you mean 'calib_size'?)"),
     ("redaction.weight.bits=4", "(did you mean 'reduction'?)"),
     ("qkv.wieght.bits=4", "(did you mean 'weight'?)"),
-    ("qkv.weight.bit=4", "weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments (did you mean 'bits'?)"),
+    ("qkv.weight.bit=4", "weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments, levels (did you mean 'bits'?)"),
     ("weight.bits=9", "weight.bits: 9; allowed: 2 to 8, or 16"),
     ("weight.bits=four", "weight.bits: 'four' is str; give an integer"),
     ("weight.bits=[", "value '[' is not YAML"),
@@ -192,7 +192,7 @@ WEIGHT, INPUT = ({"roles": ["qkv"], operand: None} for operand in ("weight", "in
     ({"calib_size": 0}, ValueError, "calib_size: 0; allowed: 1 or more samples"),
     ({"calib_size": 1.5}, TypeError, "calib_size: 1.5 is float; give an integer, at least 1"),
     ({"calib_size": True}, TypeError, "calib_size: True is bool"),
-    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, solver, solver_options, rules (did you mean 'calib_size'?)"),
+    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, solver, solver_options, execution, rules (did you mean 'calib_size'?)"),
     ({"transforms": ["layernorm_fould"]}, ValueError, "transforms[0]: 'layernorm_fould' is not known; allowed: layernorm_fold (did you mean 'layernorm_fold'?)"),
     ({"transforms": ["layernorm_fold"] * 2}, ValueError, "transforms: layernorm_fold, layernorm_fold; give each one once"),
     ({"solver": None}, TypeError, "solver: None is NoneType; give one of rtn"),
@@ -213,7 +213,7 @@ def test_top_level_messages(top, error, message):
     ({"roles": ["qkv"]}, ValueError, "rules[1]: sets nothing; give at least one of weight, input, other"),
     ({"roles": ["qkv"], "other": {"bits": 4}}, ValueError, "rules[1].other: qkv has no such operand; it has weight and input"),
     ({"weight": 4}, TypeError, "rules[1].weight: 4 is int; give a mapping such as {bits: 8}"),
-    ({"weight": {"bit": 4}}, ValueError, "rules[1].weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments (did you mean 'bits'?)"),
+    ({"weight": {"bit": 4}}, ValueError, "rules[1].weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments, levels (did you mean 'bits'?)"),
     *[({"weight": {"bits": b}}, ValueError, f"rules[1].weight.bits: {b}; allowed: 2 to 8, or 16 (left in floating point)") for b in (-4, 0, 1, 9, 15, 17, 32)],
     *[({"weight": {"bits": b}}, TypeError, f"rules[1].weight.bits: {b!r} is") for b in (True, 8.0, "8", None)],
     ({"input": {"symmetric": 1}}, TypeError, "rules[1].input.symmetric: 1 is int; give true or false"),
@@ -226,6 +226,10 @@ def test_top_level_messages(top, error, message):
     ({"roles": ["fc1"], "input": {"granularity": "per_channel"}}, ValueError, "rules[1].input.granularity: 'per_channel' for the input of fc1; allowed for static activations: per_tensor"),
     ({"roles": ["fc1"], "input": {"granularity": "per_token"}}, ValueError, "per_token needs dynamic: true"),
     ({"roles": ["fc1"], "input": {"dynamic": True, "granularity": "per_tensor"}}, ValueError, "rules[1].input.granularity: 'per_tensor' for the input of fc1; allowed for dynamic activations: per_token"),
+    ({"roles": ["fc1"], "weight": {"levels": "log_sqrt2"}}, ValueError, "rules[1].weight.levels: 'log_sqrt2' for the weight of fc1; allowed for weights: uniform"),
+    ({"roles": ["qk"], "input": {"levels": "log_sqrt2"}}, ValueError, "rules[1].input.levels: 'log_sqrt2' for the input of qk; for attention probabilities"),
+    ({"roles": ["pv"], "input": {"levels": "log_sqrt2"}}, ValueError, "its scale is static, one a tensor: add dynamic: false, granularity: per_tensor"),
+    ({"roles": ["pv"], "input": {"levels": "log_sqrt2", "dynamic": False, "granularity": "per_tensor"}}, ValueError, "or execution: simulated for the whole recipe"),
     ({"roles": ["fc1"], "input": {"dynamic": True, "symmetric": False}}, ValueError, "rules[1].input.symmetric: false for the input of fc1; allowed for dynamic activations: true"),
     ({"roles": ["qk"], "other": {"symmetric": False}}, ValueError, "rules[1].other.symmetric: false for the other of qk; allowed for attention operands: true"),
     ({"input": {"dynamic": False}}, ValueError, "rules[1].input.dynamic: false for the input of pv; attention probabilities have one dynamic scale a row: true"),
@@ -284,7 +288,18 @@ def test_file_name_serves_as_name_and_unknown_recipes_are_listed(tmp_path):
     path.write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not readable as YAML"):
         Recipe.from_yaml(path)
-    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dual-w4a4, dual-w8a8, erq-w3a3, erq-w3a4, ")):
+    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dual-w4a4, dual-w8a8, erq-w3a3, erq-w3a3-paper, erq-w3a4, ")):
         Recipe.from_yaml("w8a9")
     with pytest.raises(ValueError, match=re.escape("(did you mean 'w8a8'?)")):
         Recipe.from_yaml("w8a9")
+
+
+def test_what_is_simulated_may_hold_more() -> None:
+    paper = Recipe.from_yaml("erq-w8a8-paper")
+    assert paper.execution == "simulated" and paper.resolve("pv").input.levels == "log_sqrt2" and not paper.resolve("qkv").weight.symmetric
+    with pytest.raises(ValueError, match="allowed for weights of more than 4 bits: true"):
+        paper.with_overrides(["execution=integer"])
+    with pytest.raises(ValueError, match="execution: 'fast' is not known; allowed: integer, simulated"):
+        paper.with_overrides(["execution=fast"])
+    asymmetric = Recipe.from_yaml("w4a4").with_overrides(["qkv.weight.symmetric=false"])
+    assert not asymmetric.resolve("qkv").weight.symmetric and asymmetric.execution == "integer"

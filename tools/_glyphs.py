@@ -7,9 +7,6 @@ fixed size, distorted: turned, sheared, warped, thickened or thinned, with fragm
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import io
 import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -18,76 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from fontTools.ttLib import TTFont
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
+
+from _fonts import TEST, TILE, TRAIN, Family
 
 ARCH, MEAN, STD = "deit_small_patch16_224", 0.5, 0.25
 DEFAULTS = {"epochs": 40, "batch-size": 512, "lr": 1e-3, "drop-path": 0.05, "smoothing": 0.05}
 
-# Family -> (package, files). A name without a suffix is a module of pymupdf_fonts, which keeps fonts as Python bytes.
-STYLES = ("Regular", "Bold", "Italic", "BoldItalic")
-DEJAVU = ("", "-Bold", "-Oblique", "-BoldOblique")
-
-
-def _rendercv(folder: str, name: str, suffix: str = "ttf") -> tuple[str, list[str]]:
-    return "rendercv_fonts", [f"{folder}/{name}-{style}.{suffix}" for style in STYLES]
-
-
-TRAIN = {
-    "DejaVu Sans": ("matplotlib", [f"mpl-data/fonts/ttf/DejaVuSans{s}.ttf" for s in DEJAVU]),
-    "DejaVu Sans Mono": ("matplotlib", [f"mpl-data/fonts/ttf/DejaVuSansMono{s}.ttf" for s in DEJAVU]),
-    "DejaVu Serif": ("matplotlib", [f"mpl-data/fonts/ttf/DejaVuSerif{s}.ttf" for s in ("", "-Bold", "-Italic", "-BoldItalic")]),
-    "STIX": ("matplotlib", [f"mpl-data/fonts/ttf/STIXGeneral{s}.ttf" for s in ("", "Bol", "Italic", "BolIta")]),
-    "Gentium Book Plus": _rendercv("Gentium Book Plus", "GentiumBookPlus"),
-    "Noto Sans": _rendercv("Noto Sans", "NotoSans"),
-    "Open Sans": _rendercv("Open Sans", "OpenSans"),
-    "Raleway": _rendercv("Raleway", "Raleway"),
-    "FiraGO": ("pymupdf_fonts", [f"FiraGO_{s}" for s in STYLES]),
-    "Fira Mono": ("pymupdf_fonts", ["FiraMono_Regular", "FiraMono_Bold"]),
-    "Source Serif Pro": ("font_source_serif_pro", [f"files/SourceSerifPro-{s}.ttf" for s in ("Regular", "Bold", "It", "BoldIt")]),
-    "Manrope": ("font_manrope", [f"files/Manrope-{s}.ttf" for s in ("Light", "Regular", "Bold")]),
-}
-TEST = {
-    "EB Garamond": _rendercv("EB Garamond", "EBGaramond"),
-    "Roboto": _rendercv("Roboto", "Roboto"),
-    "Ubuntu": _rendercv("Ubuntu", "Ubuntu"),
-    "XCharter": _rendercv("XCharter", "XCharter", "otf"),
-    "Source Sans 3": _rendercv("Source Sans 3", "SourceSans3"),
-    "Cascadia Mono": ("pymupdf_fonts", [f"CascadiaMono_{s}" for s in STYLES]),
-    "Ubuntu Mono": ("pymupdf_fonts", [f"UbuntuMono_{s}" for s in STYLES]),
-}
 # ASCII, Latin-1, Latin Extended-A and B, Greek, Cyrillic, Vietnamese, punctuation, currencies.
 RANGES = ((0x21, 0x7F), (0xA1, 0x250), (0x370, 0x400), (0x400, 0x500), (0x1E00, 0x1F00), (0x2010, 0x2050), (0x20A0, 0x20C0))
 IN_TRAIN, IN_TEST = 8, 4  # families that must have a character
 ALIKE = 0.93  # overlap (of intersection to union of ink) from which on two characters look the same in a font
 ENOUGH, PACE = 0.25, 0.004  # accuracy on the last batches from which on distortion grows, by so much a step
-TILE, EM, BASELINE, SIDE = 96, 60, 68, 112  # pixels: of a rendered character; of an image
-
-
-def font_bytes(package: str, file: str) -> bytes:
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"the glyphs task needs the fonts of the package {package.replace('_', '-')}: pip install '.[glyphs]'")
-    if "." not in file:
-        return importlib.import_module(f"{package}.{file}").fontbuffer
-    return (Path(spec.submodule_search_locations[0]) / file).read_bytes()
-
-
-class Family:
-    """The styles of a family and the characters that all of them have."""
-
-    def __init__(self, package: str, files: list[str]):
-        data = [font_bytes(package, file) for file in files]
-        self.fonts = [ImageFont.truetype(io.BytesIO(d), EM, layout_engine=ImageFont.Layout.BASIC) for d in data]
-        self.has = set.intersection(*(set(TTFont(io.BytesIO(d), lazy=True).getBestCmap()) for d in data))
-
-    def draw(self, code: int, style: int = 0) -> np.ndarray:
-        """uint8 [TILE, TILE]: ink, on the base line, centred across."""
-        font, image = self.fonts[style], Image.new("L", (TILE, TILE))
-        left, _, right, _ = font.getbbox(chr(code), anchor="ls")
-        ImageDraw.Draw(image).text((TILE / 2 - (left + right) / 2, BASELINE), chr(code), 255, font=font, anchor="ls")
-        return np.asarray(image)
+SIDE = 112  # pixels: of an image
 
 
 class Glyphs:

@@ -9,20 +9,17 @@
 A row is a recipe with a method in place of the recipe's own. Each draw calibrates on other images. `drop` is the float model's top-1
 less the quantized one's, the mean over the draws; `spread` its standard deviation over the draws; the interval is a bootstrap over the
 evaluation images (95 %, scipy). Seconds and memory are those of calibrating and converting. Models run as vitq.convert makes them, in
-integers; --simulate also evaluates vitq.simulate's model, which they must reproduce. Train models for it by tools/train_demo.py --task glyphs.
+integers, but for recipes with execution: simulated, which have no size; --simulate also evaluates vitq.simulate's model, which the integer ones
+must reproduce. Train models for it by tools/train_demo.py --task glyphs.
 """
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
-import os
 import platform
 import statistics
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from scipy.stats import bootstrap
 from tqdm import tqdm
 
 import vitq
+from _memory import measured
 
 _ONE = ["weight.segments=one"]
 _DUAL = ["qkv.weight.segments=dual_uniform", "fc1.weight.segments=dual_uniform"]
@@ -71,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override every recipe, after its method")
     p.add_argument("--draws", type=int, default=5, help="calibration draws (default 5), each its own images")
     p.add_argument("--calib-size", type=int, default=32, help="images of each draw (default 32)")
+    p.add_argument("--crop-pct", type=float, help="part of the resized image that is cut out (default: the model's own)")
     p.add_argument("--limit", type=int, help="evaluate on at most so many images")
     p.add_argument("--batch-size", type=int, default=100)
     p.add_argument("--simulate", action="store_true", help="evaluate the simulated models of the first draw too")
@@ -95,6 +94,8 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("draws", "calib_size", "batch_size", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
+        raise ValueError(f"--crop-pct must be above 0 and at most 1, got {args.crop_pct}")
     recipes = rows_of(args)
     device = vitq.pick_device(args.device)
     output = args.output or Path("vitq-out") / "methods"
@@ -116,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
 def argv_of(args: argparse.Namespace) -> Iterator[str]:
     """The options that make the figures, as they would be typed."""
-    for key in ("models", "data", "recipes", "methods", "draws", "calib_size", "limit", "seed"):
+    for key in ("models", "data", "recipes", "methods", "draws", "calib_size", "crop_pct", "limit", "seed"):
         if (value := getattr(args, key)) is not None:
             yield f"--{key.replace('_', '-')} {value}"
     yield from (f"--set {value}" for value in args.set)
@@ -141,6 +142,8 @@ def rows_of(args: argparse.Namespace) -> dict[tuple[str, str], vitq.Recipe]:
 def compare(args: argparse.Namespace, loaded, recipes: dict, device: torch.device) -> dict:
     """Everything measured of one model."""
     model, config = loaded.model.to(device), vitq.data_config(loaded.model)
+    if args.crop_pct is not None:
+        config = {**config, "crop_pct": args.crop_pct}
     data = vitq.open_images(args.data, config, seed=args.seed)
     if not vitq.labels_match(loaded.class_names, model.num_classes, data):
         raise ValueError(f"the classes of {args.data} are not those of {loaded.name}: top-1 would mean nothing")
@@ -156,24 +159,26 @@ def compare(args: argparse.Namespace, loaded, recipes: dict, device: torch.devic
         for draw, images in enumerate(calib.split(args.calib_size)):
             models = {"float": model} if draw == 0 else {}
             for key, recipe in recipes.items():
-                with measured(device, cost.setdefault(" ".join(key), [])):
-                    models[" ".join(key)] = vitq.convert(model, recipe, list(images.split(args.batch_size)))
-                if args.simulate and draw == 0:
-                    models["simulated " + " ".join(key)] = vitq.simulate(model, recipe, list(images.split(args.batch_size)))
-                if draw == 0:
-                    bytes_of[" ".join(key)] = saved_bytes(models[" ".join(key)])
+                name, batches = " ".join(key), list(images.split(args.batch_size))
+                executed = recipe.execution == "integer"
+                with measured(device, cost.setdefault(name, [])):
+                    models[name] = (vitq.convert if executed else vitq.simulate)(model, recipe, batches)
+                if args.simulate and executed and draw == 0:
+                    models[f"simulated {name}"] = vitq.simulate(model, recipe, batches)
+                if executed and draw == 0:
+                    bytes_of[name] = saved_bytes(models[name])
                 bar.update()
             found = vitq.evaluate.evaluate_models(models, vitq.batches(data.eval, args.batch_size, limit=args.limit))
             for name, e in found.items():
                 right.setdefault(name, []).append(((e.logits.argmax(1) == e.labels) * 100.0).double().numpy())
     base = right["float"][0]
     whole = vitq.report.safetensors_bytes(model.state_dict())
-    rows = [row(key, base, right, cost[" ".join(key)], bytes_of[" ".join(key)] / whole, args.seed) for key in recipes]
+    rows = [row(key, base, right, cost, bytes_of, whole, args.seed) for key in recipes]
     return {"model": loaded.name, "weights": loaded.weights, "data": data.name, "images": len(base), "float": base.mean(), "rows": rows}
 
 
-def row(key: tuple[str, str], base: np.ndarray, right: dict, cost: list, size: float, seed: int) -> dict:
-    """One row's figures: accuracies in percent, seconds, MB."""
+def row(key: tuple[str, str], base: np.ndarray, right: dict, cost: dict, bytes_of: dict, whole: int, seed: int) -> dict:
+    """One row's figures: accuracies in percent, seconds, MB, and the checkpoint as a part of the float32 file (None if nothing executes)."""
     name = " ".join(key)
     drops = [float((base - r).mean()) for r in right[name]]
     each = base - np.mean(right[name], axis=0)  # of every image, over the draws
@@ -181,45 +186,9 @@ def row(key: tuple[str, str], base: np.ndarray, right: dict, cost: list, size: f
     simulated = right.get(f"simulated {name}")
     return {"recipe": key[0], "method": key[1], "top1": float(base.mean() - np.mean(drops)), "drop": float(np.mean(drops)), "drops": drops,
             "spread": statistics.stdev(drops) if len(drops) > 1 else None, "low": float(interval.low), "high": float(interval.high),
-            "seconds": statistics.median(s for s, _ in cost), "memory_mb": max(m for _, m in cost), "size": size,
+            "seconds": statistics.median(s for s, _ in cost[name]), "memory_mb": max(m for _, m in cost[name]),
+            "size": bytes_of[name] / whole if name in bytes_of else None,
             "executed_less_simulated": float((right[name][0] - simulated[0]).mean()) if simulated else None}
-
-
-@contextlib.contextmanager
-def measured(device: torch.device, into: list[tuple[float, float]]) -> Iterator[None]:
-    """Appends (seconds, MB): the time of the block, and the most memory in it beyond what was in use before."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        started = time.perf_counter()
-        yield
-        torch.cuda.synchronize(device)
-        into.append((time.perf_counter() - started, (torch.cuda.max_memory_allocated(device) - before) / 1e6))
-        return
-    peak, stop = [0.0], threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.02):
-            peak[0] = max(peak[0], resident_mb())
-
-    before, thread = resident_mb(), threading.Thread(target=watch, daemon=True)
-    thread.start()
-    started = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds = time.perf_counter() - started
-        stop.set()
-        thread.join()
-    into.append((seconds, max(peak[0], resident_mb()) - before))
-
-
-def resident_mb() -> float:
-    """Of this process; 0 where the system does not tell."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-    return 0.0
 
 
 def saved_bytes(model: torch.nn.Module) -> int:
@@ -237,7 +206,7 @@ def table(found: dict) -> tuple[list[str], list[list]]:
         part = rtn.get(r["recipe"])
         rows.append([r["recipe"], r["method"], f"{r['top1']:.2f}", f"{r['drop']:.2f}", f"{r['low']:.2f} to {r['high']:.2f}",
                      None if r["spread"] is None else f"{r['spread']:.2f}", f"{r['drop'] / part:.2f}" if part and part > 0 else None,
-                     f"{r['seconds']:.1f}", f"{r['memory_mb']:.0f}", f"{r['size']:.3f}"]
+                     f"{r['seconds']:.1f}", f"{r['memory_mb']:.0f}", None if r["size"] is None else f"{r['size']:.3f}"]
                     + simulated * [None if r["executed_less_simulated"] is None else f"{r['executed_less_simulated']:+.2f}"])
     return headers, rows
 

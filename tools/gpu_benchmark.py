@@ -28,7 +28,6 @@ import _gpu_kernels as kernels
 import _gpu_models as models
 import vitq
 from _gpu_report import GOAL_HEADERS, Goal, Results
-from vitq.models.zoo import resolve_name
 
 SECTIONS = ("gemm", "layers", "models", "small-batches", "peers")
 MODELS = ("deit_s", "deit_b", "vit_l", "swin_t", "swin_b")
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace, argv: list[str] | None) -> int:
         raise ValueError(f"unknown section {', '.join(unknown)}; there are {', '.join(SECTIONS)}")
     whole, small = names(args.models), names(args.small_models)
     for name in (*whole, *small):
-        resolve_name(name)
+        vitq.resolve_name(name)
     if not all(b.isdecimal() for b in names(args.small_batches)):
         raise ValueError(f"--small-batches must be numbers with commas in between, got {args.small_batches}")
     batches = [int(b) for b in names(args.small_batches)]

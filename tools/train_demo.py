@@ -32,7 +32,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _glyphs  # noqa: E402
 import _textiles  # noqa: E402
-from vitq.models.zoo import resolve_name  # noqa: E402
+import vitq  # noqa: E402
 
 # A task: ARCH, MEAN, STD, DEFAULTS and prepare(), which gives classes and batches.
 TASKS = {"textiles": _textiles, "glyphs": _glyphs}
@@ -179,7 +179,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, value in TASKS[a.task].DEFAULTS.items():
         if getattr(a, key := name.replace("-", "_")) is None:
             setattr(a, key, value)
-    a.arch = resolve_name(a.arch or TASKS[a.task].ARCH).partition(".")[0]
+    a.arch = vitq.resolve_name(a.arch or TASKS[a.task].ARCH).partition(".")[0]
     if a.task == "textiles" and not a.arch.startswith(("deit", "vit")):
         raise ValueError(f"textiles are taught by patch tokens, which {a.arch} does not have: take a deit or vit, or --task glyphs")
     if a.images_only and a.task != "glyphs":

@@ -17,7 +17,7 @@ _PUBLIC = {
     "Statistics": "vitq.calib.statistics",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
     "UnsupportedModelError": "vitq.models",
-    "load_model": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
+    "load_model": "vitq.models.zoo", "resolve_name": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
     "labels_match": "vitq.calib.data", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
     "compile": "vitq.graphs",

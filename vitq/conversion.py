@@ -51,6 +51,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     TypeError, naming what was given and what to do.
     """
     recipe = _recipe(recipe, calib)
+    if recipe.execution == "simulated":
+        raise ValueError(f"recipe {recipe.name!r} is for simulation: integer kernels do not compute all that it holds; vitq.simulate runs it")
     check_backend(backend)
     prepared, plan = quantize(model, recipe, calib, statistics=statistics, progress=progress)
     device = next(model.parameters()).device

@@ -60,12 +60,14 @@ class LinearParams:
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """q, k and v are static per tensor; probabilities are unsigned, each row scaled so that its maximum is the top code."""
+    """q, k and v are static per tensor; probabilities are unsigned, each row scaled so that its maximum is the top code. With p_log_scale,
+    float32 [], they have log√2 levels below it, for simulation only."""
 
     q: ActivationFormat
     k: ActivationFormat
     v: ActivationFormat
     p_bits: int
+    p_log_scale: Tensor | None = None
 
 
 @dataclass

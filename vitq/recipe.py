@@ -28,7 +28,8 @@ __all__ = ["FLOAT_BITS", "LINEAR_ROLES", "MATMUL_ROLES", "OPERANDS", "ROLES", "S
 @dataclass(frozen=True)
 class QuantSpec:
     """How one operand is quantized. ``bits`` is 2..8, or 16 for floating point (the other fields then say nothing). ``segments``: of a weight,
-    whether its input features are divided into ranges that have scales of their own, and how."""
+    whether its input features are divided into ranges that have scales of their own, and how. ``levels``: of attention probabilities, uniform, or
+    powers of √2 for simulation."""
 
     bits: int = 8
     symmetric: bool = True
@@ -36,6 +37,7 @@ class QuantSpec:
     dynamic: bool = False
     observer: str = "mse"
     segments: str = "one"
+    levels: str = "uniform"
 
     def __post_init__(self) -> None:
         checks.check_fields({f.name: getattr(self, f.name) for f in fields(self)}, "QuantSpec")
@@ -84,7 +86,8 @@ class Rule:
 @dataclass(frozen=True)
 class Recipe:
     """A named way to quantize a model. Building one checks everything that can be known without the model; a mistake is a ValueError or TypeError
-    that names the key (``rules[2].weight.bits``), what was given and what is allowed."""
+    that names the key (``rules[2].weight.bits``), what was given and what is allowed. ``execution: simulated`` allows what no integer kernel computes;
+    `vitq.simulate` runs such a recipe, `vitq.convert` refuses it."""
 
     name: str
     description: str = ""
@@ -93,10 +96,12 @@ class Recipe:
     transforms: tuple[str, ...] = ()
     solver: str = "rtn"
     solver_options: Mapping[str, Any] = field(default_factory=dict)
+    execution: str = "integer"
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.solver, self.solver_options)
+        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.solver, self.solver_options,
+                            self.execution)
         for i, rule in enumerate(checks.as_tuple(self.rules, "rules")):
             checks.check_type(rule, Rule, f"rules[{i}]", "a Rule (Recipe.from_dict takes plain mappings)")
             rule.check(f"rules[{i}]")
@@ -140,7 +145,7 @@ class Recipe:
                     spec = replace(spec, **given)
                     sources.update({(operand, key): f"rules[{i}].{operand}.{key}" for key in given})
             specs[operand] = spec
-        checks.check_layer(role if name is None else f"{name} ({role})", role, specs, sources)
+        checks.check_layer(role if name is None else f"{name} ({role})", role, specs, sources, self.execution == "simulated")
         return LayerSpec(**specs)
 
     @property

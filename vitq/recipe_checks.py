@@ -24,6 +24,8 @@ SOLVERS = tuple(SOLVER_OPTIONS)
 GRANULARITIES = ("per_tensor", "per_channel", "per_token")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEGMENTS = ("one", "dual_uniform")
+LEVELS = ("uniform", "log_sqrt2")
+EXECUTIONS = ("integer", "simulated")
 
 
 def operands(role: str) -> tuple[str, str]:
@@ -81,6 +83,7 @@ FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "dynamic": lambda value, key: check_type(value, bool, key, "true or false"),
     "observer": lambda value, key: check_choice(value, OBSERVERS, key),
     "segments": lambda value, key: check_choice(value, SEGMENTS, key),
+    "levels": lambda value, key: check_choice(value, LEVELS, key),
 }
 
 
@@ -93,8 +96,9 @@ def check_fields(given: Any, key: str) -> None:
 
 
 def check_header(name: Any, description: Any, schema: Any, calib_size: Any, transforms: Any, solver: Any,
-                 solver_options: Any) -> None:
+                 solver_options: Any, execution: Any) -> None:
     """The top-level keys of a recipe but its rules."""
+    check_choice(execution, EXECUTIONS, "execution")
     check_type(name, str, "name", "a string")
     if not name:
         raise ValueError("name: empty; give the recipe a name")
@@ -139,8 +143,9 @@ def check_rule(roles: tuple[Any, ...], names: tuple[Any, ...], given: Mapping[st
         raise ValueError(f"{key}: sets nothing; give at least one of {', '.join(OPERANDS)}")
 
 
-def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mapping[tuple[str, str], str]) -> None:
-    """The merged operands of one layer. ``sources`` says which key gave a field: (operand, field) -> 'rules[2].weight.bits'."""
+def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mapping[tuple[str, str], str], simulated: bool = False) -> None:
+    """The merged operands of one layer. ``sources`` says which key gave a field: (operand, field) -> 'rules[2].weight.bits'. ``simulated``:
+    what no integer kernel computes is allowed too."""
 
     def refuse(operand: str, name: str, allowed: str) -> None:
         where = sources.get((operand, name), f"{role}.{operand}.{name}")
@@ -157,13 +162,24 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
                 refuse(operand, "dynamic", "weights are static: false")
             if spec.granularity == "per_token":
                 refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor")
-            if not spec.symmetric and 4 < spec.bits < 16:
-                refuse(operand, "symmetric", "allowed for weights of more than 4 bits: true (code less zero point would not be an int8)")
+            if not spec.symmetric and spec.bits > 4 and not simulated:
+                refuse(operand, "symmetric", "allowed for weights of more than 4 bits: true (code less zero point would not be an int8); "
+                       "false with execution: simulated")
+            if spec.levels != "uniform":
+                refuse(operand, "levels", "allowed for weights: uniform")
             if spec.segments != "one" and role == "patch_embed":
                 refuse(operand, "segments", "pixels are quantized in their order: one")
             continue
         if spec.segments != "one":
             refuse(operand, "segments", "it divides the columns of a weight; allowed for activations: one")
+        if spec.levels == "log_sqrt2":
+            if (role, operand) != ("pv", "input"):
+                refuse(operand, "levels", "for attention probabilities (pv.input) alone; allowed: uniform")
+            if spec.dynamic or spec.granularity != "per_tensor":
+                refuse(operand, "levels", "its scale is static, one a tensor: add dynamic: false, granularity: per_tensor")
+            if not simulated:
+                refuse(operand, "levels", "no integer product multiplies such codes: uniform, or execution: simulated for the whole recipe")
+            continue
         if (role, operand) == ("pv", "input") and not spec.dynamic:
             refuse(operand, "dynamic", "attention probabilities have one dynamic scale a row: true (roles: [...] limits a rule to other layers)")
         if (role, operand) == ("pv", "other") and spec.dynamic:
@@ -172,7 +188,7 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
         if spec.granularity != wanted:
             refuse(operand, "granularity", f"allowed for {'dynamic' if spec.dynamic else 'static'} activations: {wanted}"
                    + ("" if spec.dynamic else " (per_token needs dynamic: true)"))
-        if not spec.symmetric and (spec.dynamic or role in MATMUL_ROLES):
+        if not spec.symmetric and (spec.dynamic or (role in MATMUL_ROLES and not simulated)):
             refuse(operand, "symmetric", f"allowed for {'dynamic activations' if spec.dynamic else 'attention operands'}: true")
     if role not in MATMUL_ROLES and (specs["weight"].bits == FLOAT_BITS) != (specs["input"].bits == FLOAT_BITS):
         odd, fine = ("input", "weight") if specs["input"].bits == FLOAT_BITS else ("weight", "input")

@@ -10,9 +10,9 @@ import yaml
 
 from vitq.recipe_checks import FIELD_CHECKS, LINEAR_ROLES, OPERANDS, ROLES, check_type, closest, operands
 
-TOP_LEVEL = ("calib_size", "solver", "solver_options", "transforms")
+TOP_LEVEL = ("calib_size", "execution", "solver", "solver_options", "transforms")
 KEYS = (
-    "allowed: calib_size, solver, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
+    "allowed: calib_size, execution, solver, solver_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
     "name:PATTERN.OPERAND.FIELD or name:PATTERN.bits"
 )
 
@@ -33,7 +33,7 @@ def recipe_files() -> dict[str, Path]:
     """Name -> file of each shipped recipe: the installed folder, else the one of the source tree."""
     here = Path(__file__).resolve().parent
     folder = here / "_recipes" if (here / "_recipes").is_dir() else here.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"), key=lambda path: path.stem)}
 
 
 def read_recipe(path_or_name: str | Path) -> tuple[dict[str, Any], str]:

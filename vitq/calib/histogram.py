@@ -124,6 +124,15 @@ class Histogram:
         shape = () if self.channels is None else (self.channels,)
         return lo.float().reshape(shape), hi.float().reshape(shape)
 
+    def quantile(self, p: float) -> Tensor:
+        """Of each channel, float64 [C]; see `_quantiles`."""
+        return self._quantiles(p)[1]
+
+    def middles(self) -> Tensor:
+        """Of the buckets, float64 [C, bins]."""
+        edges = self._edges()
+        return (edges[:, 1:] + edges[:, :-1]) / 2
+
     def _edges(self) -> Tensor:
         """Bucket edges [C, bins + 1], float64."""
         half = self.bins // 2

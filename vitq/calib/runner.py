@@ -136,6 +136,7 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
         observe(f"{site.qk}:input", attn.tap_q, qk.input, at_input=False)
         observe(f"{site.qk}:other", attn.tap_k, qk.other, at_input=False)
         observe(f"{site.pv}:other", attn.tap_v, pv.other, at_input=False)
+        observe(f"{site.pv}:input", attn.tap_p, pv.input, at_input=False)
 
     device = next(model.parameters()).device
     try:

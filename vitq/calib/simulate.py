@@ -15,6 +15,7 @@ from vitq.formats import ActivationFormat
 from vitq.models.sites import Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
 from vitq.quantizers.activation import fake_activation
+from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.uniform import dequantize
 
 
@@ -31,7 +32,9 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
         elif isinstance(params, AttentionParams):
             for tap, fmt in ((module.tap_q, params.q), (module.tap_k, params.k), (module.tap_v, params.v)):
                 tap.register_forward_hook(partial(_fake_output, fmt))
-            module.tap_p.register_forward_hook(partial(_fake_probabilities, params.p_bits))
+            probabilities = partial(_fake_probabilities, params.p_bits) if params.p_log_scale is None else \
+                partial(_fake_log_probabilities, params.p_log_scale, params.p_bits)
+            module.tap_p.register_forward_hook(probabilities)
     return prepared.model
 
 
@@ -43,7 +46,9 @@ def _weight(params: LinearParams) -> Tensor:
         return dequantize(params.codes, (params.weight_scale * multiplier)[group].T, zero_point[group].T)
     ends = params.segment_ends
     scales = params.weight_scale.view(len(ends), -1)
-    parts = [dequantize(params.codes[:, start:end], scale[:, None], 0) for start, end, scale in zip((0, *ends), ends, scales)]
+    zeros = (torch.zeros_like(scales) if params.weight_zero is None else params.weight_zero).view_as(scales)
+    parts = [dequantize(params.codes[:, start:end], scale[:, None], zero[:, None])
+             for start, end, scale, zero in zip((0, *ends), ends, scales, zeros)]
     weight, columns = torch.cat(parts, dim=1), params.input.columns
     return weight if columns is None else weight[:, columns.order.argsort()]
 
@@ -60,3 +65,7 @@ def _fake_probabilities(bits: int, module: nn.Module, args: tuple, output: Tenso
     """Unsigned, one scale a row: the row's maximum becomes 2^bits − 1."""
     scale = output.amax(dim=-1, keepdim=True) / (2**bits - 1)
     return torch.where(scale > 0, torch.round(output / scale) * scale, output)
+
+
+def _fake_log_probabilities(scale: Tensor, bits: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return fake_log_sqrt2(output, scale.to(output.device), bits)

@@ -62,7 +62,7 @@ def weight_grid(weight: Tensor, spec: QuantSpec) -> WeightGrid:
     group = dual_uniform.column_groups(weight, division.sizes[dual_uniform.OUTLIERS])
     scale, zero_point = map(torch.stack, zip(*(weight_range(weight[:, group == g], spec) for g in range(len(division.sizes)))))
     if division.segmented:
-        return WeightGrid(scale, group)
+        return WeightGrid(scale, group, zero_point=None if spec.symmetric else zero_point)
     shared, multiplier = dual_uniform.share_scale(scale, spec.bits, spec.symmetric)
     if spec.symmetric:
         return WeightGrid(shared, group, multiplier)
