@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--model", default="deit_s", help=f"{', '.join(vitq.ALIASES)}, or any timm name (default deit_s)")
     p.add_argument("--recipe", default="w8a8", help="a shipped recipe or a YAML file (default w8a8)")
     p.add_argument("--weights", default="auto", help="auto (default), pretrained, demo, random, or a file")
-    p.add_argument("--data", default="demo", help="demo (default), a folder of images, or hf:NAME[:SPLIT]")
+    p.add_argument("--data", default="demo", help="demo (default), a folder of images, hf:NAME[:SPLIT], or synthetic: made from the model, second best")
     p.add_argument("--calib-size", type=int, metavar="N", help="images to calibrate on (default: the recipe's)")
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a batch (default 32)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate on at most N images")
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     device = vitq.pick_device(args.device)
     output = args.output or Path("vitq-out") / f"{args.model.replace('/', '_')}-{recipe.name}"
     with writable(output):
-        loaded, data = load(args, device, console)
+        loaded, data = load(args, recipe, device, console)
         own_labels = vitq.labels_match(loaded.class_names, loaded.model.num_classes, data)
         if not own_labels and data.name == "demo":
             console.note("the demo photographs are not of this model's classes: images like the model's own calibrate "
@@ -134,7 +134,7 @@ def writable(output: Path):
         raise
 
 
-def load(args, device: torch.device, console: Console):
+def load(args, recipe, device: torch.device, console: Console):
     console.step(f"loading {args.model}, weights {args.weights}")
     try:
         loaded = vitq.load_model(args.model, args.weights, seed=args.seed)
@@ -143,7 +143,11 @@ def load(args, device: torch.device, console: Console):
     for note in loaded.notes:
         console.note(note)
     loaded.model.to(device)
-    data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable)
+    made = {}
+    if args.data == "synthetic":
+        console.step(f"optimising {recipe.calib_size} images and some to compare on, unless they are in the cache")
+        made = {"model": loaded.model, "limit": recipe.calib_size}
+    data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable, **made)
     console.result(f"model {loaded.name} ({loaded.weights}) on {device}, images from {data.name}")
     return loaded, data
 

@@ -19,7 +19,7 @@ _PUBLIC = {
     "UnsupportedModelError": "vitq.models",
     "load_model": "vitq.models.zoo", "resolve_name": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
-    "labels_match": "vitq.calib.data", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
+    "labels_match": "vitq.calib.data", "synthesize": "vitq.calib.synthetic", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
     "compile": "vitq.graphs",
     "linear_module": "vitq.conversion", "pick_device": "vitq.ops.dispatch",
 }

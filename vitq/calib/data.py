@@ -16,13 +16,14 @@ from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from vitq.calib.image_files import IMAGE_SUFFIXES, NO_LABEL, ImageFiles, Sample, walk
 
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "validation", "valid", "test", "dev")
 DEMO_CLASSES = ("global", "local", "nominal")  # sorted, as ImageFolder numbers them
+SYNTHETIC_EVAL = 16
 DEMO_TEST_COUNTS = {"nominal": 200, "local": 100, "global": 100}
 _WNID = re.compile(r"n\d{8}\Z")
 
@@ -154,10 +155,11 @@ def demo_split(root: str | os.PathLike[str] | None = None) -> dict[str, list[tup
 
 
 def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unreadable: str = "skip",
-                limit: int | None = None) -> ImageData:
+                limit: int | None = None, model: torch.nn.Module | None = None) -> ImageData:
     """Opens images for calibration and evaluation; no image is ever in both sets.
 
-    data: ``"demo"`` (the textile photographs), a folder, or ``"hf:NAME[:SPLIT]"`` (streamed). PATH/train calibrates
+    data: ``"demo"`` (the textile photographs), a folder, ``"hf:NAME[:SPLIT]"`` (streamed), or ``"synthetic"`` (made by `vitq.synthesize` from
+        ``model``: 128 images or `limit` to calibrate, 16 others to evaluate, without labels). PATH/train calibrates
         and PATH/val (validation, test) evaluates; a folder of class folders, or a flat one, is split in two by `seed`.
     data_config: what :func:`data_config` gives; the images come out as float32 ``[3, H, W]`` of its input size.
     seed: orders the calibration images (and splits an unsplit folder). The order of evaluation is fixed by a hash.
@@ -168,12 +170,14 @@ def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unread
     that this kind of data needs is missing).
     """
     if not isinstance(data, (str, os.PathLike)) or not str(data):
-        raise TypeError(f"data must be 'demo', a folder or 'hf:NAME[:SPLIT]'; got {data!r}")
+        raise TypeError(f"data must be 'demo', a folder, 'hf:NAME[:SPLIT]' or 'synthetic'; got {data!r}")
     if unreadable not in ("skip", "error"):
         raise ValueError(f"unreadable must be 'skip' or 'error'; got {unreadable!r}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1; got {limit}")
     data, transform = os.fspath(data), _make_transform(data_config)
+    if data == "synthetic":
+        return _synthetic(model, data_config, limit or 128, seed)
     if data.startswith("hf:"):
         from vitq.calib.hf_data import open_hf
 
@@ -187,7 +191,7 @@ def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unread
     else:
         root = Path(data).expanduser()
         if not root.exists():
-            raise FileNotFoundError(f"no such folder: {data}. Give 'demo', a folder of images or 'hf:NAME[:SPLIT]'")
+            raise FileNotFoundError(f"no such folder: {data}. Give 'demo', a folder of images, 'hf:NAME[:SPLIT]' or 'synthetic'")
         if not root.is_dir():
             raise ValueError(f"{data} is a file; give the folder that holds the images")
         calib, held, classes = _folder_samples(root, seed)
@@ -201,6 +205,16 @@ def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unread
         for s in sets:
             s.check()
     return ImageData(*sets, classes, data, bool(classes), skipped)
+
+
+def _synthetic(model: torch.nn.Module | None, config: dict[str, Any], count: int, seed: int) -> ImageData:
+    from vitq.calib.synthetic import synthesize
+
+    if model is None:
+        raise ValueError("synthetic images are made from a model: give model=")
+    images = synthesize(model, count + SYNTHETIC_EVAL, config, seed=seed)
+    unknown = torch.full((len(images),), NO_LABEL)
+    return ImageData(TensorDataset(images[:count], unknown[:count]), TensorDataset(images[count:], unknown[count:]), (), "synthetic", False)
 
 
 def batches(dataset: Dataset, batch_size: int, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:

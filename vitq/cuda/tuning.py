@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vitq.cache import cache_folder
 from vitq.cuda import loader
 from vitq.cuda.layout import round_up
 
@@ -191,13 +192,6 @@ def nearest(measured: dict[str, str], m: int) -> str | None:
 def shipped(gpu: str) -> dict[str, dict[str, str]]:
     """The table that comes with vitq for a GPU: case key -> rows -> configuration."""
     return json.loads(TABLE.read_text(encoding="utf-8")).get(ALIASES.get(gpu, gpu), {})
-
-
-def cache_folder() -> Path:
-    """VITQ_CACHE, or vitq in XDG_CACHE_HOME or ~/.cache."""
-    if own := os.environ.get("VITQ_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vitq"
 
 
 @functools.cache
