@@ -69,6 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override every recipe, after its method")
     p.add_argument("--draws", type=int, default=5, help="calibration draws (default 5), each its own images")
     p.add_argument("--calib-size", type=int, default=32, help="images of each draw (default 32)")
+    p.add_argument("--calib", choices=("data", "synthetic"), default="data", help="calibrate on the data's train, or on images made from the model")
     p.add_argument("--crop-pct", type=float, help="part of the resized image that is cut out (default: the model's own)")
     p.add_argument("--limit", type=int, help="evaluate on at most so many images")
     p.add_argument("--batch-size", type=int, default=100)
@@ -121,6 +122,8 @@ def argv_of(args: argparse.Namespace) -> Iterator[str]:
         if (value := getattr(args, key)) is not None:
             yield f"--{key.replace('_', '-')} {value}"
     yield from (f"--set {value}" for value in args.set)
+    if args.calib != "data":
+        yield f"--calib {args.calib}"
     if args.simulate:
         yield "--simulate"
 
@@ -147,10 +150,12 @@ def compare(args: argparse.Namespace, loaded, recipes: dict, device: torch.devic
     data = vitq.open_images(args.data, config, seed=args.seed)
     if not vitq.labels_match(loaded.class_names, model.num_classes, data):
         raise ValueError(f"the classes of {args.data} are not those of {loaded.name}: top-1 would mean nothing")
-    calib = torch.cat([x for x, _ in vitq.batches(data.calib, args.batch_size, limit=args.draws * args.calib_size)])
-    if len(calib) < args.draws * args.calib_size:
-        raise ValueError(f"{args.data} has {len(calib)} images to calibrate on; {args.draws} draws of {args.calib_size} need "
-                         f"{args.draws * args.calib_size}: lower --draws or --calib-size")
+    count = args.draws * args.calib_size
+    calib = vitq.synthesize(model, count, config, seed=args.seed) if args.calib == "synthetic" else \
+        torch.cat([x for x, _ in vitq.batches(data.calib, args.batch_size, limit=count)])
+    if len(calib) < count:
+        raise ValueError(f"{args.data} has {len(calib)} images to calibrate on; {args.draws} draws of {args.calib_size} need {count}: lower "
+                         "--draws or --calib-size")
     right: dict[str, list[np.ndarray]] = {}
     cost: dict[str, list[tuple[float, float]]] = {}
     bytes_of: dict[str, int] = {}

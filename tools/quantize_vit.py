@@ -28,6 +28,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--weights", default="auto", help="auto (default), pretrained, demo, random, or a file")
     p.add_argument("--data", default="demo", help="demo (default), a folder of images, hf:NAME[:SPLIT], or synthetic: made from the model, second best")
     p.add_argument("--calib-size", type=int, metavar="N", help="images to calibrate on (default: the recipe's)")
+    p.add_argument("--memory", type=float, default=2.0, metavar="GB", help="what a solver's Gram matrices may take at once (default 2)")
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a batch (default 32)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate on at most N images")
     p.add_argument("--unreadable", choices=("skip", "error"), default="skip", help="what to do with broken image files")
@@ -143,10 +144,9 @@ def load(args, recipe, device: torch.device, console: Console):
     for note in loaded.notes:
         console.note(note)
     loaded.model.to(device)
-    made = {}
-    if args.data == "synthetic":
+    made = {"model": loaded.model, "limit": recipe.calib_size} if args.data == "synthetic" else {}
+    if made:
         console.step(f"optimising {recipe.calib_size} images and some to compare on, unless they are in the cache")
-        made = {"model": loaded.model, "limit": recipe.calib_size}
     data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable, **made)
     console.result(f"model {loaded.name} ({loaded.weights}) on {device}, images from {data.name}")
     return loaded, data
@@ -155,7 +155,7 @@ def load(args, recipe, device: torch.device, console: Console):
 def quantize(args, recipe, loaded, data, console: Console):
     """Calibrates once. Returns the statistics (None for a dynamic recipe) and the converted model."""
     statistics = images = None
-    if recipe.needs_inputs:
+    if recipe.needs_inputs:  # which reads them more than once
         images = list(vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size))
     if recipe.is_static:
         console.step(f"calibrating on up to {recipe.calib_size} images")
@@ -163,7 +163,7 @@ def quantize(args, recipe, loaded, data, console: Console):
             batches = images or vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)
             statistics = vitq.calibrate(loaded.model, recipe, batches, progress=bar.update)
     console.step(f"converting with the recipe {recipe.name}")
-    return statistics, vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics)
+    return statistics, vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics, memory=args.memory * 1e9)
 
 
 def measure(args, report: dict, loaded, model, data, own_labels: bool, console: Console) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.choose import choose, linear_params, observed_format
-from vitq.calib.gram import gram_of
+from vitq.calib.gram import GRAM_MEMORY, gram_of
 from vitq.calib.runner import collect, limited
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
@@ -31,7 +31,7 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None,
-            backend: str = "auto", *, dtype: torch.dtype | None = None, statistics: Statistics | None = None,
+            backend: str = "auto", *, dtype: torch.dtype | None = None, statistics: Statistics | None = None, memory: float = GRAM_MEMORY,
             progress: Callable[[int], None] | None = None) -> nn.Module:
     """A new model that executes in integers; the given one is not touched.
 
@@ -43,6 +43,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
         A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then read twice.
     backend: auto (the device's own), reference, cpu or cuda.
     statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver alone.
+    memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
     dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
         Logits are float32 always.
     progress: called with the number of images of each calibration batch.
@@ -54,7 +55,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     if recipe.execution == "simulated":
         raise ValueError(f"recipe {recipe.name!r} is for simulation: integer kernels do not compute all that it holds; vitq.simulate runs it")
     check_backend(backend)
-    prepared, plan = quantize(model, recipe, calib, statistics=statistics, progress=progress)
+    prepared, plan = quantize(model, recipe, calib, statistics=statistics, memory=memory, progress=progress)
     device = next(model.parameters()).device
     check_backend(backend, device)
     dtype = float_dtype(dtype, device)
@@ -81,12 +82,14 @@ def calibrate(model: nn.Module, recipe: str | Recipe = "w8a8", calib: Iterable =
 
 
 def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *, statistics: Statistics | None = None,
-             progress: Callable[[int], None] | None = None) -> tuple[Prepared, Plan]:
+             memory: float = GRAM_MEMORY, progress: Callable[[int], None] | None = None) -> tuple[Prepared, Plan]:
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
     if (recipe.is_static and statistics is None or recipe.needs_inputs) and calib is None:
         what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}"
         raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of preprocessed image batches, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
+    if not memory > 0:
+        raise ValueError(f"memory must be a number of bytes above 0; got {memory}")
     prepared = prepare(model)
     for site in prepared.linears:
         spec = recipe.resolve(site.role, site.name)
@@ -102,7 +105,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
             data = list(limited(calib, recipe.calib_size))
     if stats is None and recipe.is_static:
         stats = collect(prepared, recipe, data, progress=progress)
-    return prepared, choose(prepared, recipe, stats, data)
+    return prepared, choose(prepared, recipe, stats, data, memory)
 
 
 def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec], *, dtype: torch.dtype, backend: str,

@@ -152,7 +152,8 @@ def test_a_checkpoint_that_differs_is_exit_code_1(folder, tmp_path, monkeypatch)
     (["--set", "head.bit=4"], "head.bit: unknown key.*bits"), (["--set", "head.weight.bits=9"], "9"), (["--calib-size", "0"], "calib_size"),
     (["--weights", "nothing.safetensors"], "no such file of weights"), (["--data", "no/such/folder"], "no such folder: no/such/folder"),
     (["--device", "nothing"], "device .nothing. cannot be used"), (["--batch-size", "0"], "--batch-size must be at least 1"),
-    (["--model", "resnet18"], "no adapter for.*ResNet"), (["--limit", "0"], "limit must be at least 1")])
+    (["--model", "resnet18"], "no adapter for.*ResNet"), (["--limit", "0"], "limit must be at least 1"),
+    (["--memory", "0"], "memory must be a number of bytes above 0")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, tmp_path):
     output = tmp_path / "o"
     code, _, err = run(*SMALL, "--weights", "random", "--data", folder, "--output", output, *args)
@@ -181,6 +182,17 @@ def test_unreadable_images_are_refused_by_flag(folder, tmp_path):
 def test_too_few_images_to_calibrate(folder, tmp_path):
     code, _, err = run(*SMALL, "--weights", "random", "--data", folder, "--output", tmp_path / "o", "--calib-size", 512)
     assert code == 2 and "12 images" in err and "needs at least 32" in err
+
+
+def test_without_images(tmp_path, monkeypatch):
+    monkeypatch.setenv("VITQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(vitq.synthesize.__kwdefaults__, "steps", 2)
+    for _ in range(2):
+        code, out, _ = run(*SMALL, "--weights", "random", "--data", "synthetic", "--output", tmp_path / "o", "--recipe", "erq-w4a4", "--memory", 0.001)
+        assert code == 0 and "no top-1, only how the two models agree" in out and "logits are bit-identical" in out
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert (report["data"], report["images"], report["calibration_images"]) == ("synthetic", 16, 8)
 
 
 def test_the_tool_is_thin():

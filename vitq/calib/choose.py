@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from vitq.calib.gram import Gram, collect_grams
+from vitq.calib.gram import GRAM_MEMORY, Gram, collect_grams
 from vitq.calib.runner import fingerprint, is_folded, specs
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
@@ -23,11 +23,12 @@ from vitq.transforms.layernorm_fold import fold
 
 
 @torch.no_grad()
-def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: Iterable | None = None) -> Plan:
+def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: Iterable | None = None,
+           memory: float = GRAM_MEMORY) -> Plan:
     """Fold, choose formats, solve. Changes `prepared.model` by the transforms only.
 
     stats may be None for a recipe with no static operand. data: the calibration images, to be iterated again, for a solver that looks
-    at the inputs. Raises ValueError naming the layer for NaN weights, and for statistics that were collected on another model or without
+    at the inputs; memory: bytes that the Gram matrices may take at once. Raises ValueError naming the layer for NaN weights, and for statistics that were collected on another model or without
     an operand that this recipe needs.
     """
     if stats is not None and stats.model != fingerprint(prepared.model):
@@ -41,7 +42,7 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     if recipe.needs_inputs and data is None:
         raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
                          "calibration images themselves, not statistics of them")
-    grams = collect_grams(prepared, formats, data, recipe.calib_size) if recipe.needs_inputs else ((name, None) for name in formats)
+    grams = collect_grams(prepared, formats, data, recipe.calib_size, memory) if recipe.needs_inputs else ((name, None) for name in formats)
     for name, gram in grams:
         try:
             plan.layers[name] = linear_params(prepared.model.get_submodule(name), plan.specs[name], recipe, formats[name], gram)

@@ -16,6 +16,8 @@ from vitq.quantizers.activation import fake_activation
 
 # Rows multiplied at once, in float64: the solvers subtract these sums from one another.
 CHUNK = 4096
+# Bytes of Gram matrices at once, where nobody says: ViT-L then takes four passes, DeiT-S one.
+GRAM_MEMORY = 2e9
 
 
 class Gram:
@@ -45,7 +47,7 @@ def gram_of(sample: Tensor, fmt: ActivationFormat) -> Gram:
 
 
 def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int,
-                  memory: float = 2e9) -> Iterator[tuple[str, Gram]]:
+                  memory: float = GRAM_MEMORY) -> Iterator[tuple[str, Gram]]:
     """The Gram matrices of the layers in `formats`, in the model's order, over at most `limit` images of `data`.
 
     The float model runs once for as many layers as have room in `memory` bytes; their matrices are the caller's to drop before the

@@ -111,11 +111,13 @@ class QuantLinear(PackedModule):
         storage = ""
         if self.weight_bits <= 4 and choice.backend != "cuda":
             storage = "packed int4 in the file, widened to int8 here"
+        held = 4 if self.weight_bits <= 4 else 8
+        stored = "" if self.weight_bits == held else f"{self.weight_bits}-bit codes are stored in {held} bits"
         undivided = "too small to divide its columns" if self.too_small else ""
         # Elsewhere the norm before writes the codes, in any order.
         floats = "its input comes as floats, since its columns have an order of their own"
         floats = floats if self.division.segmented and not self.dynamic and role in ("proj", "fc2") else ""
-        notes = [note, undivided, floats, storage, choice.reason and f"fell back: {choice.reason}",
+        notes = [note, undivided, floats, stored, storage, choice.reason and f"fell back: {choice.reason}",
                  *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
         kind = ("dynamic per token" if self.dynamic else "static per tensor") + self._groups()
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
