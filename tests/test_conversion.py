@@ -466,6 +466,13 @@ def test_half_an_attention_is_refused(model) -> None:
         convert(model, quick("w8a8", "qk.bits=16"))
 
 
+@pytest.mark.parametrize("bits, note", [(3, "3-bit codes are stored in 4 bits"), (6, "6-bit codes are stored in 8 bits"), (8, "")])
+def test_explain_says_where_storage_is_wider(bits: int, note: str) -> None:
+    rows = vitq.explain(vitq.convert(build(**DEPTH), quick("w8a8-dynamic", f"fc1.weight.bits={bits}")))
+    notes = [row.note for row in rows if row.role == "fc1"]
+    assert notes and all(("are stored in" in found) == bool(note) and note in found for found in notes)
+
+
 def test_explain_rows(model) -> None:
     rows = vitq.explain(convert(model, quick("w4a8"), backend="reference"))
     roles = {row.role for row in rows}

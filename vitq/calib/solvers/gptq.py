@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
+from vitq.formats import int_range
 from vitq.quantizers.grid import WeightGrid, weight_grid
-from vitq.quantizers.uniform import quantize
 
 # Columns whose errors are collected before the columns after them are moved, all at once.
 BLOCK = 128
@@ -41,15 +41,18 @@ def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: i
     scale, zero = scale[:, order[:features]], zero[:, order[:features]]
     inverse = solve_ridge(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge)
     factor = torch.linalg.cholesky(0.5 * (inverse + inverse.T), upper=True)
-    codes = torch.empty(len(joint), features, dtype=torch.int8, device=joint.device)
+    codes, (qmin, qmax) = torch.empty_like(scale), int_range(bits)
     for start in range(0, features, BLOCK):
         stop = min(start + BLOCK, features)
         errors = torch.empty(len(moved), stop - start, dtype=moved.dtype, device=moved.device)
         for column in range(start, stop):
-            codes[:, column] = quantize(moved[:, column].float(), scale[:, column].float(), zero[:, column], bits)
-            error = (moved[:, column] - (codes[:, column] - zero[:, column]) * scale[:, column]) / factor[column, column]
-            moved[:, column : stop] -= error[:, None] * factor[column, column : stop]
+            # Few and small operations: on a GPU their launches are the time.
+            step, shift, value = scale[:, column], zero[:, column], moved[:, column]
+            code = (value / step + shift).round_().clamp_(qmin, qmax)
+            codes[:, column] = code
+            error = (value - (code - shift) * step).div_(factor[column, column])
+            moved[:, column : stop].addr_(error, factor[column, column : stop], alpha=-1)
             errors[:, column - start] = error
         moved[:, stop:] -= errors @ factor[start:stop, stop:]
     back = torch.argsort(order)
-    return codes[:, back[:features]], moved[:, back]
+    return codes[:, back[:features]].to(torch.int8), moved[:, back]
