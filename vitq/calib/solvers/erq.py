@@ -22,7 +22,7 @@ STEPS = 100  # of the gradient rule, as in ERQ's code
 
 
 def erq(problem: Problem) -> Solution:
-    """Options: input_ridge, weight_ridge (0.01), parts of the Gram matrix's mean diagonal, or with absolute_ridge the λ that is added
+    """Options: input_ridge (0.1), weight_ridge (0.01), parts of the Gram matrix's mean diagonal, or with absolute_ridge the λ that is added
     to it; reduce_inputs (true): Aqer; columns: sequence | halves; compensate (true): move the columns that are left; rounding: descent,
     the exact descent | gradient, ERQ's rule, of halves | nearest.
 
@@ -33,7 +33,7 @@ def erq(problem: Problem) -> Solution:
     quantized, cross = (m[: joint.shape[1], : joint.shape[1]] for m in (gram.quantized, gram.cross))
     unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean())
     if options.get("reduce_inputs", True):
-        joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 0.01) * unit)
+        joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 0.1) * unit)
     grid = weight_grid(joint[:, :features].float(), problem.spec)
     rounding, compensate = options.get("rounding", "descent"), options.get("compensate", True)
     ridge = options.get("weight_ridge", 0.01) * unit
