@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from _fonts import TEST, TILE, TRAIN, Family
@@ -58,18 +59,14 @@ class Glyphs:
             where = np.ix_(np.flatnonzero(has), np.flatnonzero(has))
             both[where] += 1
             same[where] += (shared >= ALIKE * union) & (area > 0)
-        alike = 2 * same > both
-        leader = list(range(len(codes)))
-        for i, j in zip(*np.nonzero(alike)):
-            a, b = sorted((leader[i], leader[j]))
-            leader = [a if k == b else k for k in leader]
-        return {code: codes[k] for code, k in zip(codes, leader)}
+        groups = connected_components(2 * same > both, directed=False)[1].tolist()
+        return {code: codes[groups.index(group)] for code, group in zip(codes, groups)}
 
     def render(self, part: str) -> tuple[Tensor, Tensor]:
         """Every character in every family and style: ink uint8 [N, TILE, TILE], class int64 [N]; characters without ink are left out."""
         jobs = [(family, code, style) for family in self.families[part] for style in range(len(family.fonts))
                 for code in self.class_of if code in family.has]
-        with ThreadPoolExecutor() as pool:  # FreeType renders outside the interpreter's lock
+        with ThreadPoolExecutor() as pool:
             ink = torch.from_numpy(np.stack(list(pool.map(lambda job: job[0].draw(*job[1:]), jobs, chunksize=256))))
         label = torch.tensor([self.index[code] for _, code, _ in jobs])
         drawn = ink.flatten(1).amax(1) > 127
@@ -161,39 +158,36 @@ class Batches:
         return x.expand(-1, 3, -1, -1), label, None
 
 
-def write_images(folder: Path, glyphs: Glyphs, part: str, each: int, seed: int) -> list[tuple[str, int]]:
-    """`each` images of every class as folder/CLASS/NN.jpg, drawn on the CPU so that every machine writes the same; (path, class)."""
-    ink, label = glyphs.render(part)
-    sampler = Sampler(ink, label, len(glyphs.classes), seed)
-    labels = torch.arange(len(glyphs.classes)).repeat_interleave(each)
-    samples: list[tuple[str, int]] = []
+def write_images(samples: list[tuple[Path, int]], sampler: Sampler) -> None:
+    """An image of its class to each path, drawn on the CPU so that every machine writes the same."""
     with ThreadPoolExecutor() as pool:
-        for chunk in labels.split(256):
-            pixels = (sampler.images(chunk)[:, 0] * 255).round().to(torch.uint8).numpy()
-            for image, y in zip(pixels, chunk.tolist()):
-                path = folder / glyphs.classes[y] / f"{len(samples) % each:03d}.jpg"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                pool.submit(Image.fromarray(image).save, path, quality=92)
-                samples.append((str(path), y))
-    return samples
+        for start in range(0, len(samples), 256):
+            paths, labels = zip(*samples[start:start + 256])
+            pixels = (sampler.images(torch.tensor(labels))[:, 0] * 255).round().to(torch.uint8).numpy()
+            list(pool.map(_write_image, paths, pixels))  # list: a write that fails is raised here
+
+
+def _write_image(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, quality=92)
 
 
 def prepare(a: argparse.Namespace, size: int):
     """(classes, batches, held-out samples, what they are, one line for the card); writes OUTPUT/glyphs/{train,val}, where they are not
     there yet."""
     glyphs, folder = Glyphs(), a.output / "glyphs"
-    held: list[tuple[str, int]] = []
-    for part, name, each, seed in (("train", "train", 4, 1), ("test", "val", a.test_images, 2)):
+    ink, label = glyphs.render("train")
+    held: list[tuple[Path, int]] = []
+    for name, each, seed in (("train", 4, 1), ("val", a.test_images, 2)):
         each = each if not a.limit else 1
-        paths = [(folder / name / c / f"{i:03d}.jpg", y) for y, c in enumerate(glyphs.classes) for i in range(each)]
-        held = [(str(p), y) for p, y in paths] if all(p.is_file() for p, _ in paths) else \
-            write_images(folder / name, glyphs, part, each, seed)
+        held = [(folder / name / c / f"{i:03d}.jpg", y) for y, c in enumerate(glyphs.classes) for i in range(each)]
+        if not all(path.is_file() for path, _ in held):
+            write_images(held, Sampler(*((ink, label) if name == "train" else glyphs.render("test")), len(glyphs.classes), seed))
     if a.limit:
         held = held[:: max(1, len(held) // a.limit)]
-    ink, label = (t.to(a.device) for t in glyphs.render("train"))
     data = (f"{len(glyphs.class_of)} characters ({len(glyphs.classes)} classes) in {len(TRAIN)} font families from PyPI, held-out images in "
             f"{len(TEST)} others, {SIDE}x{SIDE} pixels")
-    batches = Batches(ink, label, len(glyphs.classes), size, a.batch_size, a.seed)
+    batches = Batches(ink.to(a.device), label.to(a.device), len(glyphs.classes), size, a.batch_size, a.seed)
     if a.limit:
         batches.images = a.limit
     return glyphs.classes, batches, held, "held-out images", data

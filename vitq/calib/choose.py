@@ -28,8 +28,8 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     """Fold, choose formats, solve. Changes `prepared.model` by the transforms only.
 
     stats may be None for a recipe with no static operand. data: the calibration images, to be iterated again, for a solver that looks
-    at the inputs; memory: bytes that the Gram matrices may take at once. Raises ValueError naming the layer for NaN weights, and for statistics that were collected on another model or without
-    an operand that this recipe needs.
+    at the inputs; memory: bytes that the Gram matrices may take at once. Raises ValueError naming the layer for NaN weights, and for
+    statistics that were collected on another model or without an operand that this recipe needs.
     """
     if stats is not None and stats.model != fingerprint(prepared.model):
         raise ValueError(f"these statistics were collected on another model or other weights ({stats.model}, this one is "

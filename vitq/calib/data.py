@@ -23,7 +23,7 @@ from vitq.calib.image_files import IMAGE_SUFFIXES, NO_LABEL, ImageFiles, Sample,
 TRAIN_NAMES = ("train", "training")
 EVAL_NAMES = ("val", "validation", "valid", "test", "dev")
 DEMO_CLASSES = ("global", "local", "nominal")  # sorted, as ImageFolder numbers them
-SYNTHETIC_EVAL = 16
+SYNTHETIC_EVAL = 16  # images that are made beside those to calibrate on
 DEMO_TEST_COUNTS = {"nominal": 200, "local": 100, "global": 100}
 _WNID = re.compile(r"n\d{8}\Z")
 

@@ -136,9 +136,10 @@ typedef struct {
 
 int vitq_patches(const VitqPatches* args, void* stream);
 
-// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order.
-int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group, int8_t* out, int64_t rows, int64_t k,
-                    void* stream);
+// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [2, rows] and group uint8 [k], 0 or 1: each
+// code times the multiplier, plus the offset [2, rows] if that is given too, that its row has for its column's group.
+int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group, int8_t* out,
+                    int64_t rows, int64_t k, void* stream);
 
 int vitq_abi_version(void);
 const char* vitq_error(int code);  // a few words for what a function above returned
