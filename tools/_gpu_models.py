@@ -110,6 +110,7 @@ def quantized_by_torchao(model: nn.Module, kind: str) -> nn.Module:
     else:
         config = quantization.Float8DynamicActivationFloat8WeightConfig(granularity=quantization.PerRow())
     quantization.quantize_(half, config)
+    torch._inductor.config.coordinate_descent_tuning = False  # torchao's other settings stay; this one times variants for minutes a model
     return half
 
 
