@@ -152,8 +152,8 @@ case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out
 
 def attention(b: int, n: int, h: int, d: int, *, m: int = 0, zero: tuple[int, int, int] = (0, 0, 0), p_bits: int = 8,
               bits: int = 8, out: torch.dtype = torch.float32, bias: int = 0, mask: int = 0, window: tuple[int, ...] = (),
-              spread: float = 4.0, blind: bool = False) -> dict[str, Any]:
-    """Logits of a standard deviation near `spread`, as trained ViTs have."""
+              spread: float = 4.0, blind: bool = False, each: bool = False) -> dict[str, Any]:
+    """Logits of a standard deviation near `spread`, as trained ViTs have. each: scales and zero points of its own for each head."""
     sigma = 2 ** (bits - 1) / 3.5
     qmin, qmax = int_range(bits)
 
@@ -165,9 +165,11 @@ def attention(b: int, n: int, h: int, d: int, *, m: int = 0, zero: tuple[int, in
     else:  # as one GEMM writes them
         q, k, v = torch.stack([operand(n, i) for i in range(3)], 2).unbind(2)
     queries, keys = (window[2] * window[3],) * 2 if window else (n, m or n)
+    own = [1 + i % 3 for i in range(h if each else 1)]
     result: dict[str, Any] = dict(
-        out=torch.zeros(b, n, h * d, dtype=out), q=q, k=k, v=v, logit_scale=spread / (sigma**2 * d**0.5), v_scale=1 / sigma,
-        q_zero=zero[0], v_zero=zero[2], p_bits=p_bits, window=list(window))
+        out=torch.zeros(b, n, h * d, dtype=out), q=q, k=k, v=v, logit_scale=[spread / i / (sigma**2 * d**0.5) for i in own],
+        v_scale=[i / sigma for i in own], q_zero=[zero[0] * (2 - i) for i in own], v_zero=[zero[2] - 9 * (i - 1) for i in own], p_bits=p_bits,
+        window=list(window))
     if bias:
         result["bias"] = randn(bias, queries, keys, seed=5)
         if blind:
@@ -187,6 +189,9 @@ for shape in ((2, 197, 3, 64), (3, 49, 2, 32), (1, 50, 2, 80), (2, 1, 1, 16), (1
     for zero in ((0, 0, 0), (-20, 9, 33)):
         case(f"attention {shape} zero {zero}", "attention", lambda s=shape, z=zero: attention(*s, zero=z), 0, 2e-3)
     case(f"attention {shape} codes", "attention", lambda s=shape: attention(*s, zero=(1, 2, 3), out=torch.int8), 1e-3)
+    case(f"attention {shape} each head", "attention", lambda s=shape: attention(*s, zero=(-20, 9, 33), each=True), 0, 2e-3)
+case("attention each head codes", "attention", lambda: attention(2, 197, 6, 64, each=True, out=torch.int8), 1e-3)
+case("attention each head p4", "attention", lambda: attention(2, 197, 6, 64, each=True, p_bits=4, bits=4), 0, 4e-3)
 for p_bits in (8, 7, 4):
     for bits in (8, 4):
         case(f"attention p{p_bits} a{bits}", "attention",
@@ -200,6 +205,7 @@ for n in (40, 64, 270):
     case(f"attention {n} mask", "attention", lambda n=n: attention(6, n, 2, 32, mask=3), 0, 2e-3)
     case(f"attention {n} both", "attention", lambda n=n: attention(6, n, 2, 32, bias=2, mask=2, out=torch.int8), 1e-3)
     case(f"attention {n} blind", "attention", lambda n=n: attention(2, n, 2, 32, bias=2, blind=True, zero=(3, 0, 5)), 0, 2e-3)
+    case(f"attention {n} bias, each head", "attention", lambda n=n: attention(6, n, 2, 32, zero=(7, 1, -3), bias=2, each=True), 0, 2e-3)
 case("attention cross", "attention", lambda: attention(2, 30, 2, 64, m=77, zero=(1, 0, 2)), 0, 2e-3)
 for spread in (1e-3, 100.0):
     case(f"attention spread {spread}", "attention", lambda s=spread: attention(2, 197, 2, 64, spread=s), 0, 2e-3)
@@ -208,6 +214,8 @@ for window in ((56, 56, 7, 7, 0, 0), (56, 56, 7, 7, 3, 3), (14, 14, 7, 7, 3, 3),
     for out in (torch.int8, torch.float16):
         case(f"attention window {window} {out}", "attention", lambda w=window, o=out: attention(
             2, w[0] * w[1], 3, 32, window=w, bias=3, zero=(3, -4, 5), out=o), 1e-3, 4e-3)
+    case(f"attention window {window} each head", "attention", lambda w=window: attention(
+        2, w[0] * w[1], 3, 32, window=w, bias=3, zero=(3, -4, 5), each=True), 1e-3, 4e-3)
 
 
 def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = False, norm: str = "", affine: bool = True,

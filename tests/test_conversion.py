@@ -56,6 +56,22 @@ def test_w4a4_equals_its_simulation_block_by_block(recipe: str, symmetric: bool)
         assert sqnr(y, block(x)) > 40
 
 
+def test_attention_with_scales_and_zero_points_of_each_head() -> None:
+    """q and k per head, v of all heads together, then all per head; with qk-norm, where q, k and v pass through float, too."""
+    each = ["qk.input.granularity=per_head", "qk.other.granularity=per_head", "qk.input.symmetric=false"]
+    for name, kwargs in (("deit_tiny_patch16_224", DEPTH), ("deit_tiny_patch16_224", {**DEPTH, "qk_norm": True}),
+                         ("swin_tiny_patch4_window7_224", {"depths": (1, 1, 2, 1)})):
+        model = build(name, **kwargs)
+        for changes in (each, [*each, "pv.other.granularity=per_head", "pv.other.symmetric=false"]):
+            recipe, calib = quick("w8a8", *changes), [images(model, 4, seed=2)]
+            executed = vitq.convert(model, recipe, calib, dtype=torch.float32)
+            attention = next(m for m in executed.modules() if hasattr(m, "operand_scale"))
+            assert attention.operand_scale.shape == (3, attention.num_heads) and attention.operand_scale[1].unique().numel() > 1
+            assert (attention.operand_scale[2].unique().numel() > 1) == (changes is not each)
+            assert sqnr(vitq.simulate(model, recipe, calib)(images(model)), executed(images(model))) > 35
+            assert any("static per head" in row.format for row in vitq.explain(executed))
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("role", ["qkv", "proj", "fc1", "fc2", "head"])
 def test_dual_uniform_in_any_role(role: str, bits: int) -> None:

@@ -83,13 +83,18 @@ def test_activation_format():
     assert form.zero_point.dtype == torch.int32 and int(form.zero_point) == -3
     assert ActivationFormat(8, scale=torch.tensor([0.1])).zero_point == 0
     assert ActivationFormat(8, dynamic=True).scale is None
+    each = ActivationFormat(4, scale=torch.tensor([1.0, 2.0]), zero_point=3)  # one a head
+    assert each.scale.tolist() == [1.0, 2.0] and each.zero_point.tolist() == [3, 3]
     assert ActivationFormat(8, dynamic=True, signed=False).qmax == 255
 
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"bits": 8}, "a static format needs a scale"),
     ({"bits": 8, "dynamic": True, "scale": 1.0}, "leave scale and zero_point out"),
-    ({"bits": 8, "scale": torch.ones(2)}, "static formats are per tensor"),
+    ({"bits": 8, "scale": torch.ones(2), "zero_point": torch.zeros(3, dtype=torch.int32)}, "static formats have one of each, or one a head"),
+    ({"bits": 8, "scale": torch.ones(2, 3)}, "static formats have one of each, or one a head"),
+    ({"bits": 8, "scale": torch.tensor([1.0, 0.0])}, "finite and above 0"),
+    ({"bits": 4, "scale": torch.ones(2), "zero_point": torch.tensor([0, 9])}, "zero_point = [0, 9]; 4 bits allow -8..7"),
     ({"bits": 8, "scale": float("nan")}, "finite and above 0"),
     ({"bits": 8, "scale": 0.0}, "finite and above 0"),
     ({"bits": 4, "scale": 1.0, "zero_point": 8}, "zero_point = 8; 4 bits allow -8..7"),

@@ -54,10 +54,13 @@ METHODS: dict[str, list[str]] = {
     "halves+gradient": _erq(True, "gradient", "halves") + _DUAL,
     "halves+descent": _erq(True, "descent", "halves") + _DUAL,
     "one segment": _erq(True, "descent") + _ONE,
+    "scales per head": [f"{operand}.granularity=per_head" for operand in ("qk.input", "qk.other", "pv.other")],
+    "asymmetric attention": [f"{operand}.symmetric=false" for operand in ("qk.input", "qk.other", "pv.other")],
     "dual everywhere": _DUAL + ["proj.weight.segments=dual_uniform", "fc2.weight.segments=dual_uniform"],
 }
 SETS = {"baselines": "rtn,fold,fold+gptq,recipe",
-        "ablation": "rtn,fold,fold+aqer,+dual,+rounding,+compensation,halves+gradient,halves+descent,one segment,dual everywhere"}
+        "ablation": "rtn,fold,fold+aqer,+dual,+rounding,+compensation,halves+gradient,halves+descent,one segment,dual everywhere,"
+                    "scales per head,asymmetric attention"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -111,7 +114,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"note: {note}")
         report["models"].append(compare(args, loaded, recipes, device))
         write(output, report)
-        print(vitq.report.table(*table(report["models"][-1])) + "\n", flush=True)
+        print("\n".join([vitq.report.table(*table(report["models"][-1])), *report["models"][-1]["notes"], ""]), flush=True)
     for file in ("methods.json", "methods.md", "methods.png"):
         print(f"wrote {output / file}")
 
@@ -156,30 +159,40 @@ def compare(args: argparse.Namespace, loaded, recipes: dict, device: torch.devic
     if len(calib) < count:
         raise ValueError(f"{args.data} has {len(calib)} images to calibrate on; {args.draws} draws of {args.calib_size} need {count}: lower "
                          "--draws or --calib-size")
-    right: dict[str, list[np.ndarray]] = {}
     cost: dict[str, list[tuple[float, float]]] = {}
     bytes_of: dict[str, int] = {}
-    total = args.draws * len(recipes)
-    with tqdm(desc=loaded.name, total=total, unit=" models", leave=False, disable=None) as bar:
+    models: dict[str, torch.nn.Module] = {"float": model}
+    with tqdm(desc=f"{loaded.name}, calibrating", total=args.draws * len(recipes), unit=" models", leave=False, disable=None) as bar:
         for draw, images in enumerate(calib.split(args.calib_size)):
-            models = {"float": model} if draw == 0 else {}
             for key, recipe in recipes.items():
-                name, batches = " ".join(key), list(images.split(args.batch_size))
-                executed = recipe.execution == "integer"
+                batches, executed = list(images.split(args.batch_size)), recipe.execution == "integer"
+                name, of_draw = " ".join(key), f"{' '.join(key)}, draw {draw}"
                 with measured(device, cost.setdefault(name, [])):
-                    models[name] = (vitq.convert if executed else vitq.simulate)(model, recipe, batches)
+                    models[of_draw] = (vitq.convert if executed else vitq.simulate)(model, recipe, batches)
                 if args.simulate and executed and draw == 0:
-                    models[f"simulated {name}"] = vitq.simulate(model, recipe, batches)
+                    models[f"simulated {of_draw}"] = vitq.simulate(model, recipe, batches)
                 if executed and draw == 0:
-                    bytes_of[name] = saved_bytes(models[name])
+                    bytes_of[name] = saved_bytes(models[of_draw])
                 bar.update()
-            found = vitq.evaluate.evaluate_models(models, vitq.batches(data.eval, args.batch_size, limit=args.limit))
-            for name, e in found.items():
-                right.setdefault(name, []).append(((e.logits.argmax(1) == e.labels) * 100.0).double().numpy())
+    # All at once, so that each image is decoded once.
+    with tqdm(desc=f"{loaded.name}, evaluating", unit=" images", leave=False, disable=None) as bar:
+        found = vitq.evaluate.evaluate_models(models, vitq.batches(data.eval, args.batch_size, limit=args.limit), progress=bar.update)
+    right: dict[str, list[np.ndarray]] = {}
+    for key, e in found.items():
+        right.setdefault(key.rpartition(", draw ")[0] or key, []).append(((e.logits.argmax(1) == e.labels) * 100.0).double().numpy())
     base = right["float"][0]
     whole = vitq.report.safetensors_bytes(model.state_dict())
     rows = [row(key, base, right, cost, bytes_of, whole, args.seed) for key in recipes]
-    return {"model": loaded.name, "weights": loaded.weights, "data": data.name, "images": len(base), "float": base.mean(), "rows": rows}
+    notes = sorted({note for (name, _), recipe in recipes.items() if (note := attention_note(name, recipe))})
+    return {"model": loaded.name, "weights": loaded.weights, "data": data.name, "images": len(base), "float": base.mean(), "rows": rows, "notes": notes}
+
+
+def attention_note(name: str, recipe: vitq.Recipe) -> str | None:
+    """What the matmuls of attention run in, where that is not what the recipe's name says of activations."""
+    qk, pv = recipe.resolve("qk"), recipe.resolve("pv")
+    if recipe.execution != "integer" or qk.is_float or qk.input.bits == pv.input.bits:
+        return None
+    return f"{name}: q, k and v have {qk.input.bits} bits in int8 storage; probabilities are unsigned, {pv.input.bits} bits, uniform, a scale for each row"
 
 
 def row(key: tuple[str, str], base: np.ndarray, right: dict, cost: dict, bytes_of: dict, whole: int, seed: int) -> dict:
@@ -220,7 +233,8 @@ def write(output: Path, report: dict) -> None:
     vitq.report.write_json(output / "methods.json", report)
     parts = [f"{report['machine']}, {report['date']}: `{report['command']}`"]
     for found in report["models"]:
-        parts.append(f"### {found['model']}, {found['images']} images\n\n" + vitq.report.markdown_table(*table(found)))
+        parts.append(f"### {found['model']}, {found['images']} images\n\n" + vitq.report.markdown_table(*table(found)) + "".join(
+            f"\n{note}.\n" for note in found["notes"]))
     (output / "methods.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     vitq.report.plot_drops(output / "methods.png", report["models"])
 

@@ -133,8 +133,8 @@ class Columns:
 class ActivationFormat:
     """How one activation operand is quantized, once chosen. Simulation and executed modules both read this.
 
-    static: ``scale`` and ``zero_point`` are given (numbers or 0-d tensors) and kept as 0-d float32 and 0-d int32 tensors. dynamic: one
-    symmetric scale a token, found at run time, so both are None. ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
+    static: ``scale`` and ``zero_point`` are given (numbers or 0-d tensors; [H] where each attention head has its own) and kept as float32 and
+    int32 tensors of one shape, 0-d or [H]. dynamic: one symmetric scale a token, found at run time, so both are None. ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
     ``columns`` is None where the codes are the features in order.
     """
 
@@ -155,17 +155,18 @@ class ActivationFormat:
             raise ValueError("ActivationFormat: a static format needs a scale; calibrate, or choose dynamic=True")
         scale = torch.as_tensor(self.scale).detach().to(torch.float32)
         zero_point = torch.as_tensor(0 if self.zero_point is None else self.zero_point).detach()
-        if scale.numel() != 1 or zero_point.numel() != 1:
-            raise ValueError(f"ActivationFormat: scale has {scale.numel()} and zero_point {zero_point.numel()} elements; static formats are per tensor")
+        shape = () if max(scale.numel(), zero_point.numel()) == 1 else (max(scale.numel(), zero_point.numel()),)
+        if {scale.numel(), zero_point.numel()} - {1, *shape} or max(scale.dim(), zero_point.dim()) > 1:
+            raise ValueError(f"ActivationFormat: scale has shape {list(scale.shape)} and zero_point {list(zero_point.shape)}; static formats have "
+                             "one of each, or one a head")
         if not (torch.isfinite(scale).all() and (scale > 0).all()):
-            raise ValueError(f"ActivationFormat: scale = {scale.item()}; it must be finite and above 0")
+            raise ValueError(f"ActivationFormat: scale = {scale.tolist()}; it must be finite and above 0")
         if zero_point.is_floating_point():
             raise TypeError(f"ActivationFormat: zero_point is {zero_point.dtype}; give an integer")
-        zero = int(zero_point.item())
-        if not self.qmin <= zero <= self.qmax:
-            raise ValueError(f"ActivationFormat: zero_point = {zero}; {self.bits} bits allow {self.qmin}..{self.qmax}")
-        object.__setattr__(self, "scale", scale.reshape(()))
-        object.__setattr__(self, "zero_point", zero_point.to(torch.int32).reshape(()))
+        if not (zero_point.ge(self.qmin) & zero_point.le(self.qmax)).all():
+            raise ValueError(f"ActivationFormat: zero_point = {zero_point.tolist()}; {self.bits} bits allow {self.qmin}..{self.qmax}")
+        object.__setattr__(self, "scale", scale.reshape(-1).expand(shape or 1).clone().reshape(shape))
+        object.__setattr__(self, "zero_point", zero_point.to(torch.int32).reshape(-1).expand(shape or 1).clone().reshape(shape))
 
     @property
     def qmin(self) -> int:

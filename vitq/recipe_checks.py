@@ -21,7 +21,7 @@ SOLVER_OPTIONS: dict[str, dict[str, Any]] = {
             "columns": ("sequence", "halves"), "rounding": ("nearest", "gradient", "descent")},
 }
 SOLVERS = tuple(SOLVER_OPTIONS)
-GRANULARITIES = ("per_tensor", "per_channel", "per_token")
+GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_head")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEGMENTS = ("one", "dual_uniform")
 LEVELS = ("uniform", "log_sqrt2")
@@ -160,7 +160,7 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
         if operand == "weight":
             if spec.dynamic:
                 refuse(operand, "dynamic", "weights are static: false")
-            if spec.granularity == "per_token":
+            if spec.granularity in ("per_token", "per_head"):
                 refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor")
             if not spec.symmetric and spec.bits > 4 and not simulated:
                 refuse(operand, "symmetric", "allowed for weights of more than 4 bits: true (code less zero point would not be an int8); "
@@ -184,12 +184,12 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
             refuse(operand, "dynamic", "attention probabilities have one dynamic scale a row: true (roles: [...] limits a rule to other layers)")
         if (role, operand) == ("pv", "other") and spec.dynamic:
             refuse(operand, "dynamic", "the tokens of v are summed over, so one scale a token cannot be applied: false")
-        wanted = "per_token" if spec.dynamic else "per_tensor"
-        if spec.granularity != wanted:
-            refuse(operand, "granularity", f"allowed for {'dynamic' if spec.dynamic else 'static'} activations: {wanted}"
-                   + ("" if spec.dynamic else " (per_token needs dynamic: true)"))
-        if not spec.symmetric and (spec.dynamic or (role in MATMUL_ROLES and not simulated)):
-            refuse(operand, "symmetric", f"allowed for {'dynamic activations' if spec.dynamic else 'attention operands'}: true")
+        wanted = ("per_token",) if spec.dynamic else ("per_tensor", "per_head") if role in MATMUL_ROLES else ("per_tensor",)
+        if spec.granularity not in wanted:
+            what = "dynamic activations" if spec.dynamic else "q, k and v" if role in MATMUL_ROLES else "static activations"
+            refuse(operand, "granularity", f"allowed for {what}: {', '.join(wanted)}" + ("" if spec.dynamic else " (per_token needs dynamic: true)"))
+        if not spec.symmetric and spec.dynamic:
+            refuse(operand, "symmetric", "allowed for dynamic activations: true")
     if role not in MATMUL_ROLES and (specs["weight"].bits == FLOAT_BITS) != (specs["input"].bits == FLOAT_BITS):
         odd, fine = ("input", "weight") if specs["input"].bits == FLOAT_BITS else ("weight", "input")
         refuse(odd, "bits", f"its {fine} has {specs[fine].bits}, and a layer with one operand in floating point is not executed yet; "

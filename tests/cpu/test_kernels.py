@@ -175,10 +175,19 @@ def make_qkv(batch, tokens, heads, dim, seed=0):
     return qkv.unbind(2)
 
 
+def each_head(value):
+    """A number, or one a head, as float64 [1 or H, 1, 1] of its float32."""
+    return torch.as_tensor(value, dtype=torch.float32).double().reshape(-1, 1, 1)
+
+
+def listed(value):
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
 def reference(q, k, v, *, qk_scale, v_scale, zq=0, zk=0, zv=0, p_bits=8, bias=None, mask=None):
-    """The kernel's formula in float64: output [B, N, H * D], codes and exp sums [B, H, N, ...]."""
-    q, k, v = ((t.double() - z).transpose(1, 2) for t, z in ((q, zq), (k, zk), (v, zv)))
-    logits = q @ k.mT * float32(qk_scale)
+    """The kernel's formula in float64: output [B, N, H * D], codes and exp sums [B, H, N, ...]. Scales and zero points: one, or one a head."""
+    q, k, v = (t.double().transpose(1, 2) - each_head(z) for t, z in ((q, zq), (k, zk), (v, zv)))
+    logits = q @ k.mT * each_head(qk_scale)
     if bias is not None:
         logits = logits + bias.double()
     if mask is not None:
@@ -187,7 +196,7 @@ def reference(q, k, v, *, qk_scale, v_scale, zq=0, zk=0, zv=0, p_bits=8, bias=No
     e = torch.where(top.isneginf(), 0.0, torch.exp(logits - top))
     levels = 2**p_bits - 1
     codes, total = torch.round(e * levels), e.sum(-1, keepdim=True)
-    out = torch.where(total > 0, codes @ v * float32(v_scale) / (levels * total), 0.0)
+    out = torch.where(total > 0, codes @ v * each_head(v_scale) / (levels * total), 0.0)
     return out.transpose(1, 2).flatten(2), codes, total
 
 
@@ -199,7 +208,7 @@ def read_codes(q, k, total, p_bits=8, **options):
         count = min(dim, tokens - first)
         v = torch.zeros(batch, tokens, heads, dim, dtype=torch.int8)
         v[:, first : first + count, :, :count] = torch.eye(count, dtype=torch.int8)[None, :, None]
-        out = kernels.attention_int8(q, k, v, v_scale=1.0, p_bits=p_bits, **options)
+        out = kernels.attention_int8(q, k, v, v_scale=[1.0], p_bits=p_bits, **options)
         parts.append(out.unflatten(2, (heads, dim)).transpose(1, 2)[..., :count])
     exact = torch.cat(parts, -1).double() * (2**p_bits - 1) * total
     codes = exact.round()
@@ -208,7 +217,7 @@ def read_codes(q, k, total, p_bits=8, **options):
 
 
 def kernel_options(qk_scale, zq=0, zk=0, **others):
-    return dict(qk_scale=qk_scale, q_zero_point=zq, k_zero_point=zk, **others)
+    return dict(logit_scale=listed(qk_scale), q_zero=listed(zq), k_zero=listed(zk), **others)
 
 
 def check_attention(q, k, v, *, qk_scale, v_scale=0.02, zq=0, zk=0, zv=0, p_bits=8, bias=None, mask=None):
@@ -219,8 +228,8 @@ def check_attention(q, k, v, *, qk_scale, v_scale=0.02, zq=0, zk=0, zv=0, p_bits
     )
     actual = read_codes(q, k, total, **options)
     assert_nearly_all_equal(actual, codes)
-    out = kernels.attention_int8(q, k, v, v_scale=v_scale, v_zero_point=zv, **options)
-    numerator = actual @ (v.double() - zv).transpose(1, 2) * float32(v_scale)
+    out = kernels.attention_int8(q, k, v, v_scale=listed(v_scale), v_zero=listed(zv), **options)
+    numerator = actual @ (v.double().transpose(1, 2) - each_head(zv)) * each_head(v_scale)
     expected = torch.where(total > 0, numerator / ((2**p_bits - 1) * total), 0.0).transpose(1, 2).flatten(2)
     torch.testing.assert_close(out.double(), expected, rtol=3e-6, atol=1e-12)
 
@@ -244,6 +253,11 @@ def test_attention_zero_points(zq, zk, zv):
     check_attention(q, k, v, qk_scale=2e-4, zq=zq, zk=zk, zv=zv)
 
 
+def test_attention_scales_and_zero_points_of_each_head():
+    q, k, v = make_qkv(2, 50, 3, 32)
+    check_attention(q, k, v, qk_scale=[2e-4, 1e-3, 5e-5], v_scale=[0.02, 0.5, 0.001], zq=[5, 0, -128], zk=[0, 127, -3], zv=[-7, 31, 0])
+
+
 @pytest.mark.parametrize("p_bits", range(2, 9))
 def test_attention_probability_bits(p_bits):
     q, k, v = make_qkv(1, 65, 2, 64)
@@ -265,7 +279,7 @@ def test_attention_rows_without_a_key_give_zeros():
     mask = torch.zeros(1, 20, 20)
     mask[0, 3] = -math.inf
     mask[0, 4, 1:] = -math.inf
-    out = kernels.attention_int8(q, k, v, qk_scale=1e-3, v_scale=0.5, v_zero_point=9, mask=mask)
+    out = kernels.attention_int8(q, k, v, logit_scale=[1e-3], v_scale=[0.5], v_zero=[9], mask=mask)
     assert out.isfinite().all()
     assert (out[:, 3] == 0).all()
     torch.testing.assert_close(out[:, 4], (v[:, 0].float() - 9).flatten(1) * 0.5)
@@ -275,28 +289,28 @@ def test_attention_rows_without_a_key_give_zeros():
 def test_attention_bias_may_be_expanded_over_heads():
     q, k, v = make_qkv(2, 20, 3, 16)
     bias = torch.randn(1, 20, 20, generator=random(6)).expand(3, -1, -1)
-    out = kernels.attention_int8(q, k, v, qk_scale=1e-3, v_scale=0.02, bias=bias)
-    assert torch.equal(out, kernels.attention_int8(q, k, v, qk_scale=1e-3, v_scale=0.02, bias=bias.contiguous()))
+    out = kernels.attention_int8(q, k, v, logit_scale=[1e-3], v_scale=[0.02], bias=bias)
+    assert torch.equal(out, kernels.attention_int8(q, k, v, logit_scale=[1e-3], v_scale=[0.02], bias=bias.contiguous()))
 
 
 def test_attention_with_equal_logits_averages_the_values_exactly():
     q, k, v = make_qkv(2, 577, 2, 64)
-    out = kernels.attention_int8(q, k, v, qk_scale=0.0, v_scale=1.0, v_zero_point=-128)
+    out = kernels.attention_int8(q, k, v, logit_scale=[0.0], v_scale=[1.0], v_zero=[-128])
     mean = (v.double() + 128).mean(1, keepdim=True).flatten(2).expand(-1, 577, -1)
     torch.testing.assert_close(out.double(), mean, rtol=1e-6, atol=0)
 
 
 def test_attention_of_extreme_codes_does_not_overflow():
     q = torch.full((1, 2000, 1, 256), -128, dtype=torch.int8)
-    zero_points = dict(q_zero_point=127, k_zero_point=127, v_zero_point=127)
-    out = kernels.attention_int8(q, q, q, qk_scale=1e-3, v_scale=1.0, **zero_points)
+    zero_points = dict(q_zero=[127], k_zero=[127], v_zero=[127])
+    out = kernels.attention_int8(q, q, q, logit_scale=[1e-3], v_scale=[1.0], **zero_points)
     torch.testing.assert_close(out, torch.full((1, 2000, 256), -255.0))
 
 
 @pytest.mark.parametrize("scale", [3e-4, 0.5])
 def test_attention_near_float_attention(scale):
     q, k, v = make_qkv(2, 197, 3, 64)
-    out = kernels.attention_int8(q, k, v, qk_scale=scale, v_scale=0.02)
+    out = kernels.attention_int8(q, k, v, logit_scale=[scale], v_scale=[0.02])
     qd, kd, vd = (t.double().transpose(1, 2) for t in (q, k, v))
     expected = F.scaled_dot_product_attention(qd, kd, vd * 0.02, scale=scale).transpose(1, 2).flatten(2)
     assert (out - expected).norm() < 0.01 * expected.norm()
@@ -304,7 +318,7 @@ def test_attention_near_float_attention(scale):
 
 def test_attention_output_kinds_agree():
     q, k, v = make_qkv(2, 50, 3, 48)
-    options = dict(qk_scale=3e-4, v_scale=0.02, v_zero_point=4)
+    options = dict(logit_scale=[3e-4], v_scale=[0.02], v_zero=[4])
     out = kernels.attention_int8(q, k, v, **options)
     halves = kernels.attention_int8(q, k, v, out_dtype=torch.bfloat16, **options)
     assert torch.equal(halves, out.bfloat16())
@@ -317,11 +331,11 @@ def test_attention_output_kinds_agree():
 
 def test_attention_takes_any_batch_token_and_head_strides():
     q, k, v = make_qkv(2, 33, 3, 32)
-    expected = kernels.attention_int8(q, k, v, qk_scale=3e-4, v_scale=0.02)
+    expected = kernels.attention_int8(q, k, v, logit_scale=[3e-4], v_scale=[0.02])
     contiguous = [t.contiguous() for t in (q, k, v)]
-    assert torch.equal(expected, kernels.attention_int8(*contiguous, qk_scale=3e-4, v_scale=0.02))
+    assert torch.equal(expected, kernels.attention_int8(*contiguous, logit_scale=[3e-4], v_scale=[0.02]))
     heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
-    assert torch.equal(expected, kernels.attention_int8(*heads_first, qk_scale=3e-4, v_scale=0.02))
+    assert torch.equal(expected, kernels.attention_int8(*heads_first, logit_scale=[3e-4], v_scale=[0.02]))
 
 
 def test_exponential():
@@ -343,8 +357,8 @@ def run_all(batch):
     q, k, v = make_qkv(batch, 197, 3, 64)
     x = torch.randn(400, 384, generator=random(7))
     return [
-        kernels.attention_int8(q, k, v, qk_scale=3e-4, v_scale=0.02),
-        kernels.attention_int8(q, k, v, qk_scale=3e-4, v_scale=0.02, out_scale=0.01),
+        kernels.attention_int8(q, k, v, logit_scale=[3e-4], v_scale=[0.02]),
+        kernels.attention_int8(q, k, v, logit_scale=[3e-4], v_scale=[0.02], out_scale=0.01),
         *kernels.layer_norm_quantize(x, None, None, 1e-6, None, 0, -128, 127),
         *kernels.quantize_rows(x, None, 0, -128, 127),
     ]
@@ -376,7 +390,7 @@ def test_uses_the_threads_of_torch(threads):
         assert pool - before == {threads} - 1, (before, pool)
         q = torch.zeros(4, 197, 4, 64, dtype=torch.int8)
         for _ in range(3):
-            kernels.attention_int8(q, q, q, qk_scale=1.0, v_scale=1.0)
+            kernels.attention_int8(q, q, q, logit_scale=[1.0], v_scale=[1.0])
             kernels.quantize_rows(torch.randn(1000, 1000), 0.1, 0, -128, 127)
             kernels.layer_norm_quantize(torch.randn(1000, 1000), None, None, 1e-6, 0.1, 0, -128, 127)
         assert tasks() == pool, (pool, tasks())
@@ -400,7 +414,7 @@ def test_empty_inputs():
     codes, _ = kernels.layer_norm_quantize(torch.empty(2, 0, 8), None, None, 1e-6, 0.1, 0, -128, 127)
     assert codes.shape == (2, 0, 8)
     q = torch.empty(0, 5, 2, 16, dtype=torch.int8)
-    assert kernels.attention_int8(q, q, q, qk_scale=1.0, v_scale=1.0).shape == (0, 5, 32)
+    assert kernels.attention_int8(q, q, q, logit_scale=[1.0], v_scale=[1.0]).shape == (0, 5, 32)
 
 
 @pytest.mark.parametrize(
@@ -446,8 +460,9 @@ def test_layer_norm_names_the_bad_argument(changes, error, message):
         ({"k": torch.zeros(4, 6, 2, 16, dtype=torch.int8)}, ValueError, "k must be"),
         ({"v": torch.zeros(4, 5, 16, 2, dtype=torch.int8).transpose(2, 3)}, ValueError, "v's last dimension"),
         ({"p_bits": 9}, ValueError, "p_bits"),
-        ({"k_zero_point": 200}, ValueError, "k_zero_point"),
-        ({"qk_scale": math.inf}, ValueError, "qk_scale"),
+        ({"k_zero": [200]}, ValueError, "k_zero"),
+        ({"logit_scale": [math.inf]}, ValueError, "logit_scale"),
+        ({"v_scale": [1.0, 2.0, 3.0]}, ValueError, "v_scale must be one number, or one for each"),
         ({"bias": torch.zeros(5, 5)}, ValueError, "bias must have shape"),
         ({"bias": torch.zeros(3, 5, 5)}, ValueError, "bias must have shape"),
         ({"bias": torch.zeros(2, 5, 5).mT}, ValueError, "bias must be contiguous"),
@@ -460,7 +475,7 @@ def test_layer_norm_names_the_bad_argument(changes, error, message):
 )
 def test_attention_names_the_bad_argument(changes, error, message):
     zeros = torch.zeros(4, 5, 2, 16, dtype=torch.int8)
-    arguments = dict(q=zeros, k=zeros, v=zeros, qk_scale=1.0, v_scale=1.0) | changes
+    arguments = dict(q=zeros, k=zeros, v=zeros, logit_scale=[1.0], v_scale=[1.0]) | changes
     with pytest.raises(error, match=message):
         kernels.attention_int8(arguments.pop("q"), arguments.pop("k"), arguments.pop("v"), **arguments)
 
@@ -468,7 +483,7 @@ def test_attention_names_the_bad_argument(changes, error, message):
 def test_attention_refuses_too_large_heads():
     q = torch.zeros(1, 2, 1, 257, dtype=torch.int8)
     with pytest.raises(ValueError, match="head size"):
-        kernels.attention_int8(q, q, q, qk_scale=1.0, v_scale=1.0)
+        kernels.attention_int8(q, q, q, logit_scale=[1.0], v_scale=[1.0])
 
 
 def test_a_missing_library_says_what_to_do(monkeypatch):

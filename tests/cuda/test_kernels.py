@@ -323,11 +323,12 @@ def test_int4_weights_stay_packed(bits):
 
 # attention -----------------------------------------------------------------------------------------------------------
 
-def attention_case(b, n, h, d, zero=(0, 0, 0), p_bits=8, output=None, bits=8, spread=4.0):
-    """Logits of a standard deviation near `spread`, as trained ViTs have."""
+def attention_case(b, n, h, d, zero=(0, 0, 0), p_bits=8, output=None, bits=8, spread=4.0, each=False):
+    """Logits of a standard deviation near `spread`, as trained ViTs have. each: scales and zero points of its own for each head."""
     sigma = 2 ** (bits - 1) / 3.5
     scale = spread**0.5 / (sigma * d**0.25)
-    formats = [ActivationFormat(bits, scale=scale * d**0.25, zero_point=z) for z in zero]
+    own = torch.arange(h) % 3 if each else torch.tensor(0)
+    formats = [ActivationFormat(bits, scale=scale * d**0.25 / (1 + 0.3 * own), zero_point=z - own) for z in zero]
     params = AttentionParams(*formats, p_bits=p_bits)
     qmin, qmax = int_range(bits)
     qkv = (torch.randn(b, n, 3, h, d) * sigma + torch.tensor(zero, dtype=torch.float32)[:, None, None]).round()
@@ -347,7 +348,7 @@ def check_attention(spec, qkv, dtype=torch.float32, bias=None, mask=None):
     error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30)
     assert error < {torch.float32: 1e-4, torch.float16: 5e-4, torch.bfloat16: 4e-3}[dtype]
     if dtype == torch.float32:
-        step = 2 * float(spec.params.v.scale) * 2 ** spec.params.v.bits / (2**spec.params.p_bits - 1)
+        step = 2 * float(spec.params.v.scale.max()) * 2 ** spec.params.v.bits / (2**spec.params.p_bits - 1)
         off = (got - want).abs() > 1e-5 * want.abs() + 1e-6
         assert off.float().mean() <= 1e-2 and (got - want).abs().max() <= step
     return got, want
@@ -360,6 +361,15 @@ def check_attention(spec, qkv, dtype=torch.float32, bias=None, mask=None):
 def test_attention(shape, zero):
     torch.manual_seed(0)
     check_attention(*attention_case(*shape, zero=zero))
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", [(2, 50, 3, 32), (1, 270, 4, 64)], ids=str)
+def test_attention_with_scales_of_each_head(shape):
+    torch.manual_seed(0)
+    spec, qkv = attention_case(*shape, zero=(11, -5, 9), each=True)
+    check_attention(spec, qkv)
+    check_attention(spec, qkv, bias=torch.randn(shape[2], shape[1], shape[1]))
 
 
 @on_gpu
@@ -711,7 +721,7 @@ def test_the_command_line_report():
 @pytest.mark.skipif(not HAS_TRITON or INTERPRETED or torch.cuda.is_available(), reason="triton without a GPU only")
 def test_under_the_interpreter():
     """A few of the GPU tests on the CPU, so that a machine without a GPU still checks the arithmetic."""
-    names = "unpack or ties or extremes or unsigned or chunks or masked_everywhere or attention_to_codes or residual"
+    names = "unpack or ties or extremes or unsigned or chunks or masked_everywhere or attention_to_codes or of_each_head or residual"
     # without the conftest, which skips every gpu test where there is no GPU
     command = [sys.executable, "-m", "pytest", "-q", "-x", "--noconftest", "-p", "no:cacheprovider", "-m", "gpu", "-k", names]
     done = subprocess.run([*command, __file__], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True,

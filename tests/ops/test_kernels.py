@@ -222,7 +222,7 @@ def test_layer_norm(kernel, output: ActivationFormat) -> None:
 def exact_attention(q, k, v, spec: AttentionSpec, bias=None, mask=None) -> torch.Tensor:
     """float64, the probabilities not quantized: [B, N, H·D]."""
     p = spec.params
-    q, k, v = ((t.double() - f.zero_point) * f.scale.double() for t, f in ((q, p.q), (k, p.k), (v, p.v)))
+    q, k, v = ((t.double() - f.zero_point.view(-1, 1)) * f.scale.double().view(-1, 1) for t, f in ((q, p.q), (k, p.k), (v, p.v)))
     logits = torch.einsum("bnhd,bmhd->bhnm", q, k) * spec.scale
     if bias is not None:
         logits = logits + bias.double()
@@ -231,11 +231,17 @@ def exact_attention(q, k, v, spec: AttentionSpec, bias=None, mask=None) -> torch
     return torch.einsum("bhnm,bmhd->bnhd", logits.softmax(-1), v).flatten(2)
 
 
+ONE_FORMAT = (ActivationFormat(8, scale=0.02, zero_point=9), ActivationFormat(8, scale=0.02, zero_point=-4),
+              ActivationFormat(8, scale=0.01, zero_point=3))
+EACH_HEAD = (ActivationFormat(8, scale=torch.tensor([0.02, 0.01, 0.03]), zero_point=torch.tensor([9, 0, -3])), ONE_FORMAT[1],
+             ActivationFormat(8, scale=torch.tensor([0.01, 0.005, 0.008]), zero_point=3))
+
+
 @pytest.mark.parametrize("n, d", [(1, 16), (5, 24), (49, 32), (64, 64), (197, 64)])
+@pytest.mark.parametrize("formats", [ONE_FORMAT, EACH_HEAD], ids=["one format", "each head"])
 @pytest.mark.parametrize("kernel", kernels("attention"))
-def test_attention(kernel, n: int, d: int) -> None:
-    params = AttentionParams(ActivationFormat(8, scale=0.02, zero_point=9), ActivationFormat(8, scale=0.02, zero_point=-4),
-                             ActivationFormat(8, scale=0.01, zero_point=3), 8)
+def test_attention(kernel, formats, n: int, d: int) -> None:
+    params = AttentionParams(*formats, 8)
     spec = AttentionSpec(params, 3, d, d**-0.5)
     qkv = codes(4, n, 3, 3, d)
     q, k, v = qkv.unbind(2)

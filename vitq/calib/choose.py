@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.gram import GRAM_MEMORY, Gram, collect_grams
-from vitq.calib.runner import fingerprint, is_folded, specs
+from vitq.calib.runner import fingerprint, heads_of, is_folded, specs
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
 from vitq.calib.statistics import Histogram, Statistics
@@ -52,9 +52,10 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
         qk, pv = plan.specs[site.qk], plan.specs[site.pv]
         if not qk.is_float:
             log_scale = _log_scale(_histogram(stats, f"{site.pv}:input", None), pv.input.bits) if pv.input.levels == "log_sqrt2" else None
-            plan.layers[site.name] = AttentionParams(
-                p_log_scale=log_scale, q=_format(stats, f"{site.qk}:input", qk.input), k=_format(stats, f"{site.qk}:other", qk.other),
-                v=_format(stats, f"{site.pv}:other", pv.other), p_bits=pv.input.bits)
+            attention = prepared.model.get_submodule(site.name)
+            q, k, v = (_format(stats, key, spec, heads_of(attention, spec)) for key, spec in (
+                (f"{site.qk}:input", qk.input), (f"{site.qk}:other", qk.other), (f"{site.pv}:other", pv.other)))
+            plan.layers[site.name] = AttentionParams(q, k, v, p_bits=pv.input.bits, p_log_scale=log_scale)
     return plan
 
 
@@ -84,7 +85,7 @@ def observed_format(sample: Tensor, spec: QuantSpec) -> ActivationFormat:
     """The static format that `spec` chooses for activations like `sample`."""
     histogram = Histogram()
     histogram.update(sample)
-    return _per_tensor(histogram, spec)
+    return _chosen(histogram, spec)
 
 
 def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: Recipe, stats: Statistics | None,
@@ -103,11 +104,11 @@ def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: R
     return ActivationFormat(spec.input.bits, scale=scale, zero_point=zero_point)
 
 
-def _format(stats: Statistics | None, key: str, spec: QuantSpec) -> ActivationFormat:
-    return _per_tensor(_histogram(stats, key, None), spec)
+def _format(stats: Statistics | None, key: str, spec: QuantSpec, channels: int | None = None) -> ActivationFormat:
+    return _chosen(_histogram(stats, key, channels), spec)
 
 
-def _per_tensor(histogram: Histogram, spec: QuantSpec) -> ActivationFormat:
+def _chosen(histogram: Histogram, spec: QuantSpec) -> ActivationFormat:
     lo, hi = histogram.range(spec.bits, spec.symmetric, spec.observer)
     scale, zero_point = scale_and_zero(lo, hi, spec.bits, spec.symmetric)
     return ActivationFormat(spec.bits, scale=scale, zero_point=zero_point)

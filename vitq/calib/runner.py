@@ -44,6 +44,11 @@ def is_folded(site: LinearSite, spec: LayerSpec, recipe: Recipe, model: nn.Modul
     return norm.weight is not None and norm.bias is not None and linear.bias is not None
 
 
+def heads_of(attention: nn.Module, spec: QuantSpec) -> int | None:
+    """How many scales an operand of this attention has, None for one of all heads together."""
+    return attention.num_heads if spec.granularity == "per_head" else None
+
+
 def images_of(batch: object) -> Tensor:
     """The image tensor of a batch that is a tensor, an (images, labels …) sequence, or a dict with 'image(s)'."""
     if isinstance(batch, dict):
@@ -118,10 +123,10 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
     stats = Statistics(model=fingerprint(model))
     handles = []
 
-    def observe(key: str, module: nn.Module, spec: QuantSpec, *, channels: int | None = None, at_input: bool) -> None:
+    def observe(key: str, module: nn.Module, spec: QuantSpec, *, channels: int | None = None, dim: int = -1, at_input: bool) -> None:
         if spec.bits == 16 or spec.dynamic:
             return
-        stats[key] = Histogram(channels)
+        stats[key] = Histogram(channels, dim=dim)
         if at_input:
             handles.append(module.register_forward_pre_hook(partial(_on_input, key, stats[key])))
         else:
@@ -133,9 +138,9 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
         observe(f"{site.name}:input", module, spec.input, channels=module.in_features if folded else None, at_input=True)
     for site in prepared.attentions:
         attn, qk, pv = model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv]
-        observe(f"{site.qk}:input", attn.tap_q, qk.input, at_input=False)
-        observe(f"{site.qk}:other", attn.tap_k, qk.other, at_input=False)
-        observe(f"{site.pv}:other", attn.tap_v, pv.other, at_input=False)
+        for key, tap, spec in ((f"{site.qk}:input", attn.tap_q, qk.input), (f"{site.qk}:other", attn.tap_k, qk.other),
+                               (f"{site.pv}:other", attn.tap_v, pv.other)):  # [B, N, H, D]
+            observe(key, tap, spec, channels=heads_of(attn, spec), dim=-2, at_input=False)
         observe(f"{site.pv}:input", attn.tap_p, pv.input, at_input=False)
 
     device = next(model.parameters()).device

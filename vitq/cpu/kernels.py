@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -109,11 +110,11 @@ def attention_int8(
     k: Tensor,
     v: Tensor,
     *,
-    qk_scale: float,
-    v_scale: float,
-    q_zero_point: int = 0,
-    k_zero_point: int = 0,
-    v_zero_point: int = 0,
+    logit_scale: Sequence[float],
+    v_scale: Sequence[float],
+    q_zero: Sequence[int] = (0,),
+    k_zero: Sequence[int] = (0,),
+    v_zero: Sequence[int] = (0,),
     p_bits: int = 8,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -123,9 +124,9 @@ def attention_int8(
     out_qmin: int = -128,
     out_qmax: int = 127,
 ) -> Tensor:
-    """softmax(qk_scale * (q - zq)(k - zk) + bias + mask) (v - zv) * v_scale, on int8 codes.
+    """softmax(logit_scale * (q - q_zero)(k - k_zero) + bias + mask) (v - v_zero) * v_scale, on int8 codes.
 
-    `q`, `k`, `v` are int8 of shape [B, N, H, D], any strides but a unit last one. The
+    Scales and zero points: one, or one a head. `q`, `k`, `v` are int8 of shape [B, N, H, D], any strides but a unit last one. The
     probabilities are rounded to codes of `p_bits` bits (2 to 8) relative to the largest of
     their row. `bias` is float32 [H, N, N]; `mask` is float32 [W, N, N] and batch entry b uses
     mask[b % W] (Swin's shifted windows). Either may hold -inf; a row without any key left
@@ -143,12 +144,15 @@ def attention_int8(
         raise ValueError(f"q's last dimension (head size) must be 1 to {MAX_HEAD_DIM}, got {dim}")
     if not 1 <= tokens <= MAX_TOKENS:
         raise ValueError(f"q's second dimension (tokens) must be 1 to {MAX_TOKENS}, got {tokens}")
-    for name, zero_point in (("q", q_zero_point), ("k", k_zero_point), ("v", v_zero_point)):
-        if not -128 <= zero_point <= 127:
-            raise ValueError(f"{name}_zero_point must be -128 to 127, got {zero_point}")
-    for name, factor in (("qk_scale", qk_scale), ("v_scale", v_scale)):
-        if not math.isfinite(ctypes.c_float(factor).value):
-            raise ValueError(f"{name} must be finite in float32, got {factor}")
+    each = {"logit_scale": logit_scale, "v_scale": v_scale, "q_zero": q_zero, "k_zero": k_zero, "v_zero": v_zero}
+    for name, values in each.items():
+        if len(values) not in (1, heads):
+            raise ValueError(f"{name} must be one number, or one for each of the {heads} heads, got {len(values)}")
+        for value in values:
+            if name.endswith("zero") and not -128 <= value <= 127:
+                raise ValueError(f"{name} must be -128 to 127, got {value}")
+            if name.endswith("scale") and not math.isfinite(ctypes.c_float(value).value):
+                raise ValueError(f"{name} must be finite in float32, got {value}")
     if not 2 <= p_bits <= 8:
         raise ValueError(f"p_bits must be 2 to 8, got {p_bits}")
     _check_scores("bias", bias, heads, tokens)
@@ -163,6 +167,8 @@ def attention_int8(
 
     out = torch.empty(batch, tokens, heads * dim, dtype=out_dtype)
     if out.numel():
+        constants = {name: ((ctypes.c_float if name.endswith("scale") else ctypes.c_int32) * heads)(*(list(values) * (heads // len(values))))
+                     for name, values in each.items()}
         arguments = loader.AttentionArgs(
             batch=batch,
             tokens=tokens,
@@ -174,11 +180,7 @@ def attention_int8(
             q_strides=q.stride()[:3],
             k_strides=k.stride()[:3],
             v_strides=v.stride()[:3],
-            qk_scale=qk_scale,
-            v_scale=v_scale,
-            q_zero_point=q_zero_point,
-            k_zero_point=k_zero_point,
-            v_zero_point=v_zero_point,
+            **{name: ctypes.addressof(array) for name, array in constants.items()},
             p_max=2**p_bits - 1,
             bias=_pointer(bias),
             bias_head_stride=0 if bias is None else bias.stride(0),

@@ -8,7 +8,7 @@ import importlib.machinery
 from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 1  # VITQ_ABI_VERSION in csrc/common.h; raise both when a struct or function changes
+ABI_VERSION = 2  # VITQ_ABI_VERSION in csrc/common.h; raise both when a struct or function changes
 
 _REBUILD = "run `pip install .` (or `python setup.py build_ext --inplace`) again"
 
@@ -68,11 +68,11 @@ class AttentionArgs(Structure):
         ("q_strides", c_int64 * 3),
         ("k_strides", c_int64 * 3),
         ("v_strides", c_int64 * 3),
-        ("qk_scale", c_float),
-        ("v_scale", c_float),
-        ("q_zero_point", c_int32),
-        ("k_zero_point", c_int32),
-        ("v_zero_point", c_int32),
+        ("logit_scale", c_void_p),
+        ("v_scale", c_void_p),
+        ("q_zero", c_void_p),
+        ("k_zero", c_void_p),
+        ("v_zero", c_void_p),
         ("p_max", c_int32),
         ("bias", c_void_p),
         ("bias_head_stride", c_int64),

@@ -84,8 +84,8 @@ def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, 
     return m, n
 
 
-def attention(out, q, k, v, bias, mask, window, pad, p_bits) -> None:
-    """ValueError or TypeError that names the argument."""
+def attention(out, q, k, v, constants, bias, mask, window, pad, p_bits) -> None:
+    """ValueError or TypeError that names the argument. constants: logit_scale, v_scale, q_zero and v_zero."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.dtype != torch.int8 or tensor.ndim != 4 or tensor.stride(3) != 1 and tensor.shape[3] > 1:
             refuse("attention", name, f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}",
@@ -93,6 +93,9 @@ def attention(out, q, k, v, bias, mask, window, pad, p_bits) -> None:
     batch, tokens, heads, dim = q.shape
     if k.shape != v.shape or (k.shape[0], *k.shape[2:]) != (batch, heads, dim):
         refuse("attention", "k, v", f"{list(k.shape)}, {list(v.shape)}", f"[{batch}, tokens, {heads}, {dim}] both, as q is")
+    for name, values in zip(("logit_scale", "v_scale", "q_zero", "v_zero"), constants):
+        if len(values) not in (1, heads):
+            refuse("attention", name, f"{len(values)} numbers", f"one, or one for each of the {heads} heads")
     if out.dtype != torch.int8 and out.dtype not in FLOATS:
         refuse("attention", "out", out.dtype, "int8, float16, bfloat16 or float32", TypeError)
     if out.shape != (batch, tokens, heads * dim) or not out.is_contiguous():

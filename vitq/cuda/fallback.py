@@ -184,10 +184,7 @@ class TritonAttention(CutsWindows):
     def pack(self, spec: AttentionSpec, device: torch.device) -> Any:
         from vitq.cuda.triton.attention import Constants
 
-        params = spec.params
-        return Constants(logit_scale=float(params.q.scale) * float(params.k.scale) * spec.scale,
-                         v_scale=float(params.v.scale), q_zero=int(params.q.zero_point), v_zero=int(params.v.zero_point),
-                         p_bits=params.p_bits, output=None if spec.output is None else spec.output.to(device))
+        return Constants.of(spec, device)
 
     def attend(self, packed: Any, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None,
                mask: Tensor | None) -> Tensor | QTensor:

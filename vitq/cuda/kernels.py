@@ -197,10 +197,7 @@ def groups(x: Tensor) -> Tensor:
 class PackedAttention:
     """Keyword arguments of torch.ops.vitq.attention that the case fixes, and the output's format on the device."""
 
-    logit_scale: float
-    v_scale: float
-    q_zero: int
-    v_zero: int
+    constants: dict[str, list]  # logit_scale, v_scale, q_zero, v_zero: one of each, or one a head
     p_bits: int
     output: OutputFormat | None
     out_scale: float
@@ -216,16 +213,17 @@ class CudaAttention:
     def supports(self, spec: AttentionSpec) -> str | None:
         if why := why_not_static_int8(spec, WIDEST_HEAD):
             return why
+        if any(f.scale.ndim for f in (spec.params.q, spec.params.k, spec.params.v)) and spec.num_heads > loader.MOST_HEADS:
+            return f"scales of each of {spec.num_heads} heads; this kernel takes {loader.MOST_HEADS}"
         if spec.output is not None and spec.output.scale.ndim:
             return "its output takes one scale, not one a column"
         return loader.why_unavailable()
 
     def pack(self, spec: AttentionSpec, device: torch.device) -> PackedAttention:
-        params, output = spec.params, spec.output
+        output, constants = spec.output, spec.constants()
+        del constants["k_zero"]  # which cancels in the softmax
         return PackedAttention(
-            float(params.q.scale) * float(params.k.scale) * spec.scale, float(params.v.scale), int(params.q.zero_point),
-            int(params.v.zero_point), params.p_bits, None if output is None else output.to(device),
-            1.0 if output is None else float(output.scale), 0 if output is None else int(output.zero_point))
+            constants, spec.params.p_bits, None if output is None else output.to(device), 1.0 if output is None else float(output.scale), 0 if output is None else int(output.zero_point))
 
     def run(self, packed: PackedAttention, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
             mask: Tensor | None = None, window: Windows | None = None, pad: Tensor | None = None) -> Tensor | QTensor:
@@ -236,8 +234,7 @@ class CudaAttention:
         q, k, v = (unit_columns(t) for t in (q, k, v))
         bias, mask = (None if t is None else unit_columns(t.float()) for t in (bias, mask))
         torch.ops.vitq.attention(
-            y, q, k, v, logit_scale=packed.logit_scale, v_scale=packed.v_scale, q_zero=packed.q_zero, v_zero=packed.v_zero,
-            p_bits=packed.p_bits, bias=bias, mask=mask, window=[] if window is None else window.list(),
+            y, q, k, v, **packed.constants, p_bits=packed.p_bits, bias=bias, mask=mask, window=[] if window is None else window.list(),
             pad=None if window is None or pad is None else pad.contiguous(), out_scale=packed.out_scale,
             out_zero_point=packed.out_zero_point, out_bits=8 if output is None else output.bits)
         return y if output is None else QTensor(y, output.scale, output.zero_point)

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 3  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
+ABI_VERSION = 4  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
+MOST_HEADS = 64  # VITQ_MOST_HEADS
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}  # VitqActivation
 NORMS = {"": 0, "layer_norm": 1, "rms_norm": 2}  # VitqNorm
@@ -82,10 +83,11 @@ class Attention(Structure):
         ("queries", c_int32),
         ("keys", c_int32),
         ("dim", c_int32),
-        ("logit_scale", c_float),
-        ("v_scale", c_float),
-        ("q_zero", c_int32),
-        ("v_zero", c_int32),
+        ("logit_scale", POINTER(c_float)),
+        ("v_scale", POINTER(c_float)),
+        ("q_zero", POINTER(c_int32)),
+        ("v_zero", POINTER(c_int32)),
+        ("scales", c_int32),
         ("p_bits", c_int32),
         ("bias", c_void_p),
         ("bias_head", c_int64),

@@ -10,7 +10,7 @@ Shapes, for all: M rows, K input features, N output features; columns are contig
 from __future__ import annotations
 
 import contextlib
-from ctypes import byref
+from ctypes import byref, c_float, c_int32
 from typing import Any
 
 import torch
@@ -31,12 +31,12 @@ SCHEMAS = {
               "Tensor? row_scale=None, Tensor? residual=None, Tensor? zero=None, Tensor? row_sums=None, int[] segment_ends=[], "
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
               "int out_bits=8, str config='') -> ()",
-    # softmax(q·kᵀ·logit_scale + bias + mask)·v. q, k, v int8 [B, tokens, H, D], unit stride in D; out [B, tokens, H·D]
+    # softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale, these four one number or one a head. q, k, v int8 [B, tokens, H, D], unit stride in D; out [B, tokens, H·D]
     # contiguous; bias float32 [H or 1, N, M], mask float32 [W, N, M], row b uses mask[b % W]; window [] or [height, width,
     # window_h, window_w, shift_h, shift_w] of images in row order; pad int8 [3, H, D]: the codes of q, k, v where an image is
     # padded.
-    "attention": "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, *, float logit_scale, float v_scale, int q_zero=0, "
-                 "int v_zero=0, int p_bits=8, Tensor? bias=None, Tensor? mask=None, int[] window=[], Tensor? pad=None, "
+    "attention": "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, *, float[] logit_scale, float[] v_scale, int[] q_zero=[0], "
+                 "int[] v_zero=[0], int p_bits=8, Tensor? bias=None, Tensor? mask=None, int[] window=[], Tensor? pad=None, "
                  "float out_scale=1.0, int out_zero_point=0, int out_bits=8) -> ()",
     # (x + residual) -> norm -> columns in `order` -> codes. x, residual, sum float [.., K]; out int8 [.., K'], uint8 [.., ⌈K'/2⌉]
     # (packed int4), or float (the norm's result); row_scale float32 [M]: dynamic; order int32 [K'], -1 the value 0; row_sums
@@ -95,21 +95,24 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
                                      f"out {out.dtype}, activation {activation or 'none'}, sm{arch}:{index}")
 
 
-def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: float, v_scale: float, q_zero: int = 0,
-               v_zero: int = 0, p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
+def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tuple[float, ...], v_scale: tuple[float, ...],
+               q_zero: tuple[int, ...] = (0,), v_zero: tuple[int, ...] = (0,), p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
                window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0, out_zero_point: int = 0,
                out_bits: int = 8) -> None:
-    checks.attention(out, q, k, v, bias, mask, window, pad, p_bits)
+    checks.attention(out, q, k, v, (logit_scale, v_scale, q_zero, v_zero), bias, mask, window, pad, p_bits)
     batch, tokens, heads, dim = q.shape
     if not out.numel():
         return
+    scales = max(map(len, (logit_scale, v_scale, q_zero, v_zero)))
+    each = {name: (kind * scales)(*(tuple(values) * (scales // len(values)))) for name, kind, values in (
+        ("logit_scale", c_float, logit_scale), ("v_scale", c_float, v_scale), ("q_zero", c_int32, q_zero), ("v_zero", c_int32, v_zero))}
     queries, keys = (window[2] * window[3],) * 2 if window else (tokens, k.shape[1])
     qmin, qmax = int_range(out_bits) if out.dtype == torch.int8 else (0, 0)
     height, width, window_h, window_w, shift_h, shift_w = window or (0,) * 6
     arguments = loader.Attention(
         q=q.data_ptr(), k=k.data_ptr(), v=v.data_ptr(), q_strides=q.stride()[:3], k_strides=k.stride()[:3],
-        v_strides=v.stride()[:3], batch=batch, heads=heads, queries=queries, keys=keys, dim=dim, logit_scale=logit_scale,
-        v_scale=v_scale, q_zero=q_zero, v_zero=v_zero, p_bits=p_bits, bias=_pointer(bias),
+        v_strides=v.stride()[:3], batch=batch, heads=heads, queries=queries, keys=keys, dim=dim, **each,
+        scales=scales, p_bits=p_bits, bias=_pointer(bias),
         bias_head=0 if bias is None or bias.shape[0] == 1 else bias.stride(0), bias_row=0 if bias is None else bias.stride(1),
         mask=_pointer(mask), mask_window=0 if mask is None else mask.stride(0), mask_row=0 if mask is None else mask.stride(1),
         mask_windows=1 if mask is None else mask.shape[0], height=height, width=width, window_h=window_h, window_w=window_w,

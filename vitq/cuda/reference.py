@@ -5,6 +5,8 @@ They say what the kernels compute; they are not fast.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,11 +54,11 @@ def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tens
     out.copy_(y.view(out.shape))
 
 
-def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: float, v_scale: float, q_zero: int = 0,
-              v_zero: int = 0, p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
+def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: Sequence[float], v_scale: Sequence[float], q_zero: Sequence[int] = (0,),
+              v_zero: Sequence[int] = (0,), p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
               window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0, out_zero_point: int = 0,
               out_bits: int = 8) -> None:
-    checks.attention(out, q, k, v, bias, mask, window, pad, p_bits)
+    checks.attention(out, q, k, v, (logit_scale, v_scale, q_zero, v_zero), bias, mask, window, pad, p_bits)
     batch, tokens, heads, dim = q.shape
     place = None
     if window:
@@ -75,10 +77,12 @@ def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: floa
     out.copy_(y)
 
 
-def softmax_matmul(q: Tensor, k: Tensor, v: Tensor, logit_scale: float, v_scale: float, q_zero: int, v_zero: int, p_bits: int,
-                   bias: Tensor | None, mask: Tensor | None) -> Tensor:
-    """float64 [B, N, H·D]; a row that sees nothing is zeros."""
+def softmax_matmul(q: Tensor, k: Tensor, v: Tensor, logit_scale: Sequence[float], v_scale: Sequence[float], q_zero: Sequence[int],
+                   v_zero: Sequence[int], p_bits: int, bias: Tensor | None, mask: Tensor | None) -> Tensor:
+    """float64 [B, N, H·D]; a row that sees nothing is zeros. Scales and zero points: one, or one a head."""
     q, k, v = (t.transpose(1, 2).double() for t in (q, k, v))
+    logit_scale, v_scale, q_zero, v_zero = (torch.tensor(c, dtype=torch.float64, device=q.device).view(-1, 1, 1)
+                                            for c in (logit_scale, v_scale, q_zero, v_zero))
     logits = (q - q_zero) @ k.transpose(-2, -1) * logit_scale
     if bias is not None:
         logits = logits + bias.double()

@@ -16,6 +16,7 @@ from vitq.ops.attention import AttentionSpec, window_bias
 from vitq.ops.common import OutputFormat, signed
 from vitq.ops.windows import Windows, from_windows, shift_mask, to_windows
 from vitq.plan import AttentionParams
+from vitq.quantizers.uniform import quantize
 from vitq.recipe import LayerSpec
 
 
@@ -23,7 +24,7 @@ class QuantAttention(PackedModule):
     """Takes the place of a `TappedAttention` (same children, same forward) and of its two matmuls.
 
     qk, pv: what the recipe asks of them, both quantized or both in float. Buffers if quantized: operand_scale float32
-    [3] and operand_zero_point int32 [3], for q, k and v.
+    and operand_zero_point int32, for q, k and v: [3], or [3, H] where any of the three has a scale for each head.
     """
 
     def __init__(self, source: nn.Module, qk: LayerSpec, pv: LayerSpec, *, dtype: torch.dtype, backend: str):
@@ -36,8 +37,10 @@ class QuantAttention(PackedModule):
         if self.quantized:
             self.bits = (qk.input.bits, qk.other.bits, pv.other.bits)
             self.p_bits = pv.input.bits
-            self.register_buffer("operand_scale", torch.ones(3))
-            self.register_buffer("operand_zero_point", torch.zeros(3, dtype=torch.int32))
+            self.per_head = tuple(spec.granularity == "per_head" for spec in (qk.input, qk.other, pv.other))
+            shape = (3, self.num_heads) if any(self.per_head) else (3,)
+            self.register_buffer("operand_scale", torch.ones(shape))
+            self.register_buffer("operand_zero_point", torch.zeros(shape, dtype=torch.int32))
         self._output: OutputFormat | None = None
         self._codes_in = False
 
@@ -61,10 +64,12 @@ class QuantAttention(PackedModule):
         self._codes_in = (self.quantized and plain_in and isinstance(self.qkv, QuantLinear) and not self.qkv.dynamic
                           and len(set(self.bits)) == 1)
         if isinstance(self.qkv, QuantLinear):
-            columns = self.num_heads * self.head_dim
-            self.qkv.fuse(output=OutputFormat(
-                self.bits[0], self.operand_scale.repeat_interleave(columns),
-                self.operand_zero_point.repeat_interleave(columns), signed_only=True) if self._codes_in else None)
+            output = None
+            if self._codes_in:
+                columns = 3 * self.num_heads * self.head_dim  # each operand's, or each head's, after one another
+                scale, zero_point = (t.flatten().repeat_interleave(columns // t.numel()) for t in (self.operand_scale, self.operand_zero_point))
+                output = OutputFormat(self.bits[0], scale, zero_point, signed_only=True)
+            self.qkv.fuse(output=output)
 
     def device(self) -> torch.device:
         return (next(self.parameters(), None) if next(self.buffers(), None) is None else next(self.buffers())).device
@@ -76,7 +81,7 @@ class QuantAttention(PackedModule):
         cases: dict[str, Any] = {"attention": AttentionSpec(AttentionParams(*formats, self.p_bits), self.num_heads, self.head_dim,
                                                             self.scale, self._output)}
         if not self._codes_in:
-            cases |= {f"quantize:{name}": fmt for name, fmt in zip("qkv", formats)}
+            cases |= {f"quantize:{name}": fmt for name, fmt in zip("qkv", formats) if not fmt.scale.ndim}
         return cases
 
     def derive(self) -> dict[str, Tensor]:
@@ -127,8 +132,15 @@ class QuantAttention(PackedModule):
         q, k, v = qkv.view(shape).unbind(2)
         q, k = self.q_norm(q), self.k_norm(k)
         if self.quantized:
-            q, k, v = (signed(self.call(f"quantize:{name}", t)) for name, t in zip("qkv", (q, k, v)))
+            q, k, v = (self._codes(name, t) for name, t in zip("qkv", (q, k, v)))
         return q, k, v
+
+    def _codes(self, name: str, x: Tensor) -> Tensor:
+        """int8 codes of the operand `name`, x [B, N, H, D]."""
+        if not any(self.per_head):
+            return signed(self.call(f"quantize:{name}", x))
+        i = "qkv".index(name)
+        return quantize(x, self.operand_scale[i].unsqueeze(-1), self.operand_zero_point[i].unsqueeze(-1), self.bits[i])
 
     def _float_attention(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Tensor | None,
                          window: Windows | None, pad: Tensor | None) -> Tensor:
@@ -149,8 +161,9 @@ class QuantAttention(PackedModule):
         note = f"fell back: {choice.reason}" if choice.reason else ""
         if not self._codes_in:
             note = "; ".join(filter(None, ["q, k, v pass through float (qk-norm)", note]))
-        q, k, v = self.bits
-        formats = (f"A{q}·A{k} static per tensor", f"P{self.p_bits} per row · A{v} static per tensor")
+        (q, k, v), (q_each, k_each, v_each) = self.bits, ("per head" if each else "per tensor" for each in self.per_head)
+        qk_each = q_each if q_each == k_each else f"{q_each} and {k_each}"
+        formats = (f"A{q}·A{k} static {qk_each}", f"P{self.p_bits} per row · A{v} static {v_each}")
         own = self.own_bytes()
         return [Row(f"{layer}.{op}", op, fmt, choice.backend, choice.kernel.name, own if op == "qk" else 0, note)
                 for op, fmt in zip(("qk", "pv"), formats)]

@@ -35,6 +35,16 @@ class AttentionSpec:
     scale: float
     output: OutputFormat | None = None
 
+    def constants(self) -> dict[str, list]:
+        """What kernels multiply by and subtract, on the host: logit_scale (q scale · k scale · softmax scale) and v_scale, floats of float32
+        values; q_zero, k_zero, v_zero. One of each, or one a head where any operand has that."""
+        p = self.params
+        scales = (p.q.scale.cpu() * p.k.scale.cpu() * self.scale, p.v.scale.cpu())
+        zeros = tuple(f.zero_point.cpu() for f in (p.q, p.k, p.v))
+        shape = max((t.shape for t in (*scales, *zeros)), key=len) or (1,)
+        names = ("logit_scale", "v_scale", "q_zero", "k_zero", "v_zero")
+        return {name: t.expand(shape).tolist() for name, t in zip(names, (*scales, *zeros))}
+
 
 def window_bias(bias: Tensor | None, mask: Tensor | None, batch: int) -> Tensor | None:
     """bias [H, N, N] and mask [W, N, N] (row b uses mask[b % W]) as one float32 tensor [batch or 1, H or 1, N, N]."""
@@ -101,11 +111,13 @@ class ReferenceAttention(CutsWindows):
     def attend(self, packed: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None,
                mask: Tensor | None) -> Tensor | QTensor:
         params, (b, n, h, d) = packed.params, q.shape
-        q, k, v = ((t.transpose(1, 2).double() - f.zero_point.to(t.device))
-                   for t, f in ((q, params.q), (k, params.k), (v, params.v)))
+        # one a tensor, or one a head [H, 1, 1]
+        logit_scale, v_scale, *zeros = (t.to(q.device).reshape(-1, 1, 1) for t in (
+            params.q.scale * params.k.scale * packed.scale, params.v.scale, *(f.zero_point for f in (params.q, params.k, params.v))))
+        q, k, v = (t.transpose(1, 2).double() - zero for t, zero in zip((q, k, v), zeros))
         # float64 holds every accumulator exactly, so this is the int32 result
         acc = (q @ k.transpose(-2, -1)).float()
-        logits = acc * (params.q.scale * params.k.scale * packed.scale).to(acc.device)
+        logits = acc * logit_scale
         extra = window_bias(bias, mask, b)
         if extra is not None:
             logits = logits + extra
@@ -114,7 +126,7 @@ class ReferenceAttention(CutsWindows):
         e = torch.exp(logits - torch.where(torch.isinf(maximum), torch.zeros_like(maximum), maximum))
         total = e.sum(dim=-1, keepdim=True)
         acc = (torch.round(e * top).double() @ v).float()
-        y = torch.where(total > 0, acc * (params.v.scale.to(acc.device) / (top * total)), torch.zeros_like(acc))
+        y = torch.where(total > 0, acc * (v_scale / (top * total)), torch.zeros_like(acc))
         y = y.transpose(1, 2).reshape(b, n, h * d)
         return y.to(dtype) if packed.output is None else requantize(y, packed.output)
 
@@ -131,17 +143,14 @@ class CpuAttention(CutsWindows):
         return loader.why_unavailable()
 
     def pack(self, spec: AttentionSpec, device) -> tuple:
-        params, output = spec.params, {}
+        output = {}
         if spec.output is not None:
             from vitq.formats import int_range
 
             qmin, qmax = int_range(spec.output.bits)
             output = dict(out_scale=float(spec.output.scale), out_zero_point=int(spec.output.zero_point), out_qmin=qmin,
                           out_qmax=qmax)
-        constants = dict(qk_scale=float(params.q.scale * params.k.scale * spec.scale), v_scale=float(params.v.scale),
-                         q_zero_point=int(params.q.zero_point), k_zero_point=int(params.k.zero_point),
-                         v_zero_point=int(params.v.zero_point), p_bits=params.p_bits, **output)
-        return spec, constants, 0 if spec.output is None else int(spec.output.zero_point) + 128
+        return spec, dict(**spec.constants(), p_bits=spec.params.p_bits, **output), 0 if spec.output is None else int(spec.output.zero_point) + 128
 
     def attend(self, packed: tuple, q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype, bias: Tensor | None,
                mask: Tensor | None) -> Tensor | QTensor:

@@ -9,7 +9,8 @@ from vitq.quantizers.uniform import fake_quantize, fake_quantize_per_token
 
 
 def fake_activation(x: Tensor, fmt: ActivationFormat) -> Tensor:
-    """The numbers that the codes of x [..., K] stand for, float32, each feature in its place."""
+    """The numbers that the codes of x [..., K] stand for, float32, each feature in its place. x is [..., H, D] where each head has a scale."""
     if fmt.dynamic:
         return fake_quantize_per_token(x, fmt.bits)
-    return fake_quantize(x, fmt.scale.to(x.device), fmt.zero_point.to(x.device), fmt.bits)
+    scale, zero_point = (t.to(x.device).unsqueeze(-1) if t.ndim else t.to(x.device) for t in (fmt.scale, fmt.zero_point))
+    return fake_quantize(x, scale, zero_point, fmt.bits)

@@ -1,6 +1,6 @@
 /* Fused attention of int8 codes:
  *
- *   logits = qk_scale * sum_d (q - zq)(k - zk) + bias + mask
+ *   logits = logit_scale * sum_d (q - zq)(k - zk) + bias + mask
  *   e      = exp(logits - row max)                       fp32
  *   p      = rne(e * p_max)                              u8
  *   out    = sum_j p_j (v_j - zv) * v_scale / (p_max * sum_j e_j)
@@ -22,8 +22,9 @@ typedef struct {
     int64_t batch, tokens, heads, dim;
     const int8_t *q, *k, *v;
     int64_t q_strides[3], k_strides[3], v_strides[3]; /* batch, token, head; channels are contiguous */
-    float qk_scale, v_scale;
-    int32_t q_zero_point, k_zero_point, v_zero_point, p_max;
+    const float *logit_scale, *v_scale; /* these five: one a head */
+    const int32_t *q_zero, *k_zero, *v_zero;
+    int32_t p_max;
     const float *bias; /* [heads, N, N] or NULL */
     int64_t bias_head_stride;
     const float *mask; /* [windows, N, N] or NULL; batch entry b uses b % windows */
@@ -139,12 +140,12 @@ VITQ_INLINE void value_tile(const workspace *w, int64_t tokens, int64_t group_by
         for (int t = 0; t < width; t++) _mm512_store_si512(out[r] + t * LANES, acc[r][t]);
 }
 
-VITQ_INLINE void output_row(const vitq_attention_args *a, const int32_t *acc, const softmax_sums *sums,
+VITQ_INLINE void output_row(const vitq_attention_args *a, int64_t head, const int32_t *acc, const softmax_sums *sums,
                             int64_t position, int64_t channels, const quantizer *q) {
     /* a row with no key left (all -inf) gives zeros */
     float total = (float)a->p_max * sums->e_sum;
-    __m512 factor = _mm512_set1_ps(total > 0.0f ? a->v_scale / total : 0.0f);
-    __m512i shift = _mm512_set1_epi32(sums->p_sum * a->v_zero_point);
+    __m512 factor = _mm512_set1_ps(total > 0.0f ? a->v_scale[head] / total : 0.0f);
+    __m512i shift = _mm512_set1_epi32(sums->p_sum * a->v_zero[head]);
     for (int64_t d = 0; d < channels; d += LANES) {
         __m512i sum = _mm512_sub_epi32(_mm512_load_si512(acc + d), shift);
         store_row(a, position + d, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), factor), lane_mask(channels - d), q);
@@ -168,7 +169,7 @@ static VITQ_AVX512 void output_block(const vitq_attention_args *a, const workspa
             value_tile(w, a->tokens, group_bytes, d, acc, 1);
         for (int64_t r = 0; r < rows->rows; r++) {
             int64_t token = rows->b * a->tokens + rows->first + r;
-            output_row(a, acc[r], &sums[r], (token * a->heads + rows->head) * a->dim + d, channels, &q);
+            output_row(a, rows->head, acc[r], &sums[r], (token * a->heads + rows->head) * a->dim + d, channels, &q);
         }
     }
 }
@@ -176,17 +177,18 @@ static VITQ_AVX512 void output_block(const vitq_attention_args *a, const workspa
 /* The accumulator of row i is sum q (k + 128) - zq sum k. What is missing to
  * sum (q - zq)(k - zk) is the same for every key of the row, so softmax would cancel it,
  * but leaving it out would cost the fp32 logits precision (and one add is free in the fma). */
-VITQ_INLINE float row_offset(const vitq_attention_args *a, const int8_t *query, int64_t length) {
+VITQ_INLINE float row_offset(const vitq_attention_args *a, int64_t head, const int8_t *query, int64_t length) {
     int32_t sum = 0;
     for (int64_t d = 0; d < length; d++) sum += query[d];
-    int32_t missing = -(128 + a->k_zero_point) * sum + (int32_t)a->dim * a->q_zero_point * a->k_zero_point;
-    return (float)missing * a->qk_scale;
+    int32_t missing = -(128 + a->k_zero[head]) * sum + (int32_t)a->dim * a->q_zero[head] * a->k_zero[head];
+    return (float)missing * a->logit_scale[head];
 }
 
 VITQ_INLINE softmax_sums softmax_row(const vitq_attention_args *a, const workspace *w, const query_block *rows,
                                      int64_t r) {
     int64_t query = (rows->first + r) * a->tokens;
-    logit_terms terms = {a->qk_scale, row_offset(a, w->queries + r * w->query_row, w->query_row), NULL, NULL};
+    float offset = row_offset(a, rows->head, w->queries + r * w->query_row, w->query_row);
+    logit_terms terms = {a->logit_scale[rows->head], offset, NULL, NULL};
     if (a->bias) terms.bias = a->bias + rows->head * a->bias_head_stride + query;
     if (a->mask) terms.mask = a->mask + rows->b % a->windows * a->tokens * a->tokens + query;
     int32_t *row = w->logits + r * w->score_row;
@@ -211,7 +213,7 @@ static VITQ_AVX512 void attend_head(const vitq_attention_args *a, const workspac
     query_block rows = {head_index / a->heads, head_index % a->heads, first, 0};
     const int8_t *k = a->k + rows.b * a->k_strides[0] + rows.head * a->k_strides[2];
     const int8_t *v = a->v + rows.b * a->v_strides[0] + rows.head * a->v_strides[2];
-    pack_keys(k, a->k_strides[1], a->tokens, a->dim, a->q_zero_point, w->keys, w->compensation);
+    pack_keys(k, a->k_strides[1], a->tokens, a->dim, a->q_zero[rows.head], w->keys, w->compensation);
     pack_values(v, a->v_strides[1], a->tokens, a->dim, w->values);
     for (; rows.first < last; rows.first += ROWS) {
         rows.rows = min_i64(ROWS, last - rows.first);

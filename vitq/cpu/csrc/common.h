@@ -9,7 +9,7 @@
 
 #include <stdint.h>
 
-#define VITQ_ABI_VERSION 1
+#define VITQ_ABI_VERSION 2
 #define VITQ_API __attribute__((visibility("default")))
 
 enum vitq_status { VITQ_OK = 0, VITQ_BAD_ARGUMENT = 1, VITQ_NO_MEMORY = 2 };

@@ -49,11 +49,15 @@ void set_threads(Launch* p, int threads) {
   p->quick = p->copy == 16 && p->copy_step == 0 && p->row_step % 8 == 0;
 }
 
+void natural_logits(Launch* p) {
+  for (int i = 0; i < p->a.scales; ++i) p->own[i].c = p->a.logit_scale[i];
+}
+
 template <int KS, Extra EXTRA>
 int launch_chunked(Launch p, const Device& device, cudaStream_t stream) {
   constexpr int ROWS = 16 * CHUNK_WARPS<KS>, BYTES = (ROWS + 2 * CHUNK_STAGES * CHUNK) * 32 * KS;
   if (BYTES > device.shared_block) return VITQ_UNSUPPORTED;
-  if (EXTRA != PLAIN) p.c = p.a.logit_scale;
+  if (EXTRA != PLAIN) natural_logits(&p);
   p.parts = ceil_div(p.a.queries, ROWS);
   p.by_parts = Divisor(p.parts);
   p.part_rows = ROWS;
@@ -69,7 +73,7 @@ int launch_passes(Launch p, const Device& device, cudaStream_t stream) {
   const int64_t pairs = static_cast<int64_t>(p.a.batch) * p.windows.by * p.a.heads;
   const int tiles = ceil_div(p.a.queries, 16), key_bytes = 2 * ceil_div(p.a.keys, 32) * 32 * PITCH;
   int best = 0, score = -1;
-  if (EXTRA != PLAIN) p.c = p.a.logit_scale;
+  if (EXTRA != PLAIN) natural_logits(&p);
   p.parts = 1;
   auto bytes = [&](int warps) { return key_bytes + 32 * warps * PITCH; };
   auto blocks_of = [&](int warps) {
@@ -102,14 +106,14 @@ int launch_passes(Launch p, const Device& device, cudaStream_t stream) {
   if (best > p.part_rows / 16) best = p.part_rows / 16 < 4 ? 4 : p.part_rows / 16;
   set_threads(&p, 32 * best);
   constexpr Extra GLOBAL = EXTRA == PLAIN ? PLAIN : ADDED;
-  return start(p.a.q_zero ? passes_kernel<KS, GLOBAL, true> : passes_kernel<KS, GLOBAL, false>, p, pairs * p.parts, 32 * best,
+  return start(p.q_zeros ? passes_kernel<KS, GLOBAL, true> : passes_kernel<KS, GLOBAL, false>, p, pairs * p.parts, 32 * best,
                bytes(best), stream);
 }
 
 template <int NB, int KS, Extra EXTRA>
 int launch(Launch p, const Device& device, cudaStream_t stream) {
   using S = Shape<NB>;
-  if (EXTRA == ADDED) p.c = p.a.logit_scale;
+  if (EXTRA == ADDED) natural_logits(&p);
   const int64_t units = static_cast<int64_t>(p.a.batch) * p.windows.by;
   const int tiles = ceil_div(p.a.queries, 16), slots = device.sms * S::BLOCKS;
   int warps;
@@ -196,13 +200,17 @@ bool valid(const VitqAttention& a) {
   const bool codes = a.out_dtype == VITQ_S8;
   if (!a.q || !a.k || !a.v || !a.out) return false;
   if (a.batch < 0 || a.heads <= 0 || a.queries < 0 || a.keys <= 0 || a.dim <= 0) return false;
-  if (a.p_bits < 1 || a.p_bits > 8 || a.q_zero < -128 || a.q_zero > 127 || a.v_zero < -128 || a.v_zero > 127) return false;
+  if (a.p_bits < 1 || a.p_bits > 8) return false;
+  if ((a.scales != 1 && a.scales != a.heads) || !a.logit_scale || !a.v_scale || !a.q_zero || !a.v_zero) return false;
+  for (int i = 0; i < a.scales; ++i) {
+    if (a.q_zero[i] < -128 || a.q_zero[i] > 127 || a.v_zero[i] < -128 || a.v_zero[i] > 127) return false;
+    if (!(a.logit_scale[i] >= 0.0f) || !isfinite(a.logit_scale[i]) || !isfinite(a.v_scale[i])) return false;
+  }
   if (!codes && a.out_dtype != VITQ_F32 && a.out_dtype != VITQ_F16 && a.out_dtype != VITQ_BF16) return false;
   if (codes) {
     if (!(a.out_scale > 0.0f) || a.qmin < -128 || a.qmax > 127 || a.qmin > a.qmax) return false;
     if (a.out_zero < -128 || a.out_zero > 127) return false;
   }
-  if (!(a.logit_scale >= 0.0f) || !isfinite(a.logit_scale) || !isfinite(a.v_scale)) return false;
   if (a.mask && a.mask_windows <= 0) return false;
   if (a.window_h < 0) return false;
   if (a.window_h) {
@@ -232,19 +240,25 @@ extern "C" int vitq_attention(const VitqAttention* args, void* stream) {
   const VitqAttention& a = *args;
   if (a.batch == 0 || a.queries == 0) return 0;
   if (!valid(a)) return VITQ_BAD_ARGUMENT;
-  if (vitq_attention_supports(a.queries, a.keys, a.dim, a.window_h)) return VITQ_UNSUPPORTED;
+  if (vitq_attention_supports(a.queries, a.keys, a.dim, a.window_h) || a.scales > VITQ_MOST_HEADS) return VITQ_UNSUPPORTED;
 
   Launch p = {};
   p.a = a;
-  p.c = a.logit_scale * LOG2E;
-  // Without bias, differences of logits are multiples of c: beyond 64 each is 0 or underflows, and so does the result stay.
-  if (!a.bias && !a.mask && !(a.window_h && (a.shift_h || a.shift_w))) p.c = fminf(fmaxf(p.c, 1e-30f), 64.0f);
   for (uint32_t& start : p.start) start = MAGIC_BITS;
   p.top = static_cast<float>((1 << a.p_bits) - 1);
   const bool codes = a.out_dtype == VITQ_S8;
-  p.share = codes ? a.v_scale / a.out_scale : a.v_scale;
   p.range = static_cast<float>(a.qmax - a.qmin);
-  if (codes && a.qmax > a.qmin) p.share /= p.range;
+  const bool plain = !a.bias && !a.mask && !(a.window_h && (a.shift_h || a.shift_w));
+  p.per_head = a.scales > 1;
+  for (int i = 0; i < a.scales; ++i) {
+    Head& head = p.own[i];
+    head = {a.logit_scale[i] * LOG2E, codes ? a.v_scale[i] / a.out_scale : a.v_scale[i], a.q_zero[i], a.v_zero[i]};
+    // Without bias, differences of logits are multiples of c: beyond 64 each is 0 or underflows, and so does the result stay.
+    if (plain) head.c = fminf(fmaxf(head.c, 1e-30f), 64.0f);
+    if (codes && a.qmax > a.qmin) head.share /= p.range;
+    p.q_zeros |= head.q_zero != 0;
+    p.v_zeros |= head.v_zero != 0;
+  }
   p.zero = a.qmax > a.qmin ? (a.out_zero - a.qmin) / p.range : 0.0f;
   p.low = MAGIC + a.qmin;
   p.copy = copy_width(a);

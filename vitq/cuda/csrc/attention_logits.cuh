@@ -9,11 +9,11 @@ namespace {
 // Exact sums of codes as floats, and what they are multiplied by. o: from 1.5·2^23; sums: of the rows' codes, used if v has a
 // zero point; weight: top · sum of the exponentials. small: |sum| < 2^22 is known already.
 template <int KS>
-__device__ __forceinline__ void to_floats(const Launch& p, uint32_t (&o)[KS][2][2][4], const uint32_t (&sums)[4],
+__device__ __forceinline__ void to_floats(const Launch& p, const Head& head, uint32_t (&o)[KS][2][2][4], const uint32_t (&sums)[4],
                                           const float (&weight)[2], float (&share)[2], bool small) {
   // |sum| <= 128 · sum of codes, which is below `weight` plus half the keys
   small = small || __all_sync(0xFFFFFFFFu, fmaxf(weight[0], weight[1]) + 0.5f * p.a.keys < 32700.0f);
-  const float zero = static_cast<float>(-p.a.v_zero);
+  const float zero = static_cast<float>(-head.v_zero);
   const float shift[2] = {zero * static_cast<int>(sums[0]), zero * static_cast<int>(sums[2])};
   if (small) {
 #pragma unroll
@@ -28,7 +28,7 @@ __device__ __forceinline__ void to_floats(const Launch& p, uint32_t (&o)[KS][2][
       x = __float_as_uint(__int2float_rn(static_cast<int>(x - MAGIC_BITS)));
     }
   }
-  if (p.a.v_zero) {
+  if (p.v_zeros) {
 #pragma unroll
     for (int i = 0; i < KS * 16; ++i) {
       uint32_t& x = o[i / 16][i / 8 % 2][i / 4 % 2][i % 4];
@@ -36,7 +36,7 @@ __device__ __forceinline__ void to_floats(const Launch& p, uint32_t (&o)[KS][2][
     }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) share[half] = weight[half] > 0.0f ? p.share * reciprocal(weight[half]) : 0.0f;
+  for (int half = 0; half < 2; ++half) share[half] = weight[half] > 0.0f ? head.share * reciprocal(weight[half]) : 0.0f;
 }
 
 // Integers to natural logits with bias and mask from global memory; -inf beyond the last key.
@@ -44,6 +44,7 @@ __device__ __forceinline__ void to_floats(const Launch& p, uint32_t (&o)[KS][2][
 template <int NB, bool PAIRS>
 __device__ __forceinline__ void add_global(const Launch& p, const Place& at, uint32_t (&s)[NB][4], int row, int first_key,
                                            int lane) {
+  const float c = head_of(p, at.head).c;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int r = min(row + 8 * half, p.a.queries - 1);  // rows beyond the last are computed and not stored
@@ -73,7 +74,7 @@ __device__ __forceinline__ void add_global(const Launch& p, const Place& at, uin
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         uint32_t& x = s[j][2 * half + i];
-        x = __float_as_uint(__fmaf_rn(__uint_as_float(x) - MAGIC, p.c, extra[i]));
+        x = __float_as_uint(__fmaf_rn(__uint_as_float(x) - MAGIC, c, extra[i]));
       }
     }
   }

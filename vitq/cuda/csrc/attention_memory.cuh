@@ -29,12 +29,19 @@ struct Divisor {
   __device__ __forceinline__ int divide(int n) const { return by == 1 ? n : __umulhi(n, inverse) >> shift; }
 };
 
+struct Head {
+  float c;      // logit of one unit of q·k, base 2 (natural with ADDED)
+  float share;  // v_scale, over the output's scale if that is codes
+  int q_zero, v_zero;
+};
+
 struct Launch {
   VitqAttention a;
+  Head own[VITQ_MOST_HEADS];  // read by `head_of`
+  int per_head;        // 1: each head has its own, 0: the first is everyone's
+  bool q_zeros, v_zeros;  // whether any is not 0
   uint32_t start[4];   // MAGIC_BITS: see multiply_keys
-  float c;             // logit of one unit of q·k, base 2 (natural with ADDED)
   float top;           // largest code of a probability
-  float share;         // v_scale, over the output's scale if that is codes
   float zero, range, low;  // of output codes: (zero point - qmin) / range, qmax - qmin, 1.5·2^23 + qmin
   int items, parts, part_rows;  // (image, window, head, part of the queries), or (image, window) of warps
   int geometry_bytes;  // of shared memory
@@ -51,6 +58,8 @@ struct Launch {
   bool wide;           // rows of the result are whole, aligned 16-byte pieces
   bool by_four;        // four neighbouring features are aligned
 };
+
+__device__ __forceinline__ const Head& head_of(const Launch& p, int head) { return p.own[head * p.per_head]; }
 
 struct Place {
   int unit, batch, head, y, x, first_row;  // y, x: upper left token of the window in the shifted image

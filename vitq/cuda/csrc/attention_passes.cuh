@@ -38,7 +38,7 @@ __device__ __forceinline__ void for_keys(int keys, F&& f) {
 template <int NB, int KS, Extra EXTRA, bool Q_ZERO>
 __device__ __forceinline__ void logits(const Launch& p, const Place& at, uint32_t (&s)[NB][4], const uint32_t (&q)[KS][4],
                                        uint32_t k, int first, bool missing, int row, int lane) {
-  multiply_keys<NB, KS, Q_ZERO>(s, q, k + first * (32 * KS), p.a.q_zero, p.start, lane);
+  multiply_keys<NB, KS, Q_ZERO>(s, q, k + first * (32 * KS), Q_ZERO ? head_of(p, at.head).q_zero : 0, p.start, lane);
   if (EXTRA == ADDED) {
     add_extra<NB>(p, at, s, row + (lane >> 2), first, nullptr, lane);
   } else if (missing) {
@@ -99,7 +99,7 @@ __global__ __launch_bounds__(32 * Passes<KS>::WARPS, 2) void passes_kernel(const
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float m = quad_maximum(maximum[half]);
-      f[half] = EXTRA == PLAIN ? softmax_of_integers(m, p.c, p.top) : softmax_of_logits(m, LOG2E, p.top);
+      f[half] = EXTRA == PLAIN ? softmax_of_integers(m, head_of(p, at.head).c, p.top) : softmax_of_logits(m, LOG2E, p.top);
     }
 
     float weight[2] = {0.0f, 0.0f};
@@ -113,13 +113,13 @@ __global__ __launch_bounds__(32 * Passes<KS>::WARPS, 2) void passes_kernel(const
 #pragma unroll
       for (int half = 0; half < 2; ++half) weight[half] += encode<NB, false>(packed, s, half, f[half], false);
       multiply_values<NB, KS>(o, packed, v + first * PITCH, lane);
-      if (p.a.v_zero) add_codes<NB>(sums, packed);
+      if (p.v_zeros) add_codes<NB>(sums, packed);
     });
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) weight[half] = quad_sum(weight[half]) * f[half].top;
     float share[2];
-    to_floats<KS>(p, o, sums, weight, share, false);
+    to_floats<KS>(p, head_of(p, at.head), o, sums, weight, share, false);
     store_tile<KS>(p, at, o, share, row, end - row, staging, nullptr, lane);
   }
 }
@@ -177,8 +177,8 @@ __global__ __launch_bounds__(32 * CHUNK_WARPS<KS>, 2) void chunked_attention_ker
     for (int ks = 0; ks < KS; ++ks) ldmatrix(fragments[ks], q + 16 * warp * PITCH + row_offset<KS>(lane, ks));
     const int first = (step < steps ? step : step - steps) * CHUNK;
     uint32_t s[NB][4];
-    if (p.a.q_zero) {
-      multiply_keys<NB, KS, true>(s, fragments, buffer(step), p.a.q_zero, p.start, lane);
+    if (p.q_zeros) {
+      multiply_keys<NB, KS, true>(s, fragments, buffer(step), head_of(p, at.head).q_zero, p.start, lane);
     } else {
       multiply_keys<NB, KS, false>(s, fragments, buffer(step), 0, p.start, lane);
     }
@@ -197,7 +197,7 @@ __global__ __launch_bounds__(32 * CHUNK_WARPS<KS>, 2) void chunked_attention_ker
             fmaxf(maximum[half], EXTRA == PLAIN ? maximum_of_integers<NB>(s, half) : maximum_of_logits<NB, false>(s, half));
         if (step == steps - 1) {
           const float m = quad_maximum(maximum[half]);
-          f[half] = EXTRA == PLAIN ? softmax_of_integers(m, p.c, p.top) : softmax_of_logits(m, LOG2E, p.top);
+          f[half] = EXTRA == PLAIN ? softmax_of_integers(m, head_of(p, at.head).c, p.top) : softmax_of_logits(m, LOG2E, p.top);
         }
       }
       continue;
@@ -206,7 +206,7 @@ __global__ __launch_bounds__(32 * CHUNK_WARPS<KS>, 2) void chunked_attention_ker
 #pragma unroll
     for (int half = 0; half < 2; ++half) total[half] += encode<NB, false>(packed, s, half, f[half], false);
     multiply_values<NB, KS>(o, packed, buffer(step) + CHUNK * PITCH, lane);
-    if (p.a.v_zero) add_codes<NB>(sums, packed);
+    if (p.v_zeros) add_codes<NB>(sums, packed);
   }
   if (left <= 0) return;
 
@@ -214,12 +214,12 @@ __global__ __launch_bounds__(32 * CHUNK_WARPS<KS>, 2) void chunked_attention_ker
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const float weight = quad_sum(total[half]) * f[half].top;
-    share[half] = weight > 0.0f ? p.share * reciprocal(weight) : 0.0f;
+    share[half] = weight > 0.0f ? head_of(p, at.head).share * reciprocal(weight) : 0.0f;
   }
 #pragma unroll
   for (int i = 0; i < KS * 16; ++i) {
     uint32_t& x = o[i / 16][i / 8 % 2][i / 4 % 2][i % 4];
-    x = __float_as_uint(__int2float_rn(static_cast<int>(x) - p.a.v_zero * static_cast<int>(sums[i % 4 / 2 * 2])));
+    x = __float_as_uint(__int2float_rn(static_cast<int>(x) - head_of(p, at.head).v_zero * static_cast<int>(sums[i % 4 / 2 * 2])));
   }
   store_tile<KS>(p, at, o, share, row, left, q + 16 * warp * PITCH, nullptr, lane);
 }

@@ -29,14 +29,14 @@ __device__ __forceinline__ void keep_bias(const Launch& p, int head, float4* kep
 }
 
 template <int NB>
-__device__ __forceinline__ void add_kept(const Launch& p, uint32_t (&s)[NB][4], const float4* kept, bool single) {
+__device__ __forceinline__ void add_kept(float c, uint32_t (&s)[NB][4], const float4* kept, bool single) {
 #pragma unroll
   for (int j = 0; j < NB; ++j) {
     const float4 b = kept[j * 32];
-    s[j][0] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][0]) - MAGIC, p.c, b.x));
-    if (!single || j < NB - 1) s[j][1] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][1]) - MAGIC, p.c, b.y));
-    s[j][2] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][2]) - MAGIC, p.c, b.z));
-    if (!single || j < NB - 1) s[j][3] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][3]) - MAGIC, p.c, b.w));
+    s[j][0] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][0]) - MAGIC, c, b.x));
+    if (!single || j < NB - 1) s[j][1] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][1]) - MAGIC, c, b.y));
+    s[j][2] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][2]) - MAGIC, c, b.z));
+    if (!single || j < NB - 1) s[j][3] = __float_as_uint(__fmaf_rn(__uint_as_float(s[j][3]) - MAGIC, c, b.w));
   }
 }
 
@@ -83,8 +83,8 @@ __device__ __forceinline__ void attend(const Launch& p, Place at, int item, uint
     uint32_t fragments[KS][4];
 #pragma unroll
     for (int ks = 0; ks < KS; ++ks) ldmatrix(fragments[ks], q + row_offset<KS>(lane, ks));
-    if (p.a.q_zero) {
-      multiply_keys<NB, KS, true>(s, fragments, k, p.a.q_zero, p.start, lane);
+    if (p.q_zeros) {
+      multiply_keys<NB, KS, true>(s, fragments, k, head_of(p, at.head).q_zero, p.start, lane);
     } else {
       multiply_keys<NB, KS, false>(s, fragments, k, 0, p.start, lane);
     }
@@ -102,7 +102,7 @@ __device__ __forceinline__ void attend(const Launch& p, Place at, int item, uint
   } else if (EXTRA == ADDED) {
     add_extra<NB>(p, at, s, row + (lane >> 2), 0, geometry, lane);
   } else {
-    add_kept<NB>(p, s, kept, S::SINGLE);
+    add_kept<NB>(head_of(p, at.head).c, s, kept, S::SINGLE);
     if (at.bottom || at.right) add_shift_mask<NB>(p, at, s, row + (lane >> 2), above, sides, geometry);
   }
 
@@ -117,7 +117,7 @@ __device__ __forceinline__ void attend(const Launch& p, Place at, int item, uint
     }
     const float maximum =
         quad_maximum(EXTRA == PLAIN ? maximum_of_integers<NB>(s, half) : maximum_of_logits<NB, S::SINGLE>(s, half));
-    const Softmax f = EXTRA == PLAIN ? softmax_of_integers(maximum, p.c, p.top)
+    const Softmax f = EXTRA == PLAIN ? softmax_of_integers(maximum, head_of(p, at.head).c, p.top)
                                      : softmax_of_logits(maximum, EXTRA == KEPT ? 1.0f : LOG2E, p.top);
     weight[half] = quad_sum(encode<NB, S::SINGLE>(packed, s, half, f, EXTRA == KEPT)) * f.top;
   }
@@ -127,15 +127,15 @@ __device__ __forceinline__ void attend(const Launch& p, Place at, int item, uint
   for (int i = 0; i < KS * 16; ++i) o[i / 16][i / 8 % 2][i / 4 % 2][i % 4] = MAGIC_BITS;
   multiply_values<NB, KS>(o, packed, v, lane);
   uint32_t sums[4] = {0, 0, 0, 0};
-  if (p.a.v_zero) add_codes<NB>(sums, packed);
+  if (p.v_zeros) add_codes<NB>(sums, packed);
 
-  float share[2];
-  to_floats<KS>(p, o, sums, weight, share, 8 * NB * 255 * 128 < 1 << 22);
   if (EXTRA == PLAIN && !Shape<NB>::WARP) {
     // Found again, so that it holds no registers beside the logits; the compiler must not see that it is known.
     asm volatile("" : "+r"(item));
     at = place_of(p, item);
   }
+  float share[2];
+  to_floats<KS>(p, head_of(p, at.head), o, sums, weight, share, 8 * NB * 255 * 128 < 1 << 22);
   store_tile<KS>(p, at, o, share, row, left, q, geometry, lane);
 }
 

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 3  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 4  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -63,14 +63,17 @@ int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: everyt
 int vitq_linear_sm90_configs(void);  // how many configurations there are
 int vitq_linear_sm80_configs(void);
 
-// softmax(q·kᵀ·logit_scale + bias + mask)·v on codes, probabilities requantized row by row.
+// softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale on codes, probabilities requantized row by row.
+#define VITQ_MOST_HEADS 64       // that may have scales of their own
 typedef struct {
   const int8_t *q, *k, *v;       // element (b, token, head, d) at b*strides[0] + token*strides[1] + head*strides[2] + d
   int64_t q_strides[3], k_strides[3], v_strides[3];
   int32_t batch, heads, queries, keys, dim;
-  float logit_scale;             // q scale · k scale · softmax scale
-  float v_scale;
-  int32_t q_zero, v_zero;        // k's zero point cancels in the softmax
+  // On the host, `scales` of each: 1, or one a head.
+  const float* logit_scale;      // q scale · k scale · softmax scale
+  const float* v_scale;
+  const int32_t *q_zero, *v_zero;  // k's zero point cancels in the softmax
+  int32_t scales;
   int32_t p_bits;
   const float* bias;             // [heads or 1, queries, keys], strides in elements, columns contiguous; or null
   int64_t bias_head, bias_row;

@@ -19,22 +19,34 @@ from torch import Tensor
 
 from vitq.cuda.triton.common import on_device, power_of_2, to_codes
 from vitq.formats import int_range
+from vitq.ops.attention import AttentionSpec
 from vitq.ops.common import OutputFormat
 
 ONE_BLOCK = 256
 WIDEST_HEAD = 256
+LOG2E = 1.4426950408889634
 
 
 @dataclass(frozen=True, eq=False)
 class Constants:
-    """logit_scale: sq·sk·(softmax scale); v_scale: of the values; the zero points of q and v; output: tensors on the GPU."""
+    """scales: float32 [2, 1 or H], sq·sk·(softmax scale)·log2(e) and the scale of the values, of every head or of each; zeros: int32 likewise,
+    the zero points of q and v; any_q_zero, any_v_zero: whether one is not 0; output: tensors on the GPU, all."""
 
-    logit_scale: float
-    v_scale: float
-    q_zero: int
-    v_zero: int
+    scales: Tensor
+    zeros: Tensor
+    any_q_zero: bool
+    any_v_zero: bool
     p_bits: int
     output: OutputFormat | None
+
+    @classmethod
+    def of(cls, spec: AttentionSpec, device: torch.device) -> Constants:
+        found = spec.constants()
+        scales = torch.tensor([found["logit_scale"], found["v_scale"]], dtype=torch.float64) * torch.tensor([[LOG2E], [1.0]])
+        zeros = torch.tensor([found["q_zero"], found["v_zero"]], dtype=torch.int32)
+        q_zero, v_zero = zeros.ne(0).any(1).tolist()
+        return cls(scales.float().to(device), zeros.to(device), q_zero, v_zero, spec.params.p_bits,
+                   None if spec.output is None else spec.output.to(device))
 
 
 @triton.jit
@@ -84,10 +96,10 @@ def _weigh(logit, maximum, v, key, n_keys, v_token, column, inside_d, c, acc, SC
     return acc, tl.sum(e, axis=1), tl.sum(codes.to(tl.int32), axis=0), tl.sum(p.to(tl.int32) + OFFSET, axis=1)
 
 
-@triton.jit(do_not_specialize=["q_zero", "v_zero"])
-def _attention(q, k, v, out, bias, mask, out_scale, out_zero, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch,
-               v_token, v_head, bias_head, bias_token, mask_window, mask_token, heads, n_queries, n_keys, windows, c,
-               v_scale, q_zero, v_zero, qmin, qmax, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+@triton.jit
+def _attention(q, k, v, out, bias, mask, scales, zeros, out_scale, out_zero, q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch,
+               v_token, v_head, bias_head, bias_token, mask_window, mask_token, heads, n_queries, n_keys, windows,
+               scale_row, scale_head, qmin, qmax, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
                BLOCK_N: tl.constexpr, ONE_BLOCK: tl.constexpr, P_BITS: tl.constexpr, HAS_BIAS: tl.constexpr,
                HAS_MASK: tl.constexpr, HAS_Q_ZERO: tl.constexpr, HAS_V_ZERO: tl.constexpr, REQUANTIZE: tl.constexpr,
                PER_COLUMN: tl.constexpr):
@@ -95,6 +107,10 @@ def _attention(q, k, v, out, bias, mask, out_scale, out_zero, q_batch, q_token, 
     pair = tl.program_id(0) // blocks  # programs of one head run side by side, so that its keys stay in L2
     batch = (pair // heads).to(tl.int64)
     head = pair % heads
+    c = tl.load(scales + head * scale_head)
+    v_scale = tl.load(scales + scale_row + head * scale_head)
+    q_zero = tl.load(zeros + head * scale_head)
+    v_zero = tl.load(zeros + scale_row + head * scale_head)
     row = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_D)
     inside_d = column < D
@@ -176,13 +192,12 @@ def attention(constants: Constants, q: Tensor, k: Tensor, v: Tensor, dtype: torc
     qmin, qmax = (0, 0) if output is None else int_range(output.bits)
     with on_device(q):
         _attention[(triton.cdiv(n_queries, block_m) * b * heads,)](
-            q, k, v, out, bias, mask, None if output is None else output.scale,
+            q, k, v, out, bias, mask, constants.scales, constants.zeros, None if output is None else output.scale,
             None if output is None else output.zero_point, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *(0, 0) if bias is None else bias.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], heads,
-            n_queries, n_keys, windows, constants.logit_scale * 1.4426950408889634, constants.v_scale, constants.q_zero,
-            constants.v_zero, float(qmin), float(qmax), D=d, BLOCK_D=power_of_2(d, 32), BLOCK_M=block_m, BLOCK_N=block_n,
+            n_queries, n_keys, windows, constants.scales.shape[1], int(constants.scales.shape[1] > 1), float(qmin), float(qmax), D=d, BLOCK_D=power_of_2(d, 32), BLOCK_M=block_m, BLOCK_N=block_n,
             ONE_BLOCK=n_keys <= block_n, P_BITS=constants.p_bits, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
-            HAS_Q_ZERO=constants.q_zero != 0, HAS_V_ZERO=constants.v_zero != 0, REQUANTIZE=output is not None,
+            HAS_Q_ZERO=constants.any_q_zero, HAS_V_ZERO=constants.any_v_zero, REQUANTIZE=output is not None,
             PER_COLUMN=output is not None and output.scale.ndim > 0, num_warps=warps)
     return out
 
