@@ -234,7 +234,7 @@ def write(output: Path, report: dict) -> None:
     parts = [f"{report['machine']}, {report['date']}: `{report['command']}`"]
     for found in report["models"]:
         parts.append(f"### {found['model']}, {found['images']} images\n\n" + vitq.report.markdown_table(*table(found)) + "".join(
-            f"\n{note}.\n" for note in found["notes"]))
+            f"\n\n{note}." for note in found["notes"]))
     (output / "methods.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     vitq.report.plot_drops(output / "methods.png", report["models"])
 
