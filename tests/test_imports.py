@@ -45,7 +45,7 @@ ARROWS = {
     "graphs": set(),
     "profiling": CALIB | EXECUTION | {"conversion", "timing"},
     "evaluate": CALIB | EXECUTION | {"conversion", "checkpoint", "graphs"},
-    "report": CALIB | EXECUTION | {"conversion", "checkpoint", "evaluate", "timing", "profiling"},
+    "report": CALIB | EXECUTION | {"conversion", "checkpoint", "evaluate", "timing", "profiling", "cache"},
 }
 # What a layer may import of another is narrower in these cases.
 ONLY = {("ops", "cpu"): {"vitq.cpu.loader", "vitq.cpu.kernels"}}

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
 from vitq.evaluate import Evaluation, LayerError
@@ -55,13 +56,8 @@ _NUMBER = re.compile(r"(-|[-+]?(\d[\d,]*(\.\d+)?|inf|nan)( ?(%|x|ms|dB|MB|MiB))?
 
 def write_json(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
     """Write `data` as strict JSON, whole or not at all; see `to_json`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(path) as temporary:
         temporary.write_text(to_json(data) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def to_json(data: Any) -> str:

@@ -54,5 +54,18 @@ def test_bad_shapes(pair) -> None:
     norm, linear, _ = pair
     with pytest.raises(ValueError, match=r"shape \[48\]"):
         fold(norm, linear, torch.ones(3), torch.zeros(3))
-    with pytest.raises(ValueError, match="linear with bias"):
-        fold(norm, nn.Linear(48, 3, bias=False), torch.ones(48), torch.zeros(48))
+    with pytest.raises(ValueError, match="a norm with weight and bias"):
+        fold(nn.LayerNorm(48, elementwise_affine=False), nn.Linear(48, 3), torch.ones(48), torch.zeros(48))
+
+
+@torch.no_grad()
+def test_a_linear_without_a_bias_gets_one() -> None:
+    """Swin's patch merging has none."""
+    torch.manual_seed(0)
+    norm, linear, x = nn.LayerNorm(48), nn.Linear(48, 20, bias=False), torch.randn(60, 48) * torch.linspace(0.1, 5, 48)
+    norm.weight.uniform_(0.1, 3.0)
+    norm.bias.normal_()
+    y = norm(x)
+    before = linear(y)
+    fold(norm, linear, *scale_and_zero(y.amin(0), y.amax(0), 4, False))
+    assert linear.bias is not None and (linear(norm(x)) - before).norm() / before.norm() < 1e-5

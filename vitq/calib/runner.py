@@ -40,8 +40,8 @@ def is_folded(site: LinearSite, spec: LayerSpec, recipe: Recipe, model: nn.Modul
     """Whether the LayerNorm before this linear takes its per-channel scales (transform `layernorm_fold`)."""
     if "layernorm_fold" not in recipe.transforms or site.norm is None or spec.is_float or spec.input.dynamic:
         return False
-    norm, linear = model.get_submodule(site.norm), model.get_submodule(site.name)
-    return norm.weight is not None and norm.bias is not None and linear.bias is not None
+    norm = model.get_submodule(site.norm)
+    return norm.weight is not None and norm.bias is not None
 
 
 def heads_of(attention: nn.Module, spec: QuantSpec) -> int | None:

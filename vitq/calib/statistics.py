@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 
 __all__ = ["Histogram", "Statistics"]
@@ -52,15 +52,11 @@ class Statistics:
             tensors.update({f"{key}.{name}": tensor.contiguous() for name, tensor in histogram.state().items()})
         header = {"format": FORMAT, "schema": SCHEMA, "model": self.model, "samples": self.samples, "operands": operands}
         header["sha256"] = _digest(header, tensors)
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            save_file(tensors, temporary, metadata={"vitq": json.dumps(header)})
-            os.replace(temporary, path)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata={"vitq": json.dumps(header)})
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

@@ -8,6 +8,7 @@ Second best to images like those the model will see.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -18,9 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq.cache import cache_folder
+from vitq.cache import cache_folder, replacing
 from vitq.calib.runner import exact_float32, fingerprint
 from vitq.models import prepare
+
+log = logging.getLogger("vitq")
 
 PATCHES = 64  # of each image and block, drawn anew at each step: their pairs are enough of a sample
 GRID, WIDTH = 64, 0.05  # of the density of similarities: points in [-1, 1], standard deviation of the kernel
@@ -44,8 +47,8 @@ def synthesize(model: nn.Module, count: int, data_config: dict, *, steps: int = 
         raise ValueError("synthetic images are drawn towards the model's classes, of which this model has none; give images")
     prepared = prepare(model)
     file = None if cache is None else _file(Path(cache) if cache else cache_folder(), prepared.model, count, data_config, steps, seed)
-    if file is not None and file.is_file():
-        return _read(file)
+    if file is not None and file.is_file() and (kept := _read(file)) is not None:
+        return kept
     device = next(model.parameters()).device
     taps = [prepared.model.get_submodule(site.name) for site in prepared.attentions]
     for parameter in prepared.model.parameters():
@@ -117,16 +120,21 @@ def _file(folder: Path, model: nn.Module, count: int, config: dict, steps: int, 
     return folder / f"synthetic-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _read(file: Path) -> Tensor:
+def _read(file: Path) -> Tensor | None:
+    """None, and a warning, for a file that is damaged: its images are made again."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    return load_file(file)["images"]
+    try:
+        return load_file(file)["images"]
+    except (SafetensorError, OSError, KeyError) as error:
+        log.warning("the synthetic images in %s cannot be read (%s): they are made again", file, error)
+        return None
 
 
 def _write(file: Path, images: Tensor) -> None:
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    save_file({"images": images.contiguous()}, temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        save_file({"images": images.contiguous()}, temporary)

@@ -12,10 +12,8 @@ import hashlib
 import json
 import logging
 import math
-import os
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vitq.cache import cache_folder
+from vitq.cache import cache_folder, replacing
 from vitq.cuda import loader
 from vitq.cuda.layout import round_up
 
@@ -224,16 +222,9 @@ def read_cache(path: Path) -> dict[str, dict[str, str]]:
 
 
 def write_cache(path: Path, table: dict[str, dict[str, str]]) -> None:
-    """Replaces the file in one step, so that a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(table, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(table, indent=1, sort_keys=True), encoding="utf-8")
 
 
 _recordings: list[set[Case]] = []

@@ -18,7 +18,7 @@ _SCALE_FLOOR = 1e-3
 
 @torch.no_grad()
 def fold(norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
-    """Fold per-channel `scale` [C] (> 0) and integer `zero_point` [C] of the norm's output, in place.
+    """Fold per-channel `scale` [C] (> 0) and integer `zero_point` [C] of the norm's output, in place. A linear without a bias gets one.
 
     A common zero point for all channels (symmetric ranges) leaves zero where it was (t = 0), which is what inputs that
     are padded with zeros after the norm need. Returns the per-tensor (s̃ float32 [], z̃ int32 []).
@@ -28,8 +28,8 @@ def fold(norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tenso
     if scale.shape != (channels,) or zero_point.shape != (channels,) or linear.in_features != channels:
         raise ValueError(f"fold needs scale and zero point of shape [{channels}] and a linear over {channels} inputs, "
                          f"got {list(scale.shape)}, {list(zero_point.shape)} and {linear.in_features}")
-    if norm.weight is None or norm.bias is None or linear.bias is None:
-        raise ValueError("fold needs a norm with weight and bias, and a linear with bias")
+    if norm.weight is None or norm.bias is None:
+        raise ValueError("fold needs a norm with weight and bias")
     scale, zero_point = scale.to(linear.weight.device), zero_point.to(linear.weight.device)
     scale = scale.double().clamp_min(float(scale.double().mean()) * _SCALE_FLOOR)
     z = zero_point.double()
@@ -40,6 +40,10 @@ def fold(norm: nn.LayerNorm, linear: nn.Linear, scale: Tensor, zero_point: Tenso
     weight = linear.weight.double() * r
     norm.weight.copy_(norm.weight.double() / r)
     norm.bias.copy_(norm.bias.double() / r - t)
-    linear.bias.copy_(linear.bias.double() + weight @ t)
+    shift = weight @ t
+    if linear.bias is None:
+        linear.bias = nn.Parameter(shift.to(linear.weight.dtype), requires_grad=False)
+    else:
+        linear.bias.copy_(linear.bias.double() + shift)
     linear.weight.copy_(weight)
     return target_scale, target_zero.to(torch.int32)
