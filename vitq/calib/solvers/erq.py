@@ -22,8 +22,8 @@ STEPS = 100  # of the gradient rule, as in ERQ's code
 
 
 def erq(problem: Problem) -> Solution:
-    """Options: input_ridge (0.1), weight_ridge (0.01), parts of the Gram matrix's mean diagonal, or with absolute_ridge the λ that is added
-    to it; reduce_inputs (true): Aqer; columns: sequence | halves; compensate (true): move the columns that are left; rounding: descent,
+    """Options: input_ridge (2000), weight_ridge (60): λ as a multiple of the inputs' mean square, or with absolute_ridge λ itself, which is what
+    as many rows of inputs of that size in every direction would add to the Gram matrix; reduce_inputs (true): Aqer; columns: sequence | halves; compensate (true): move the columns that are left; rounding: descent,
     the exact descent | gradient, ERQ's rule, of halves | nearest.
 
     Raises ValueError on NaN or infinity.
@@ -31,19 +31,19 @@ def erq(problem: Problem) -> Solution:
     options, gram, features, bits = problem.options, problem.gram, problem.weight.shape[1], problem.spec.bits
     joint = problem.weight.double() if problem.bias is None else torch.cat((problem.weight, problem.bias[:, None]), 1).double()
     quantized, cross = (m[: joint.shape[1], : joint.shape[1]] for m in (gram.quantized, gram.cross))
-    unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean())
+    unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean()) / max(gram.rows, 1)
     if options.get("reduce_inputs", True):
-        joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 0.1) * unit)
+        joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 2000.0) * unit)
     grid = weight_grid(joint[:, :features].float(), problem.spec)
     rounding, compensate = options.get("rounding", "descent"), options.get("compensate", True)
-    ridge = options.get("weight_ridge", 0.01) * unit
+    ridge = options.get("weight_ridge", 60.0) * unit
     if options.get("columns", "sequence") == "halves" or not compensate:
         codes, moved = quantize_by_halves(joint, features, grid, bits, quantized, gram.rows, ridge, rounding=rounding,
                                           compensate=compensate)
     else:
         codes, moved = quantize_in_sequence(joint, features, grid, bits, quantized, ridge)
         if rounding == "descent":
-            codes, moved = descend_all(joint, codes, grid, bits, quantized, gram.rows)
+            codes, moved = descend_all(joint, codes, grid, bits, quantized, gram.rows, ridge)
     return Solution(codes, grid, None if problem.bias is None else moved[:, -1].float())
 
 
@@ -81,13 +81,15 @@ def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int
     return codes, joint
 
 
-def descend_all(joint: Tensor, codes: Tensor, grid: WeightGrid, bits: int, quantized: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Descent over all columns of codes int8 [N, K] towards joint [N, D]; a bias is always at its best. As `quantize_by_halves` returns."""
+def descend_all(joint: Tensor, codes: Tensor, grid: WeightGrid, bits: int, quantized: Tensor, rows: int, ridge: float) -> tuple[Tensor, Tensor]:
+    """Descent over all columns of codes int8 [N, K] towards joint [N, D], with the ridge on the inputs; a bias is always at its best. As
+    `quantize_by_halves` returns."""
     features = codes.shape[1]
     step, zero = (t.double().expand(codes.shape) for t in (grid.columns(), grid.zero_points()))
     inner, along = quantized[:features, :features], quantized[:features, features:]
     if along.shape[1]:
         inner = inner - along @ along.T / quantized[-1, -1]
+    inner = inner + ridge * torch.eye(features, dtype=inner.dtype, device=inner.device)
     codes = descend(joint[:, :features] / step + zero, codes.double(), step, inner / max(rows, 1), bits)
     moved = torch.cat(((codes - zero) * step, joint[:, features:]), 1)
     if along.shape[1]:
