@@ -231,7 +231,7 @@ def test_top_level_messages(top, error, message):
     ({"roles": ["pv"], "input": {"levels": "log_sqrt2"}}, ValueError, "its scale is static, one a tensor: add dynamic: false, granularity: per_tensor"),
     ({"roles": ["pv"], "input": {"levels": "log_sqrt2", "dynamic": False, "granularity": "per_tensor"}}, ValueError, "or execution: simulated for the whole recipe"),
     ({"roles": ["fc1"], "input": {"dynamic": True, "symmetric": False}}, ValueError, "rules[1].input.symmetric: false for the input of fc1; allowed for dynamic activations: true"),
-    ({"roles": ["qk"], "other": {"dynamic": True, "symmetric": False}}, ValueError, "rules[1].other.symmetric: false for the other of qk; allowed for dynamic activations: true"),
+    ({"roles": ["qk"], "other": {"dynamic": True}}, ValueError, "rules[1].other.dynamic: true for the other of qk; q and k have static scales: false"),
     ({"roles": ["qk"], "other": {"granularity": "per_channel"}}, ValueError, "rules[1].other.granularity: 'per_channel' for the other of qk; allowed for q, k and v: per_tensor, per_head"),
     ({"roles": ["fc1"], "input": {"granularity": "per_head"}}, ValueError, "rules[1].input.granularity: 'per_head' for the input of fc1; allowed for static activations: per_tensor"),
     ({"roles": ["fc1"], "weight": {"granularity": "per_head"}}, ValueError, "rules[1].weight.granularity: 'per_head' for the weight of fc1; allowed for weights: per_channel, per_tensor"),

@@ -98,12 +98,18 @@ def run(args: argparse.Namespace) -> None:
     for flag in ("draws", "calib_size", "batch_size", "limit"):
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             raise ValueError(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
+    if args.limit == 1:
+        raise ValueError("--limit must be at least 2: the bootstrap needs images to draw from")
     if args.crop_pct is not None and not 0 < args.crop_pct <= 1:
         raise ValueError(f"--crop-pct must be above 0 and at most 1, got {args.crop_pct}")
     recipes = rows_of(args)
     device = vitq.pick_device(args.device)
     output = args.output or Path("vitq-out") / "methods"
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {output}: {error.strerror}; choose another with --output") from error
     report = {"command": "python tools/compare_methods.py " + " ".join(argv_of(args)), "machine": machine(device),
               "date": str(datetime.date.today()), "calib_size": args.calib_size, "draws": args.draws, "models": []}
     print(f"{report['machine']}, {report['date']}: {report['command']}\n")

@@ -167,7 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--images", help="textiles: folder with the class folders (default: the installed package's)")
     p.add_argument("--test-images", type=int, default=16, help="glyphs: images of each class that are held out (default 16)")
     p.add_argument("--images-only", action="store_true", help="glyphs: write the images to calibrate and evaluate on, and train nothing")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="default: cuda where there is one")
     p.add_argument("--val", action="store_true", help="textiles: hold 200 of the training photographs out and score on them")
     p.add_argument("--limit", type=int, help="use about so many images of each part (smoke test)")
     for name in _textiles.DEFAULTS:
@@ -182,6 +182,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.arch = vitq.resolve_name(a.arch or TASKS[a.task].ARCH).partition(".")[0]
     if a.task == "textiles" and not a.arch.startswith(("deit", "vit")):
         raise ValueError(f"textiles are taught by patch tokens, which {a.arch} does not have: take a deit or vit, or --task glyphs")
+    a.device = str(vitq.pick_device(a.device))
+    if a.task != "textiles" and (a.val or a.images):
+        raise ValueError(f"--{'val' if a.val else 'images'} is for --task textiles")
     if a.images_only and a.task != "glyphs":
         raise ValueError("--images-only is for --task glyphs; the textiles are a package of photographs")
     for name in ("epochs", "batch_size", "test_images", "limit"):

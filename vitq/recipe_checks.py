@@ -121,7 +121,8 @@ def check_header(name: Any, description: Any, schema: Any, calib_size: Any, tran
         elif kind is bool:
             check_type(value, bool, where, "true or false")
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-            raise ValueError(f"{where}: {value!r}; allowed: a number above 0")
+            hint = " (YAML takes 1e3 for text: write 1000 or 1.0e+3)" if isinstance(value, str) else ""
+            raise ValueError(f"{where}: {value!r}; allowed: a number above 0{hint}")
     if solver_options.get("rounding") == "gradient" and solver_options.get("columns", "sequence") != "halves":
         raise ValueError("solver_options.rounding: 'gradient' goes with columns: halves; with sequence: descent, nearest")
 
@@ -184,6 +185,8 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
             refuse(operand, "dynamic", "attention probabilities have one dynamic scale a row: true (roles: [...] limits a rule to other layers)")
         if (role, operand) == ("pv", "other") and spec.dynamic:
             refuse(operand, "dynamic", "the tokens of v are summed over, so one scale a token cannot be applied: false")
+        if role == "qk" and spec.dynamic:
+            refuse(operand, "dynamic", "q and k have static scales: false")
         wanted = ("per_token",) if spec.dynamic else ("per_tensor", "per_head") if role in MATMUL_ROLES else ("per_tensor",)
         if spec.granularity not in wanted:
             what = "dynamic activations" if spec.dynamic else "q, k and v" if role in MATMUL_ROLES else "static activations"
