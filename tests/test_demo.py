@@ -69,6 +69,19 @@ def test_w4a4_block_by_block(demo, statistics) -> None:
     assert equal(y, reference[:25]) >= 0.9
 
 
+def test_erq_loses_less_than_gptq_and_rounding(demo) -> None:
+    """At W4A4, of what a trained model knows of an image (random weights tell solvers apart only layer by layer)."""
+    model, data, x, *_ = demo
+    calib, found = list(vitq.batches(data.calib, 8, limit=8)), {}
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(x[:50]), pre_logits=True)
+        for solver in ("rtn", "gptq", "erq"):
+            recipe = vitq.Recipe.from_yaml("erq-w4a4").with_overrides(["calib_size=8", f"solver={solver}", "solver_options={}"])
+            converted = vitq.convert(model, recipe, calib)
+            found[solver] = sqnr(features, converted.forward_head(converted.forward_features(x[:50]), pre_logits=True).float())
+    assert found["erq"] > max(found["gptq"], found["rtn"]) + 2, found
+
+
 def test_checkpoint_sizes(demo, statistics, tmp_path) -> None:
     model = demo[0]
     float_bytes = sum(p.numel() * 4 for p in model.parameters())

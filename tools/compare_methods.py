@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import platform
+import shlex
 import statistics
 import sys
 import tempfile
@@ -110,14 +111,16 @@ def run(args: argparse.Namespace) -> None:
         tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise ValueError(f"cannot write to the folder {output}: {error.strerror}; choose another with --output") from error
-    report = {"command": "python tools/compare_methods.py " + " ".join(argv_of(args)), "machine": machine(device),
+    report = {"command": "python tools/compare_methods.py " + shlex.join(argv_of(args)), "machine": machine(device),
               "date": str(datetime.date.today()), "calib_size": args.calib_size, "draws": args.draws, "models": []}
     print(f"{report['machine']}, {report['date']}: {report['command']}\n")
-    for name in args.models.split(","):
+    models = []
+    for name in args.models.split(","):  # all of them first: a wrong path must not wait for the model before it
         name, _, weights = name.partition("=")
-        loaded = vitq.load_model(name, weights or "auto", seed=args.seed)
-        for note in loaded.notes:
+        models.append(vitq.load_model(name, weights or "auto", seed=args.seed))
+        for note in models[-1].notes:
             print(f"note: {note}")
+    for loaded in models:
         report["models"].append(compare(args, loaded, recipes, device))
         write(output, report)
         print("\n".join([vitq.report.table(*table(report["models"][-1])), *report["models"][-1]["notes"], ""]), flush=True)
@@ -126,13 +129,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def argv_of(args: argparse.Namespace) -> Iterator[str]:
-    """The options that make the figures, as they would be typed."""
+    """The options that make the figures."""
     for key in ("models", "data", "recipes", "methods", "draws", "calib_size", "crop_pct", "limit", "seed"):
         if (value := getattr(args, key)) is not None:
-            yield f"--{key.replace('_', '-')} {value}"
-    yield from (f"--set {value}" for value in args.set)
+            yield from (f"--{key.replace('_', '-')}", str(value))
+    for value in args.set:
+        yield from ("--set", value)
     if args.calib != "data":
-        yield f"--calib {args.calib}"
+        yield from ("--calib", args.calib)
     if args.simulate:
         yield "--simulate"
 
@@ -160,11 +164,13 @@ def compare(args: argparse.Namespace, loaded, recipes: dict, device: torch.devic
     if not vitq.labels_match(loaded.class_names, model.num_classes, data):
         raise ValueError(f"the classes of {args.data} are not those of {loaded.name}: top-1 would mean nothing")
     count = args.draws * args.calib_size
+    too_few = f"{args.data} has {{}} images to calibrate on; {args.draws} draws of {args.calib_size} need {count}: lower --draws or --calib-size"
+    if args.calib == "data" and hasattr(data.calib, "__len__") and len(data.calib) < count:
+        raise ValueError(too_few.format(len(data.calib)))
     calib = vitq.synthesize(model, count, config, seed=args.seed) if args.calib == "synthetic" else \
         torch.cat([x for x, _ in vitq.batches(data.calib, args.batch_size, limit=count)])
     if len(calib) < count:
-        raise ValueError(f"{args.data} has {len(calib)} images to calibrate on; {args.draws} draws of {args.calib_size} need {count}: lower "
-                         "--draws or --calib-size")
+        raise ValueError(too_few.format(len(calib)))
     cost: dict[str, list[tuple[float, float]]] = {}
     bytes_of: dict[str, int] = {}
     models: dict[str, torch.nn.Module] = {"float": model}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import re
 import sys
 import tempfile
 import time
@@ -89,7 +90,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     torch.manual_seed(args.seed)
     overrides = args.set + ([f"calib_size={args.calib_size}"] if args.calib_size is not None else [])
     recipe = vitq.Recipe.from_yaml(args.recipe).with_overrides(overrides)
-    device = vitq.pick_device(args.device)
+    device = torch.device(vitq.pick_device(args.device))
+    if recipe.execution == "simulated":
+        raise ValueError(f"{args.recipe} is for simulation: nothing executes all that it holds; tools/compare_methods.py measures it")
+    if args.backend not in ("auto", "reference", device.type):
+        raise ValueError(f"--backend {args.backend} cannot run on {device}: give --device {args.backend}, or --backend auto or reference")
+    if not args.memory > 0:
+        raise ValueError(f"--memory must be above 0 (GB), got {args.memory:g}")
     output = args.output or Path("vitq-out") / f"{args.model.replace('/', '_')}-{recipe.name}"
     with writable(output):
         loaded, data = load(args, recipe, device, console)
@@ -144,10 +151,12 @@ def load(args, recipe, device: torch.device, console: Console):
     for note in loaded.notes:
         console.note(note)
     loaded.model.to(device)
-    made = {"model": loaded.model, "limit": recipe.calib_size} if args.data == "synthetic" else {}
-    if made:
-        console.step(f"optimising {recipe.calib_size} images and some to compare on, unless they are in the cache")
-    data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable, **made)
+    with contextlib.ExitStack() as stack:
+        made = {}
+        if args.data == "synthetic":
+            console.step(f"optimising {recipe.calib_size} images and some to compare on, unless they are in the cache: minutes on a CPU")
+            made = {"model": loaded.model, "limit": recipe.calib_size, "progress": stack.enter_context(console.bar("optimise", None)).update}
+        data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable, **made)
     console.result(f"model {loaded.name} ({loaded.weights}) on {device}, images from {data.name}")
     return loaded, data
 
@@ -229,6 +238,8 @@ def write(output: Path, report: dict, loaded, model, statistics, console: Consol
     report["size"] = size = vitq.report.sizes(loaded.model, files["checkpoint"])
     console.result(f"\nsize {size.checkpoint_bytes / 1e6:.1f} MB on disk, {size.ratio:.3f} of the float32 file "
                    f"({size.fp32_bytes / 1e6:.1f} MB)")
+    for bits in sorted({int(found[1]) for row in report["layers"] if (found := re.search(r"(\d)-bit codes are stored in", row.note))}):
+        console.note(f"{bits}-bit weights are stored in {4 if bits < 4 else 8} bits, so the file is no smaller than with those")
     files["layers"].write_text(vitq.report.layer_table(report["layers"]) + "\n", encoding="utf-8")
     vitq.report.plot_layer_error(files["plot"], report["layer_sqnr"], f"{loaded.name}, {report['recipe']['name']}")
     vitq.report.write_tensorboard(files["tensorboard"], vitq.report.scalars(report), model=model, statistics=statistics,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vitq.calib.choose import choose, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
-from vitq.calib.runner import collect, limited
+from vitq.calib.runner import check_calibration, collect, limited
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat
@@ -40,7 +40,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     calib: what a static recipe measures its activation ranges on: any iterable of image batches (tensors [B, C, H, W],
         (images, labels) pairs, a DataLoader) preprocessed as the model expects, of which at most `recipe.calib_size`
         images are read, or the `Statistics` that `vitq.calibrate` returned.
-        A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then read twice.
+        A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then kept and read twice.
     backend: auto (the device's own), reference, cpu or cuda.
     statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver alone.
     memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
@@ -54,10 +54,10 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     recipe = _recipe(recipe, calib)
     if recipe.execution == "simulated":
         raise ValueError(f"recipe {recipe.name!r} is for simulation: integer kernels do not compute all that it holds; vitq.simulate runs it")
-    check_backend(backend)
+    parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
+    check_backend(backend, None if parameter is None else parameter.device)
     prepared, plan = quantize(model, recipe, calib, statistics=statistics, memory=memory, progress=progress)
-    device = next(model.parameters()).device
-    check_backend(backend, device)
+    device = parameter.device
     dtype = float_dtype(dtype, device)
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     for name, params in plan.layers.items():
@@ -101,8 +101,10 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         stats = calib
     elif calib is not None:
         data = calib
-        if recipe.needs_inputs and iter(calib) is calib:  # it is read more than once
-            data = list(limited(calib, recipe.calib_size))
+        if recipe.needs_inputs:  # read more than once, and a loader may shuffle
+            data = calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size))
+            if stats is not None or not recipe.is_static:  # nothing else looks at them first
+                check_calibration(data, recipe, prepared.model)
     if stats is None and recipe.is_static:
         stats = collect(prepared, recipe, data, progress=progress)
     return prepared, choose(prepared, recipe, stats, data, memory)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import build, images, quick, sqnr
+from torch.utils.data import DataLoader, IterableDataset
 
 import vitq
 from vitq.calib import gram as grams
@@ -122,18 +123,19 @@ def test_solvers_lose_less_the_more_they_do(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("segments", ["one", "dual_uniform"])
 @pytest.mark.parametrize("solver", ["gptq", "erq"])
-@pytest.mark.parametrize("case", ["plain", "no bias", "constant row", "dead channel", "few rows", "one feature"])
+@pytest.mark.parametrize("case", ["plain", "no bias", "constant row", "dead channel", "few rows", "one feature", "6 bits"])
 def test_layers_that_could_break_a_solver(case: str, solver: str, segments: str, symmetric: bool) -> None:
+    bits = 6 if case == "6 bits" else 4
     features = 1 if case == "one feature" else 70
     x, (weight, bias) = inputs(10 if case == "few rows" else 300, features), layer(60, features)
     if case == "constant row":
         weight[3], weight[4] = 0.0, 0.7
     if case == "dead channel":
         x[:, 5] = 0.0
-    spec = QuantSpec(bits=4, granularity="per_channel", segments=segments, symmetric=symmetric)
+    spec = QuantSpec(bits=bits, granularity="per_channel", segments=segments, symmetric=symmetric)
     problem = Problem(weight, None if case == "no bias" else bias, spec, gram_of(x, FORMAT))
     solution = SOLVERS[solver](problem)
-    qmin, qmax = int_range(4)
+    qmin, qmax = int_range(bits)
     assert solution.codes.dtype == torch.int8 and solution.codes.shape == weight.shape
     assert qmin <= int(solution.codes.min()) and int(solution.codes.max()) <= qmax
     assert (solution.bias is None) == (problem.bias is None)
@@ -189,15 +191,47 @@ def test_what_a_solver_needs() -> None:
     model, recipe = build(depth=1), quick("erq-w8a8")
     with pytest.raises(ValueError, match="needs the calibration images themselves"):
         vitq.convert(model, recipe, vitq.calibrate(model, recipe, [images(model, 4)]))
-    dynamic = quick("w8a8-dynamic", "solver=gptq")
+    dynamic = quick("w8a8-dynamic", "solver=gptq", "calib_size=4")
     with pytest.raises(ValueError, match="solves by 'gptq': give calib="):
         vitq.convert(model, dynamic)
     assert sqnr(model(images(model)), vitq.convert(model, dynamic, [images(model, 4, seed=2)])(images(model))) > 25
+    with pytest.raises(TypeError, match="images must be floating point"):  # what nothing else looks at
+        vitq.convert(model, dynamic, [torch.zeros(4, 3, 224, 224, dtype=torch.uint8)])
+    stats = vitq.calibrate(model, recipe, [images(model, 4)])
+    for given in ([], iter([])):
+        with pytest.raises(ValueError, match="calibration data holds 0 images"):
+            vitq.convert(model, recipe, given, statistics=stats)
     with pytest.raises(ValueError, match="solves by 'gptq': give sample="):
         vitq.linear_module(model.blocks[0].mlp.fc1, dynamic)
     sample = torch.randn(300, 192)
     module = vitq.linear_module(model.blocks[0].mlp.fc1, dynamic, sample, dtype=torch.float32)
     assert sqnr(model.blocks[0].mlp.fc1(sample), module(sample)) > 30
+
+
+def test_every_pass_sees_the_same_images() -> None:
+    """Of a loader that shuffles, and of one that cannot be read twice."""
+    model, recipe = build(depth=1), quick("erq-w8a8", calib_size=8)
+
+    class Shuffled:
+        reads = 0
+
+        def __iter__(self):
+            self.reads += 1
+            return iter([images(model, 4, seed=10 * self.reads), images(model, 4, seed=10 * self.reads + 1)])
+
+    shuffled, x = Shuffled(), images(model)
+    found = vitq.convert(model, recipe, shuffled, memory=1e6)(x)
+    assert shuffled.reads == 1
+    assert torch.equal(found, vitq.convert(model, recipe, [images(model, 4, seed=10), images(model, 4, seed=11)])(x))
+    once = iter([images(model, 4, seed=10), images(model, 4, seed=11)])
+    assert torch.equal(found, vitq.convert(model, recipe, DataLoader(once_only(once), batch_size=None))(x))
+
+
+def once_only(batches) -> IterableDataset:
+    """A dataset that has nothing more to give the second time."""
+    dataset = IterableDataset()
+    dataset.__class__ = type("Once", (IterableDataset,), {"__iter__": lambda self: batches})
+    return dataset
 
 
 @pytest.mark.parametrize("options, message", [

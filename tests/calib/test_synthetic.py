@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import build
+from safetensors.torch import save_file
 
 import vitq
 from vitq.calib import synthetic
@@ -41,12 +42,27 @@ def test_images_are_sure_of_a_class_and_possible(model) -> None:
     assert all(p.requires_grad for p in model.parameters())  # the given model is not touched
 
 
+def test_what_cannot_be_kept_or_read_is_made_again(tmp_path, caplog) -> None:
+    model = small()
+    images = synthesize(model, 2, CONFIG, steps=2, cache=tmp_path)
+    (file,) = tmp_path.iterdir()
+    for damaged in ({"images": images[:1]}, {"images": images * torch.nan}, {"other": images}):
+        save_file(damaged, file)
+        assert torch.equal(synthesize(model, 2, CONFIG, steps=2, cache=tmp_path), images)
+    file.write_bytes(b"nothing")
+    assert torch.equal(synthesize(model, 2, CONFIG, steps=2, cache=tmp_path), images)
+    assert caplog.text.count("they are made again") == 4
+    (tmp_path / "a file").touch()
+    assert torch.equal(synthesize(model, 2, CONFIG, steps=2, cache=tmp_path / "a file"), images)  # no folder: nothing is lost
+    assert "are not kept" in caplog.text
+
+
 def test_they_are_kept_for_the_model_that_they_were_made_of(tmp_path, monkeypatch) -> None:
     model, calls = small(), []
     optimise = synthetic._optimise
     monkeypatch.setattr(synthetic, "_optimise", lambda *args: calls.append(args) or optimise(*args))
     first = synthesize(model, 3, CONFIG, steps=2, cache=tmp_path, batch_size=2)
-    assert len(calls) == 2 and torch.equal(first, synthesize(model, 3, CONFIG, steps=2, cache=tmp_path)) and len(calls) == 2
+    assert len(calls) == 2 and torch.equal(first, synthesize(model, 3, CONFIG, steps=2, cache=tmp_path, batch_size=2)) and len(calls) == 2
     assert not torch.equal(first, synthesize(model, 3, CONFIG, steps=2, cache=tmp_path, seed=1)) and len(calls) == 3
     with torch.no_grad():
         model.head.bias[0] += 1

@@ -80,7 +80,7 @@ def test_methods_are_compared(trained, tmp_path, capsys) -> None:
     for r in found["rows"]:
         assert len(r["drops"]) == 2 and r["low"] <= r["drop"] <= r["high"] and r["seconds"] > 0 and 0 < r["size"] < 1
         assert r["drop"] == pytest.approx(sum(r["drops"]) / 2) and r["top1"] == pytest.approx(found["float"] - r["drop"])
-        assert abs(r["executed_less_simulated"]) <= 100
+        assert abs(r["executed_less_simulated"]) <= 10  # two of 20 images
     said = "erq-w4a4: q, k and v have 4 bits in int8 storage; probabilities are unsigned, 8 bits, uniform"
     assert found["notes"][0].startswith(said) and said in out and said in (tmp_path / "methods.md").read_text()
     assert "fold+gptq" in out and (tmp_path / "methods.png").read_bytes()[:4] == b"\x89PNG" and "| erq-w4a4 | rtn |" in (tmp_path / "methods.md").read_text()

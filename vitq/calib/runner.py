@@ -159,6 +159,15 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
     return stats
 
 
+def check_calibration(data: Iterable, recipe: Recipe, model: nn.Module) -> None:
+    """Raises as `collect` does for images that it would not take."""
+    samples = 0
+    for images in limited(data, recipe.calib_size):
+        check_images(images, model)
+        samples += len(images)
+    check_sample_count(samples, recipe)
+
+
 def check_sample_count(samples: int, recipe: Recipe) -> None:
     """An empty or far too small set is an error; a small one a warning, since ranges from it are rough."""
     least = max(1, recipe.calib_size // 16)

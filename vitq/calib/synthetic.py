@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vitq.cache import cache_folder, replacing
@@ -30,6 +31,7 @@ GRID, WIDTH = 64, 0.05  # of the density of similarities: points in [-1, 1], sta
 SMOOTH = 0.05  # weight of the total variation
 LEARNING_RATE = 0.1
 STEPS = 300
+VERSION = 1  # of all this: a change of what images come out raises it
 
 
 def synthesize(model: nn.Module, count: int, data_config: dict, *, steps: int = STEPS, seed: int = 0, batch_size: int = 32,
@@ -46,8 +48,9 @@ def synthesize(model: nn.Module, count: int, data_config: dict, *, steps: int = 
     if getattr(model, "num_classes", 0) < 2:
         raise ValueError("synthetic images are drawn towards the model's classes, of which this model has none; give images")
     prepared = prepare(model)
-    file = None if cache is None else _file(Path(cache) if cache else cache_folder(), prepared.model, count, data_config, steps, seed)
-    if file is not None and file.is_file() and (kept := _read(file)) is not None:
+    file = None if cache is None else _file(
+        Path(cache) if cache else cache_folder(), prepared.model, (count, steps, seed, batch_size), data_config)
+    if file is not None and file.is_file() and (kept := _read(file, (count, *data_config["input_size"]))) is not None:
         return kept
     device = next(model.parameters()).device
     taps = [prepared.model.get_submodule(site.name) for site in prepared.attentions]
@@ -115,19 +118,21 @@ def _variation(pixels: Tensor) -> Tensor:
     return pixels.diff(dim=-1).abs().mean() + pixels.diff(dim=-2).abs().mean()
 
 
-def _file(folder: Path, model: nn.Module, count: int, config: dict, steps: int, seed: int) -> Path:
-    key = repr((fingerprint(model), count, sorted((k, config[k]) for k in ("input_size", "mean", "std")), steps, seed))
+def _file(folder: Path, model: nn.Module, arguments: tuple[int, ...], config: dict) -> Path:
+    key = repr((VERSION, fingerprint(model), sorted((k, config[k]) for k in ("input_size", "mean", "std")), arguments))
     return folder / f"synthetic-{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
 
 
-def _read(file: Path) -> Tensor | None:
+def _read(file: Path, shape: tuple[int, ...]) -> Tensor | None:
     """None, and a warning, for a file that is damaged: its images are made again."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(file)["images"]
-    except (SafetensorError, OSError, KeyError) as error:
+        images = load_file(file)["images"]
+        if images.shape != shape or not bool(torch.isfinite(images).all()):
+            raise ValueError(f"it holds {list(images.shape)}, or numbers that are not finite")
+        return images
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         log.warning("the synthetic images in %s cannot be read (%s): they are made again", file, error)
         return None
 
@@ -135,6 +140,9 @@ def _read(file: Path) -> Tensor | None:
 def _write(file: Path, images: Tensor) -> None:
     from safetensors.torch import save_file
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as temporary:
-        save_file({"images": images.contiguous()}, temporary)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as temporary:
+            save_file({"images": images.contiguous()}, temporary)
+    except (SafetensorError, OSError) as error:
+        log.warning("the synthetic images are not kept: %s cannot be written (%s)", file, error)

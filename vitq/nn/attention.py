@@ -160,7 +160,9 @@ class QuantAttention(PackedModule):
         choice = self.packed()["attention"][0]
         note = f"fell back: {choice.reason}" if choice.reason else ""
         if not self._codes_in:
-            note = "; ".join(filter(None, ["q, k, v pass through float (qk-norm)", note]))
+            why = "their bits differ" if len(set(self.bits)) > 1 else "qkv is dynamic or in float" if not isinstance(
+                self.qkv, QuantLinear) or self.qkv.dynamic else "qk-norm"
+            note = "; ".join(filter(None, [f"q, k, v pass through float ({why})", note]))
         (q, k, v), (q_each, k_each, v_each) = self.bits, ("per head" if each else "per tensor" for each in self.per_head)
         qk_each = q_each if q_each == k_each else f"{q_each} and {k_each}"
         formats = (f"A{q}·A{k} static {qk_each}", f"P{self.p_bits} per row · A{v} static {v_each}")

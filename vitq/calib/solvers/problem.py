@@ -48,3 +48,5 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
         if not int(failed):
             return torch.cholesky_solve(right, factor)
         ridge *= 10.0
+        if not ridge < float("inf"):
+            raise ValueError("the inputs' Gram matrix cannot be solved with any ridge; check the calibration images")
