@@ -223,15 +223,18 @@ def test_every_pass_sees_the_same_images() -> None:
     found = vitq.convert(model, recipe, shuffled, memory=1e6)(x)
     assert shuffled.reads == 1
     assert torch.equal(found, vitq.convert(model, recipe, [images(model, 4, seed=10), images(model, 4, seed=11)])(x))
-    once = iter([images(model, 4, seed=10), images(model, 4, seed=11)])
-    assert torch.equal(found, vitq.convert(model, recipe, DataLoader(once_only(once), batch_size=None))(x))
+    once = Once([images(model, 4, seed=10), images(model, 4, seed=11)])
+    assert torch.equal(found, vitq.convert(model, recipe, DataLoader(once, batch_size=None))(x))
 
 
-def once_only(batches) -> IterableDataset:
-    """A dataset that has nothing more to give the second time."""
-    dataset = IterableDataset()
-    dataset.__class__ = type("Once", (IterableDataset,), {"__iter__": lambda self: batches})
-    return dataset
+class Once(IterableDataset):
+    """Has nothing more to give the second time."""
+
+    def __init__(self, batches) -> None:
+        self.batches = iter(batches)
+
+    def __iter__(self):
+        return self.batches
 
 
 @pytest.mark.parametrize("options, message", [
