@@ -57,10 +57,12 @@ METHODS: dict[str, list[str]] = {
     "one segment": _erq(True, "descent") + _ONE,
     "scales per head": [f"{operand}.granularity=per_head" for operand in ("qk.input", "qk.other", "pv.other")],
     "asymmetric attention": [f"{operand}.symmetric=false" for operand in ("qk.input", "qk.other", "pv.other")],
-    "dual everywhere": _DUAL + ["proj.weight.segments=dual_uniform", "fc2.weight.segments=dual_uniform"],
+    # Dual uniform weights in one more role each.
+    "dual in proj": [*_DUAL, "proj.weight.segments=dual_uniform"],
+    "dual in fc2": [*_DUAL, "fc2.weight.segments=dual_uniform"],
 }
 SETS = {"baselines": "rtn,fold,fold+gptq,recipe",
-        "ablation": "rtn,fold,fold+aqer,+dual,+rounding,+compensation,halves+gradient,halves+descent,one segment,dual everywhere,"
+        "ablation": "rtn,fold,fold+aqer,+dual,+rounding,+compensation,halves+gradient,halves+descent,one segment,dual in proj,dual in fc2,"
                     "scales per head,asymmetric attention"}
 
 

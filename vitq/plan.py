@@ -60,8 +60,8 @@ class LinearParams:
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """q, k and v are static, with one scale and zero point or one a head [H]; probabilities are unsigned, each row scaled so that its maximum is the top code. With p_log_scale,
-    float32 [], they have log√2 levels below it, for simulation only."""
+    """q, k and v are static, with one scale and zero point or one a head [H]; probabilities are unsigned, each row scaled so that its
+    maximum is the top code. With p_log_scale, float32 [], they have log√2 levels below it, for simulation only."""
 
     q: ActivationFormat
     k: ActivationFormat

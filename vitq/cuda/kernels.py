@@ -223,7 +223,8 @@ class CudaAttention:
         output, constants = spec.output, spec.constants()
         del constants["k_zero"]  # which cancels in the softmax
         return PackedAttention(
-            constants, spec.params.p_bits, None if output is None else output.to(device), 1.0 if output is None else float(output.scale), 0 if output is None else int(output.zero_point))
+            constants, spec.params.p_bits, None if output is None else output.to(device),
+            1.0 if output is None else float(output.scale), 0 if output is None else int(output.zero_point))
 
     def run(self, packed: PackedAttention, q: Tensor, k: Tensor, v: Tensor, *, dtype: torch.dtype, bias: Tensor | None = None,
             mask: Tensor | None = None, window: Windows | None = None, pad: Tensor | None = None) -> Tensor | QTensor:

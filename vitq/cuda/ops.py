@@ -31,10 +31,10 @@ SCHEMAS = {
               "Tensor? row_scale=None, Tensor? residual=None, Tensor? zero=None, Tensor? row_sums=None, int[] segment_ends=[], "
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
               "int out_bits=8, str config='') -> ()",
-    # softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale, these four one number or one a head. q, k, v int8 [B, tokens, H, D], unit stride in D; out [B, tokens, H·D]
-    # contiguous; bias float32 [H or 1, N, M], mask float32 [W, N, M], row b uses mask[b % W]; window [] or [height, width,
-    # window_h, window_w, shift_h, shift_w] of images in row order; pad int8 [3, H, D]: the codes of q, k, v where an image is
-    # padded.
+    # softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale, these four one number or one a head. q, k, v
+    # int8 [B, tokens, H, D], unit stride in D; out [B, tokens, H·D] contiguous; bias float32 [H or 1, N, M], mask float32
+    # [W, N, M], row b uses mask[b % W]; window [] or [height, width, window_h, window_w, shift_h, shift_w] of images in row
+    # order; pad int8 [3, H, D]: the codes of q, k, v where an image is padded.
     "attention": "(Tensor(a!) out, Tensor q, Tensor k, Tensor v, *, float[] logit_scale, float[] v_scale, int[] q_zero=[0], "
                  "int[] v_zero=[0], int p_bits=8, Tensor? bias=None, Tensor? mask=None, int[] window=[], Tensor? pad=None, "
                  "float out_scale=1.0, int out_zero_point=0, int out_bits=8) -> ()",
@@ -85,8 +85,8 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
         scale=scale.data_ptr(), zero=_pointer(zero), row_sums=_pointer(row_sums), bias=_pointer(bias),
         row_scale=_pointer(row_scale), a_fp=_pointer(codes_fp), lda_fp=0 if codes_fp is None else codes_fp.stride(0),
         weight_fp=_pointer(weight_fp), k_fp=k_fp, rows_per_group=out.shape[1] if grouped else m,
-        residual=_matrix(residual, grouped), out=_matrix(out, grouped), activation=loader.ACTIVATIONS[activation], out_inverse=1.0 / out_scale, out_zero=out_zero_point, qmin=qmin, qmax=qmax,
-        config=index)
+        residual=_matrix(residual, grouped), out=_matrix(out, grouped), activation=loader.ACTIVATIONS[activation],
+        out_inverse=1.0 / out_scale, out_zero=out_zero_point, qmin=qmin, qmax=qmax, config=index)
     library = loader.library()
     function = library.vitq_linear_sm90 if arch == 90 else library.vitq_linear_sm80
     code = _launch(function, arguments, out.device)
@@ -96,7 +96,8 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
 
 
 def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tuple[float, ...], v_scale: tuple[float, ...],
-               q_zero: tuple[int, ...] = (0,), v_zero: tuple[int, ...] = (0,), p_bits: int = 8, bias: Tensor | None = None, mask: Tensor | None = None,
+               q_zero: tuple[int, ...] = (0,), v_zero: tuple[int, ...] = (0,), p_bits: int = 8, bias: Tensor | None = None,
+               mask: Tensor | None = None,
                window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0, out_zero_point: int = 0,
                out_bits: int = 8) -> None:
     checks.attention(out, q, k, v, (logit_scale, v_scale, q_zero, v_zero), bias, mask, window, pad, p_bits)

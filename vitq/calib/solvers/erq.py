@@ -23,8 +23,9 @@ STEPS = 100  # of the gradient rule, as in ERQ's code
 
 def erq(problem: Problem) -> Solution:
     """Options: input_ridge (2000), weight_ridge (60): λ as a multiple of the inputs' mean square, or with absolute_ridge λ itself, which is what
-    as many rows of inputs of that size in every direction would add to the Gram matrix; reduce_inputs (true): Aqer; columns: sequence | halves; compensate (true): move the columns that are left; rounding: descent,
-    the exact descent | gradient, ERQ's rule, of halves | nearest.
+    as many rows of inputs of that size in every direction would add to the Gram matrix; reduce_inputs (true): Aqer; columns: sequence |
+    halves; compensate (true): move the columns that are left; rounding: descent, the exact descent | gradient, ERQ's rule, of halves |
+    nearest.
 
     Raises ValueError on NaN or infinity.
     """
