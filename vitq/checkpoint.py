@@ -25,6 +25,7 @@ from vitq.calib.data import data_config
 from vitq.calib.runner import specs
 from vitq.conversion import build, float_dtype, model_info
 from vitq.models import prepare
+from vitq.nn.model import QuantizedDecoder
 from vitq.nn.packed import pack_all
 from vitq.ops.dispatch import check_backend, pick_device
 from vitq.recipe import Recipe
@@ -53,6 +54,8 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
     import timm
 
     info = model_info(model)
+    if isinstance(model, QuantizedDecoder):
+        raise CheckpointError(f"language models cannot be saved yet: {type(model).__name__} would have to be built again by transformers")
     folder = Path(folder).resolve()  # through a link, so that a rename does not replace the link
     _check_target(folder)
     cfg = dict(getattr(model, "pretrained_cfg", None) or {})

@@ -19,7 +19,7 @@ from vitq.models.adapter import is_plain_layer_norm, replace
 from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock, QuantMlp, QuantPatchMerging
 from vitq.nn.linear import QuantLinear, QuantPatchConv
-from vitq.nn.model import ModelInfo, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
+from vitq.nn.model import ModelInfo, QuantizedDecoder, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
 from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.ops import dispatch
@@ -35,7 +35,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
             progress: Callable[[int], None] | None = None) -> nn.Module:
     """A new model that executes in integers; the given one is not touched.
 
-    model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer.
+    model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer; or a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of
+        transformers, for which images below are batches of token ids [B, T].
     recipe: a name from `vitq.recipes()`, a YAML path, or a Recipe. Default: `w8a8-dynamic` without calib, `w8a8` with.
     calib: what a static recipe measures its activation ranges on: any iterable of image batches (tensors [B, C, H, W],
         (images, labels) pairs, a DataLoader) preprocessed as the model expects, of which at most `recipe.calib_size`
@@ -102,9 +103,9 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     elif calib is not None:
         data = calib
         if recipe.needs_inputs:  # read more than once, and a loader may shuffle
-            data = calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size))
+            data = calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size, prepared.tokens))
             if stats is not None or not recipe.is_static:  # nothing else looks at them first
-                check_calibration(data, recipe, prepared.model)
+                check_calibration(data, recipe, prepared)
     if stats is None and recipe.is_static:
         stats = collect(prepared, recipe, data, progress=progress)
     return prepared, choose(prepared, recipe, stats, data, memory)
@@ -147,7 +148,7 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
         if is_plain_layer_norm(module) and module.weight is not None:
             replace(model, name, FloatLayerNorm(module, dtype=dtype, backend=backend))
     _cast_rest(model, prepared, layer_specs, dtype)
-    base = QuantizedModel
+    base = QuantizedDecoder if prepared.tokens else QuantizedModel
     if prepared.stem is not None and isinstance(model.patch_embed.proj, QuantPatchConv):
         base = {"tokens": QuantizedVit, "image": QuantizedSwin}[prepared.stem.kind]
     model.__class__ = quantized_class(type(model), base)
@@ -161,6 +162,8 @@ def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, Laye
     for module in model.modules():
         if isinstance(module, (PackedModule, RelativePositionBias)) or any(module is head for head in heads):
             continue
+        if type(module).__name__.endswith("RotaryEmbedding"):  # angles of thousands of positions do not fit 16 bits
+            continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)
         for name, buffer in module.named_buffers(recurse=False):
@@ -168,7 +171,7 @@ def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, Laye
                 setattr(module, name, buffer.to(dtype))
     for head in heads:
         head.__class__ = casting_class(type(head))
-    if not isinstance(getattr(model.patch_embed, "proj", None), QuantPatchConv) or hasattr(model.patch_embed, "backbone"):
+    if not prepared.tokens and (not isinstance(getattr(model.patch_embed, "proj", None), QuantPatchConv) or hasattr(model.patch_embed, "backbone")):
         model.patch_embed.__class__ = casting_class(type(model.patch_embed))
 
 

@@ -62,20 +62,20 @@ def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat], d
         passes[-1][name] = fmt
         room -= needed
     for layers in passes:
-        yield from _collect(prepared.model, layers, data, limit)
+        yield from _collect(prepared, layers, data, limit)
 
 
-def _collect(model: nn.Module, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:
+def _collect(prepared: Prepared, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:
+    model, grams, handles = prepared.model, {}, []
     device = next(model.parameters()).device
-    grams, handles = {}, []
     try:
         for name, fmt in formats.items():
             module = model.get_submodule(name)
             grams[name] = Gram(_features(module), device)
             handles.append(module.register_forward_pre_hook(partial(_on_input, grams[name], fmt)))
         with torch.no_grad(), exact_float32():
-            for images in limited(data, limit):
-                model(images.to(device, torch.float32))
+            for batch in limited(data, limit, prepared.tokens):
+                prepared.run(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -61,6 +61,37 @@ def images_of(batch: object) -> Tensor:
     return batch
 
 
+def tokens_of(batch: object) -> Tensor:
+    """The token ids of a batch that is a tensor, an (ids, labels …) sequence, or a mapping with 'input_ids'."""
+    if isinstance(batch, Mapping):
+        batch = batch.get("input_ids")
+    elif isinstance(batch, (tuple, list)) and batch:
+        batch = batch[0]
+    if not isinstance(batch, Tensor):
+        raise TypeError("calibration data must yield batches of token ids: a tensor [B, T], an (ids, labels) pair, or a mapping with "
+                        f"'input_ids'; got {type(batch).__name__}")
+    return batch
+
+
+def check_tokens(ids: Tensor, model: nn.Module) -> None:
+    """Raises ValueError or TypeError unless `ids` are token ids [B, T] that `model` has."""
+    if ids.is_floating_point() or ids.dtype == torch.bool:
+        raise TypeError(f"token ids must be integers, got {ids.dtype}")
+    if ids.ndim != 2 or not ids.shape[1]:
+        raise ValueError(f"token ids must have shape [batch, tokens], got {list(ids.shape)}")
+    size = model.get_input_embeddings().num_embeddings
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(f"token ids must be 0 to {size - 1} for this model, got {int(ids.min())} to {int(ids.max())}")
+
+
+def checked(data: Iterable, limit: int, prepared: Prepared) -> Iterator[Tensor]:
+    """Batches of what the model reads, each fit for it, cut off after `limit` images or sequences."""
+    check = check_tokens if prepared.tokens else check_images
+    for batch in limited(data, limit, prepared.tokens):
+        check(batch, prepared.model)
+        yield batch
+
+
 def check_images(images: Tensor, model: nn.Module) -> None:
     """Raises ValueError or TypeError unless `images` is a finite float batch of the size that `model` takes."""
     embed = model.patch_embed
@@ -85,12 +116,12 @@ def check_images(images: Tensor, model: nn.Module) -> None:
         raise ValueError(f"image {int(bad.nonzero()[0])} of a batch holds NaN or infinite values")
 
 
-def limited(data: Iterable, limit: int) -> Iterator[Tensor]:
-    """Image batches of `data` (one tensor [B, C, H, W] is one batch), cut off after `limit` images."""
+def limited(data: Iterable, limit: int, tokens: bool = False) -> Iterator[Tensor]:
+    """Batches of images (or token ids) of `data`, of which one tensor is one batch, cut off after `limit` of them."""
     seen = 0
     data = [data] if isinstance(data, Tensor) else data
     for batch in data:
-        images = images_of(batch)
+        images = tokens_of(batch) if tokens else images_of(batch)
         images = images[: limit - seen]
         seen += len(images)
         if len(images):
@@ -143,12 +174,10 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
             observe(key, tap, spec, channels=heads_of(attn, spec), dim=-2, at_input=False)
         observe(f"{site.pv}:input", attn.tap_p, pv.input, at_input=False)
 
-    device = next(model.parameters()).device
     try:
         with torch.inference_mode(), exact_float32():
-            for images in limited(data, recipe.calib_size):
-                check_images(images, model)
-                model(images.to(device, torch.float32))
+            for images in checked(data, recipe.calib_size, prepared):
+                prepared.run(images)
                 stats.samples += len(images)
                 if progress is not None:
                     progress(len(images))
@@ -159,13 +188,9 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
     return stats
 
 
-def check_calibration(data: Iterable, recipe: Recipe, model: nn.Module) -> None:
+def check_calibration(data: Iterable, recipe: Recipe, prepared: Prepared) -> None:
     """Raises as `collect` does for images that it would not take."""
-    samples = 0
-    for images in limited(data, recipe.calib_size):
-        check_images(images, model)
-        samples += len(images)
-    check_sample_count(samples, recipe)
+    check_sample_count(sum(map(len, checked(data, recipe.calib_size, prepared))), recipe)
 
 
 def check_sample_count(samples: int, recipe: Recipe) -> None:

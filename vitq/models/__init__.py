@@ -1,4 +1,4 @@
-"""Adapters: the only model-specific knowledge. They know timm and nothing of quantization."""
+"""Adapters: the only model-specific knowledge. They know timm and transformers and nothing of quantization."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from vitq.models.sites import Prepared
 __all__ = ["Prepared", "UnsupportedModelError", "prepare"]
 
 
-def _adapters() -> dict[type, object]:
+def _adapters(model: nn.Module) -> dict[type, object]:
+    """Those of the library that the model is of; the other may not even be installed."""
+    if type(model).__module__.startswith("transformers."):
+        from vitq.models import decoder
+
+        return decoder.adapters()
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer
@@ -34,12 +39,12 @@ def prepare(model: nn.Module, *, check: bool = True) -> Prepared:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if getattr(model, "vitq", None) is not None:
         raise ValueError("the model is already quantized: give the float model to vitq.convert")
-    adapters = _adapters()
+    adapters = _adapters(model)
     fill = adapters.get(type(model))
     if fill is None:
         known = ", ".join(sorted(t.__name__ for t in adapters))
         raise UnsupportedModelError(f"vitq has no adapter for {type(model).__module__}.{type(model).__name__}; "
-                                    f"known: {known} (timm); build one of these")
+                                    f"known there: {known}; build one of these")
     check_plain(model)
     if check:
         check_weights(model)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,11 @@ class Prepared:
     merges: list[MergeSite] = field(default_factory=list)
     floats: list[FloatSite] = field(default_factory=list)
     stem: StemSite | None = None
+    tokens: bool = False  # the model reads token ids [B, T], not images
+
+    def run(self, batch: Tensor) -> Tensor:
+        """The model on one batch of what it reads, on its own device."""
+        device = next(self.model.parameters()).device
+        if self.tokens:
+            return self.model(batch.to(device), use_cache=False).logits
+        return self.model(batch.to(device, torch.float32))

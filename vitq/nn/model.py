@@ -33,18 +33,10 @@ class ModelInfo:
     version: int = 0
 
 
-class QuantizedModel:
-    """Mixed into the class of the source model. Keeps timm's surface; refuses what integers cannot follow."""
+class Quantized:
+    """Mixed into the class of the source model. Keeps its surface; refuses what integers cannot follow."""
 
     vitq: ModelInfo
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Images float [B, C, H, W] -> logits float32. An image with NaN or infinity gives NaN, as in the float model.
-
-        Raises TypeError for images that are not floating point.
-        """
-        x = floating(x)
-        return with_guard(super().forward(x, *args, **kwargs), nan_guard(x))
 
     def train(self, mode: bool = True):
         if mode:
@@ -84,6 +76,22 @@ class QuantizedModel:
         if is_packed(self):
             pack_all(clone)
         return clone
+
+
+class QuantizedDecoder(Quantized):
+    """A language model of transformers: its own code runs, `generate` and all."""
+
+
+class QuantizedModel(Quantized):
+    """A model of images."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Images float [B, C, H, W] -> logits float32. An image with NaN or infinity gives NaN, as in the float model.
+
+        Raises TypeError for images that are not floating point.
+        """
+        x = floating(x)
+        return with_guard(super().forward(x, *args, **kwargs), nan_guard(x))
 
 
 class QuantizedVit(QuantizedModel):

@@ -1,0 +1,136 @@
+"""transformers' decoders: the same numbers in canonical form, then converted, and generation."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from helpers import sqnr
+from torch import nn
+
+import vitq
+from vitq.models import UnsupportedModelError, prepare
+from vitq.models.decoder import FAMILIES
+
+transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
+SIZES = dict(hidden_size=64, intermediate_size=112, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=128,
+             pad_token_id=0, eos_token_id=None, bos_token_id=1)
+CASES = [(family, {}) for family in FAMILIES] + [("Llama", {"tie_word_embeddings": True, "attention_bias": True}),
+                                                  ("Mistral", {"sliding_window": 8}), ("Qwen3", {"head_dim": 24}),
+                                                  ("Llama", {"num_key_value_heads": 4, "mlp_bias": True})]
+
+
+def build(family: str = "Llama", **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **kwargs})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.ndim > 1 else 0.1))
+    return model
+
+
+def ids(batch: int = 3, tokens: int = 20, seed: int = 1) -> torch.Tensor:
+    return torch.randint(1, SIZES["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def quick(name: str, *changes: str) -> vitq.Recipe:
+    return vitq.Recipe.from_yaml(name).with_overrides(["weight.observer=minmax", "calib_size=4", *changes])
+
+
+def generated(model: nn.Module, x: torch.Tensor, mask: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    mask = torch.ones_like(x) if mask is None else mask
+    return model.generate(x, attention_mask=mask, max_new_tokens=8, do_sample=False, **kwargs)[:, x.shape[1]:]
+
+
+@pytest.mark.parametrize("family, kwargs", CASES)
+@torch.no_grad()
+def test_canonical_form_computes_the_same(family: str, kwargs: dict) -> None:
+    model = build(family, **kwargs)
+    canonical = prepare(model).model
+    assert (model(ids()).logits - canonical(ids()).logits).abs().max() < 1e-5
+    assert torch.equal(generated(model, ids()), generated(canonical, ids()))
+    assert hasattr(model.model.layers[0].self_attn, "q_proj"), "the given model is not touched"
+
+
+@pytest.mark.parametrize("family, kwargs", CASES)
+@pytest.mark.parametrize("name", ["w8a8-dynamic", "w8a8", "w4a8"])
+@torch.no_grad()
+def test_execution_equals_simulation(family: str, kwargs: dict, name: str) -> None:
+    model, recipe = build(family, **kwargs), quick(name)
+    calib = [ids(4, seed=2)] if recipe.is_static else None
+    converted = vitq.convert(model, recipe, calib, dtype=torch.float32)
+    logits = converted(ids()).logits
+    assert logits.dtype == torch.float32 and sqnr(vitq.simulate(model, recipe, calib)(ids()).logits, logits) > 35
+    assert sqnr(model(ids()).logits, logits) > (25 if name == "w8a8-dynamic" else 20 if name == "w8a8" else 8)
+
+
+@torch.no_grad()
+def test_generation() -> None:
+    """Greedy tokens are those of one forward after another; with a static cache, and beside longer rows, the same."""
+    converted = vitq.convert(build(), quick("w8a8-dynamic"), dtype=torch.float32)
+    x, tokens = ids(2, 6), []
+    for _ in range(8):
+        tokens.append(converted(torch.cat((x, *tokens), 1)).logits[:, -1:].argmax(-1))
+    assert torch.equal(generated(converted, x), torch.cat(tokens, 1))
+    assert torch.equal(generated(converted, x, cache_implementation="static"), torch.cat(tokens, 1))
+    padded = torch.cat((torch.zeros(2, 3, dtype=torch.long), x), 1)
+    mask = torch.cat((torch.zeros(2, 3, dtype=torch.long), torch.ones_like(x)), 1)
+    assert torch.equal(generated(converted, padded, mask), torch.cat(tokens, 1))
+
+
+@torch.no_grad()
+def test_solvers_and_explain() -> None:
+    """The solvers of the vision recipes work on these layers as they are."""
+    model, calib, found = build(), [ids(8, 40, seed=3)], {}
+    for solver in ("rtn", "gptq"):
+        converted = vitq.convert(model, quick("w4a8", "calib_size=8", f"solver={solver}"), calib, dtype=torch.float32)
+        found[solver] = sqnr(model(ids(seed=3)).logits, converted(ids(seed=3)).logits)
+    assert found["gptq"] > found["rtn"] + 1, found
+    rows = {row.layer: row for row in vitq.explain(converted)}
+    assert rows["model.layers.0.self_attn.qkv_proj"].role == "qkv" and rows["model.layers.1.mlp.down_proj"].format.startswith("W4")
+    assert rows["model.embed_tokens"].note == "token embedding"
+
+
+@torch.no_grad()
+def test_tied_weights_stay_tied() -> None:
+    converted = vitq.convert(build(tie_word_embeddings=True), quick("w8a8-dynamic"), dtype=torch.bfloat16)
+    assert converted.lm_head.weight is converted.model.embed_tokens.weight and converted.lm_head.weight.dtype == torch.bfloat16
+    assert converted.model.rotary_emb.inv_freq.dtype == torch.float32
+    assert torch.isfinite(converted(ids()).logits.float()).all()
+
+
+@pytest.mark.parametrize("calib, error, message", [
+    ([torch.randn(4, 20)], TypeError, "token ids must be integers"), ([ids(4)[0]], ValueError, r"shape \[batch, tokens\]"),
+    ([ids(4) + 100], ValueError, "token ids must be 0 to 127"), ([{"labels": ids(4)}], TypeError, "a mapping with 'input_ids'"),
+    ([], ValueError, "calibration data holds 0"),
+])
+def test_bad_tokens(calib, error, message) -> None:
+    with pytest.raises(error, match=message):
+        vitq.convert(build(), quick("w8a8"), calib)
+
+
+def test_a_mapping_of_a_tokenizer_calibrates() -> None:
+    model, recipe = build(), quick("w8a8")
+    a, b = (vitq.convert(model, recipe, [batch], dtype=torch.float32) for batch in (ids(4), {"input_ids": ids(4), "attention_mask": None}))
+    with torch.no_grad():
+        assert torch.equal(a(ids()).logits, b(ids()).logits)
+
+
+def test_what_is_not_known_is_named(tmp_path) -> None:
+    model = build()
+    odd = copy.deepcopy(model)
+    odd.model.layers[1].self_attn.v_proj = type("LoraLinear", (nn.Linear,), {})(64, 32)
+    with pytest.raises(UnsupportedModelError, match="LoraLinear"):
+        prepare(odd)
+    odd = copy.deepcopy(model)
+    odd.model.layers[0].mlp.gate_proj.register_parameter("extra", None)
+    odd.model.layers[0].adapter = nn.Linear(3, 3)
+    with pytest.raises(UnsupportedModelError, match="model.layers.0.adapter"):
+        prepare(odd)
+    other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
+    with pytest.raises(UnsupportedModelError, match="no adapter for transformers.*GPT2LMHeadModel"):
+        prepare(other)
+    with pytest.raises(vitq.CheckpointError, match="language models"):
+        vitq.save(vitq.convert(model, quick("w8a8-dynamic")), tmp_path / "m")
