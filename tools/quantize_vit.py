@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -84,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
-    for flag, value in (("--batch-size", args.batch_size), ("--limit", args.limit)):
-        if value is not None and value < 1:
-            raise ValueError(f"{flag} must be at least 1, got {value}")
+    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--limit", args.limit, 1), ("--memory", args.memory, 1e-3)):
+        if value is not None and not value >= least:
+            raise ValueError(f"{flag} must be at least {least:g}, got {value:g}")
     torch.manual_seed(args.seed)
     overrides = args.set + ([f"calib_size={args.calib_size}"] if args.calib_size is not None else [])
     recipe = vitq.Recipe.from_yaml(args.recipe).with_overrides(overrides)
@@ -95,8 +93,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"{args.recipe} is for simulation: nothing executes all that it holds; tools/compare_methods.py measures it")
     if args.backend not in ("auto", "reference", device.type):
         raise ValueError(f"--backend {args.backend} cannot run on {device}: give --device {args.backend}, or --backend auto or reference")
-    if not args.memory > 0:
-        raise ValueError(f"--memory must be above 0 (GB), got {args.memory:g}")
     output = args.output or Path("vitq-out") / f"{args.model.replace('/', '_')}-{recipe.name}"
     with writable(output):
         loaded, data = load(args, recipe, device, console)
@@ -126,11 +122,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 def writable(output: Path):
     """Fails before any work where `output` cannot be written; leaves no empty folder behind if the work fails."""
     target, made = output / "checkpoint", [folder for folder in (output, *output.parents) if not folder.exists()]
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {output}: {error.strerror}; choose another with --output") from error
+    vitq.report.make_folder(output)
     if target.exists() and not (target / "vitq.json").is_file():
         raise ValueError(f"{target} exists and is no vitq checkpoint; choose another folder with --output")
     try:
@@ -151,12 +143,10 @@ def load(args, recipe, device: torch.device, console: Console):
     for note in loaded.notes:
         console.note(note)
     loaded.model.to(device)
-    with contextlib.ExitStack() as stack:
-        made = {}
-        if args.data == "synthetic":
-            console.step(f"optimising {recipe.calib_size} images and some to compare on, unless they are in the cache: minutes on a CPU")
-            made = {"model": loaded.model, "limit": recipe.calib_size, "progress": stack.enter_context(console.bar("optimise", None)).update}
-        data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable, **made)
+    made = {"model": loaded.model, "limit": recipe.calib_size} if args.data == "synthetic" else {}
+    if made:
+        console.step(f"optimising {recipe.calib_size} images and some to compare on, unless they are in the cache: minutes on a CPU")
+    data = vitq.open_images(args.data, vitq.data_config(loaded.model), seed=args.seed, unreadable=args.unreadable, **made)
     console.result(f"model {loaded.name} ({loaded.weights}) on {device}, images from {data.name}")
     return loaded, data
 
@@ -236,10 +226,9 @@ def write(output: Path, report: dict, loaded, model, statistics, console: Consol
     report["files"] = files
     vitq.save(model, files["checkpoint"], source=source)
     report["size"] = size = vitq.report.sizes(loaded.model, files["checkpoint"])
-    console.result(f"\nsize {size.checkpoint_bytes / 1e6:.1f} MB on disk, {size.ratio:.3f} of the float32 file "
-                   f"({size.fp32_bytes / 1e6:.1f} MB)")
-    for bits in sorted({int(found[1]) for row in report["layers"] if (found := re.search(r"(\d)-bit codes are stored in", row.note))}):
-        console.note(f"{bits}-bit weights are stored in {4 if bits < 4 else 8} bits, so the file is no smaller than with those")
+    console.result(f"\nsize {size.checkpoint_bytes / 1e6:.1f} MB on disk, {size.ratio:.3f} of the float32 file ({size.fp32_bytes / 1e6:.1f} MB)")
+    for note in vitq.report.storage_notes(report["layers"]):
+        console.note(note)
     files["layers"].write_text(vitq.report.layer_table(report["layers"]) + "\n", encoding="utf-8")
     vitq.report.plot_layer_error(files["plot"], report["layer_sqnr"], f"{loaded.name}, {report['recipe']['name']}")
     vitq.report.write_tensorboard(files["tensorboard"], vitq.report.scalars(report), model=model, statistics=statistics,

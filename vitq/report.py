@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -183,6 +184,21 @@ def sizes(model: nn.Module, folder: str | os.PathLike[str]) -> Sizes:
     saved = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     whole = safetensors_bytes(model.state_dict())
     return Sizes(whole, saved, saved / whole)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Makes a folder for results. Raises ValueError where nothing can be written to it, before any work."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {path}: {error.strerror}; choose another with --output") from error
+
+
+def storage_notes(rows: Iterable[Row]) -> list[str]:
+    """What the file does not save: codes of fewer bits than they are stored in."""
+    found = {match[0] for row in rows if (match := re.search(r"\d-bit codes are stored in \d bits", row.note))}
+    return [f"{note}: the file is no smaller than with those" for note in sorted(found)]
 
 
 def safetensors_bytes(state: Mapping[str, Tensor]) -> int:

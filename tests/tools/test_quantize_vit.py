@@ -86,7 +86,7 @@ def test_everything_is_in_the_report(done):
             "agreement", "accuracy", "layers", "kernels", "layer_sqnr", "speed", "size", "reload", "files", "notes",
             "skipped_images", "seconds"} <= set(report)
     assert (report["calibration_images"], report["images"]) == (8, 9)
-    assert report["recipe"]["name"] == "w8a8" and report["weights"].startswith("file:ants.safetensors:")
+    assert report["recipe"]["name"] == "erq-w8a8" and report["weights"].startswith("file:ants.safetensors:")
     for model in ("float", "quantized"):
         per_class = report["accuracy"][model]["per_class"]
         assert {c: f["images"] for c, f in per_class.items()} == dict.fromkeys(CLASSES, 3)
@@ -153,7 +153,8 @@ def test_a_checkpoint_that_differs_is_exit_code_1(folder, tmp_path, monkeypatch)
     (["--weights", "nothing.safetensors"], "no such file of weights"), (["--data", "no/such/folder"], "no such folder: no/such/folder"),
     (["--device", "nothing"], "device .nothing. cannot be used"), (["--batch-size", "0"], "--batch-size must be at least 1"),
     (["--model", "resnet18"], "no adapter for.*ResNet"), (["--limit", "0"], "limit must be at least 1"),
-    (["--memory", "0"], "memory must be a number of bytes above 0")])
+    (["--memory", "0"], "--memory must be at least 0.001, got 0"), (["--backend", "cuda"], "--backend cuda cannot run on cpu"),
+    (["--recipe", "erq-w4a4-paper"], "erq-w4a4-paper is for simulation")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, tmp_path):
     output = tmp_path / "o"
     code, _, err = run(*SMALL, "--weights", "random", "--data", folder, "--output", output, *args)

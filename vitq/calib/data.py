@@ -155,8 +155,7 @@ def demo_split(root: str | os.PathLike[str] | None = None) -> dict[str, list[tup
 
 
 def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unreadable: str = "skip",
-                limit: int | None = None, model: torch.nn.Module | None = None,
-                progress: Callable[[int], None] | None = None) -> ImageData:
+                limit: int | None = None, model: torch.nn.Module | None = None) -> ImageData:
     """Opens images for calibration and evaluation; no image is ever in both sets.
 
     data: ``"demo"`` (the textile photographs), a folder, ``"hf:NAME[:SPLIT]"`` (streamed), or ``"synthetic"`` (made by `vitq.synthesize` from
@@ -165,7 +164,6 @@ def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unread
     data_config: what :func:`data_config` gives; the images come out as float32 ``[3, H, W]`` of its input size.
     seed: orders the calibration images (and splits an unsplit folder). The order of evaluation is fixed by a hash.
     unreadable: ``"skip"`` (named in ``.skipped`` and one warning) or ``"error"`` (ValueError naming the file).
-    progress: called with the number of images of each batch that is made of a model.
     limit: at most so many images in each of the two sets.
 
     Raises FileNotFoundError (no such folder), ValueError (nothing readable, a bad argument), ImportError (a package
@@ -179,7 +177,7 @@ def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unread
         raise ValueError(f"limit must be at least 1; got {limit}")
     data, transform = os.fspath(data), _make_transform(data_config)
     if data == "synthetic":
-        return _synthetic(model, data_config, limit or 128, seed, progress)
+        return _synthetic(model, data_config, limit or 128, seed)
     if data.startswith("hf:"):
         from vitq.calib.hf_data import open_hf
 
@@ -209,13 +207,12 @@ def open_images(data: str, data_config: dict[str, Any], *, seed: int = 0, unread
     return ImageData(*sets, classes, data, bool(classes), skipped)
 
 
-def _synthetic(model: torch.nn.Module | None, config: dict[str, Any], count: int, seed: int,
-               progress: Callable[[int], None] | None) -> ImageData:
+def _synthetic(model: torch.nn.Module | None, config: dict[str, Any], count: int, seed: int) -> ImageData:
     from vitq.calib.synthetic import synthesize
 
     if model is None:
         raise ValueError("synthetic images are made from a model: give model=")
-    images = synthesize(model, count + SYNTHETIC_EVAL, config, seed=seed, progress=progress)
+    images = synthesize(model, count + SYNTHETIC_EVAL, config, seed=seed)
     unknown = torch.full((len(images),), NO_LABEL)
     return ImageData(TensorDataset(images[:count], unknown[:count]), TensorDataset(images[count:], unknown[count:]), (), "synthetic", False)
 
