@@ -118,7 +118,7 @@ def test_a_mapping_of_a_tokenizer_calibrates() -> None:
         assert torch.equal(a(ids()).logits, b(ids()).logits)
 
 
-def test_what_is_not_known_is_named(tmp_path) -> None:
+def test_what_is_not_known_is_named() -> None:
     model = build()
     odd = copy.deepcopy(model)
     odd.model.layers[1].self_attn.v_proj = type("LoraLinear", (nn.Linear,), {})(64, 32)
@@ -132,5 +132,16 @@ def test_what_is_not_known_is_named(tmp_path) -> None:
     other = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(UnsupportedModelError, match="no adapter for transformers.*GPT2LMHeadModel"):
         prepare(other)
-    with pytest.raises(vitq.CheckpointError, match="language models"):
-        vitq.save(vitq.convert(model, quick("w8a8-dynamic")), tmp_path / "m")
+
+
+def test_what_cannot_be_done_yet_is_refused(tmp_path) -> None:
+    converted = vitq.convert(build(), quick("w8a8-dynamic"))
+    with pytest.raises(vitq.CheckpointError, match="language models cannot be saved yet"):
+        vitq.save(converted, tmp_path / "m")
+    with pytest.raises(TypeError, match="cannot be saved yet"):
+        converted.save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="already quantized"):
+        vitq.convert(converted)
+    with pytest.raises(RuntimeError, match="cannot be trained"):
+        converted.train()
+    assert not (tmp_path / "m").exists()

@@ -81,6 +81,9 @@ class Quantized:
 class QuantizedDecoder(Quantized):
     """A language model of transformers: its own code runs, `generate` and all."""
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        raise TypeError("a quantized language model cannot be saved yet: from_pretrained would not build it again")
+
 
 class QuantizedModel(Quantized):
     """A model of images."""
