@@ -54,8 +54,24 @@ def test_bad_shapes(pair) -> None:
     norm, linear, _ = pair
     with pytest.raises(ValueError, match=r"shape \[48\]"):
         fold(norm, linear, torch.ones(3), torch.zeros(3))
-    with pytest.raises(ValueError, match="a norm with weight and bias"):
+    with pytest.raises(ValueError, match="a norm with a weight"):
         fold(nn.LayerNorm(48, elementwise_affine=False), nn.Linear(48, 3), torch.ones(48), torch.zeros(48))
+    with pytest.raises(ValueError, match="a norm with a bias where zero points differ"):
+        fold(nn.RMSNorm(48), nn.Linear(48, 3), torch.ones(48), torch.arange(48))
+
+
+@pytest.mark.parametrize("norm", [nn.RMSNorm(48), nn.LayerNorm(48, bias=False)])
+@torch.no_grad()
+def test_a_norm_without_a_bias_gives_its_scale_away(norm) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(48, 20, bias=False), torch.randn(60, 48) * torch.linspace(0.1, 5, 48)
+    norm.weight.uniform_(0.1, 30.0)
+    y = norm(x)
+    before, (scale, zero) = linear(y), scale_and_zero(y.amin(0), y.amax(0), 8, True)
+    target_scale, target_zero = fold(norm, linear, scale, zero)
+    assert linear.bias is None and int(target_zero) == 0
+    assert (linear(norm(x)) - before).norm() / before.norm() < 1e-5
+    assert ((torch.round(norm(x) / target_scale) - torch.round(y / scale)).abs() > 0).float().mean() < 1e-3
 
 
 @torch.no_grad()

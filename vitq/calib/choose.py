@@ -94,13 +94,15 @@ def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: R
         return ActivationFormat(spec.input.bits, dynamic=True)
     if not is_folded(site, spec, recipe, model):
         return _format(stats, f"{site.name}:input", spec.input)
-    # Where zeros are padded in after the norm only a scale may move: symmetric ranges give every channel zero point 0.
-    symmetric = spec.input.symmetric or site.zero_padded
+    # Where zeros are padded in after the norm, or it has no bias, only a scale may move: symmetric ranges give every channel zero point 0.
+    unshifted = "windows are zero-padded" if site.zero_padded else "the norm has no bias" if getattr(
+        model.get_submodule(site.norm), "bias", None) is None else ""
+    symmetric = spec.input.symmetric or bool(unshifted)
     channels = model.get_submodule(site.name).in_features
     lo, hi = _histogram(stats, f"{site.name}:input", channels).range(spec.input.bits, symmetric, spec.input.observer)
     scale, zero_point = scale_and_zero(lo, hi, spec.input.bits, symmetric)
     scale, zero_point = fold(model.get_submodule(site.norm), model.get_submodule(site.name), scale, zero_point)
-    plan.notes[site.name] = "LayerNorm fold" + (" of the scale only (windows are zero-padded)" if site.zero_padded else "")
+    plan.notes[site.name] = "LayerNorm fold" + (f" of the scale only ({unshifted})" if unshifted else "")
     return ActivationFormat(spec.input.bits, scale=scale, zero_point=zero_point)
 
 

@@ -37,11 +37,10 @@ def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
 
 
 def is_folded(site: LinearSite, spec: LayerSpec, recipe: Recipe, model: nn.Module) -> bool:
-    """Whether the LayerNorm before this linear takes its per-channel scales (transform `layernorm_fold`)."""
+    """Whether the norm before this linear takes its per-channel scales (transform `layernorm_fold`)."""
     if "layernorm_fold" not in recipe.transforms or site.norm is None or spec.is_float or spec.input.dynamic:
         return False
-    norm = model.get_submodule(site.norm)
-    return norm.weight is not None and norm.bias is not None
+    return model.get_submodule(site.norm).weight is not None
 
 
 def heads_of(attention: nn.Module, spec: QuantSpec) -> int | None:

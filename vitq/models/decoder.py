@@ -88,8 +88,10 @@ def fill(prepared: Prepared) -> None:
         _check(f"{name}.self_attn", attention, "Attention", {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
         _check(f"{name}.mlp", mlp, "MLP", {"gate_proj", "up_proj", "down_proj", "act_fn"})
         layer.self_attn, layer.mlp = DecoderAttention(attention), GatedMlp(mlp)
-        prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv"), LinearSite(f"{name}.self_attn.o_proj", "proj"),
-                             LinearSite(f"{name}.mlp.gate_up_proj", "fc1"), LinearSite(f"{name}.mlp.down_proj", "fc2")]
+        prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv", f"{name}.input_layernorm"),
+                             LinearSite(f"{name}.self_attn.o_proj", "proj"),
+                             LinearSite(f"{name}.mlp.gate_up_proj", "fc1", f"{name}.post_attention_layernorm"),
+                             LinearSite(f"{name}.mlp.down_proj", "fc2")]
     for name, module in list(model.named_modules()):
         if _is_own(module) and type(module).__name__.endswith("RMSNorm"):
             norm = nn.RMSNorm(module.weight.shape[0], module.variance_epsilon)
