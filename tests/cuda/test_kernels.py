@@ -403,12 +403,12 @@ def test_attention_to_codes(per_column):
 
 @on_gpu
 @pytest.mark.parametrize("n", [49, 64, 260])
-@pytest.mark.parametrize("which", ["bias", "mask", "both"])
-def test_attention_bias_and_mask(n, which):
+@pytest.mark.parametrize("added", ["bias", "mask", "both"])
+def test_attention_bias_and_mask(n, added):
     torch.manual_seed(0)
     spec, qkv = attention_case(6, n, 2, 32, zero=(7, 1, -3))
-    bias = torch.randn(2, n, n).half() if which != "mask" else None
-    mask = torch.where(torch.rand(3, n, n) < 0.4, -100.0, 0.0) if which != "bias" else None
+    bias = torch.randn(2, n, n).half() if added != "mask" else None
+    mask = torch.where(torch.rand(3, n, n) < 0.4, -100.0, 0.0) if added != "bias" else None
     check_attention(spec, qkv, bias=bias, mask=mask)
 
 
