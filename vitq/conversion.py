@@ -159,10 +159,9 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
 def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
     """What stays in float takes `dtype`; a float head stays float32, since it makes the logits."""
     heads = [model.get_submodule(s.name) for s in prepared.linears if s.role == "head" and layer_specs[s.name].is_float]
+    kept = [*heads, *(model.get_submodule(name) for name in prepared.exact)]
     for module in model.modules():
-        if isinstance(module, (PackedModule, RelativePositionBias)) or any(module is head for head in heads):
-            continue
-        if type(module).__name__.endswith("RotaryEmbedding"):  # angles of thousands of positions do not fit 16 bits
+        if isinstance(module, (PackedModule, RelativePositionBias)) or any(module is other for other in kept):
             continue
         for parameter in module.parameters(recurse=False):
             parameter.data = parameter.data.to(dtype)

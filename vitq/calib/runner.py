@@ -48,27 +48,21 @@ def heads_of(attention: nn.Module, spec: QuantSpec) -> int | None:
     return attention.num_heads if spec.granularity == "per_head" else None
 
 
-def images_of(batch: object) -> Tensor:
-    """The image tensor of a batch that is a tensor, an (images, labels …) sequence, or a dict with 'image(s)'."""
-    if isinstance(batch, dict):
-        batch = next((batch[key] for key in ("image", "images", "pixel_values") if key in batch), None)
-    elif isinstance(batch, (tuple, list)) and batch:
-        batch = batch[0]
-    if not isinstance(batch, Tensor):
-        raise TypeError("calibration data must yield image batches: a tensor [B, C, H, W], an (images, labels) pair, or a "
-                        f"dict with 'image' or 'pixel_values'; got {type(batch).__name__}")
-    return batch
+# What a batch may be, and under which keys of a mapping its tensor lies.
+IMAGES = ("calibration data must yield image batches: a tensor [B, C, H, W], an (images, labels) pair, or a dict with 'image' or 'pixel_values'",
+          ("image", "images", "pixel_values"))
+TOKENS = ("calibration data must yield batches of token ids: a tensor [B, T], an (ids, labels) pair, or a mapping with 'input_ids'", ("input_ids",))
 
 
-def tokens_of(batch: object) -> Tensor:
-    """The token ids of a batch that is a tensor, an (ids, labels …) sequence, or a mapping with 'input_ids'."""
+def inputs_of(batch: object, tokens: bool = False) -> Tensor:
+    """The images, or token ids, of a batch that is a tensor, an (inputs, labels …) sequence, or a mapping. Raises TypeError for another."""
+    allowed, keys = TOKENS if tokens else IMAGES
     if isinstance(batch, Mapping):
-        batch = batch.get("input_ids")
+        batch = next((batch[key] for key in keys if key in batch), None)
     elif isinstance(batch, (tuple, list)) and batch:
         batch = batch[0]
     if not isinstance(batch, Tensor):
-        raise TypeError("calibration data must yield batches of token ids: a tensor [B, T], an (ids, labels) pair, or a mapping with "
-                        f"'input_ids'; got {type(batch).__name__}")
+        raise TypeError(f"{allowed}; got {type(batch).__name__}")
     return batch
 
 
@@ -120,8 +114,7 @@ def limited(data: Iterable, limit: int, tokens: bool = False) -> Iterator[Tensor
     seen = 0
     data = [data] if isinstance(data, Tensor) else data
     for batch in data:
-        images = tokens_of(batch) if tokens else images_of(batch)
-        images = images[: limit - seen]
+        images = inputs_of(batch, tokens)[: limit - seen]
         seen += len(images)
         if len(images):
             yield images
@@ -144,7 +137,7 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
             progress: Callable[[int], None] | None = None) -> Statistics:
     """One streaming pass over at most `recipe.calib_size` images.
 
-    data: any iterable of image batches (see `images_of`), already preprocessed. progress is called with the number of
+    data: any iterable of image batches (see `inputs_of`), already preprocessed. progress is called with the number of
     images of each batch. Memory does not grow with the number of images.
     Raises ValueError for an empty or too small set, a wrong size, NaN or infinity in images or activations.
     """

@@ -97,9 +97,8 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
 
 def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tuple[float, ...], v_scale: tuple[float, ...],
                q_zero: tuple[int, ...] = (0,), v_zero: tuple[int, ...] = (0,), p_bits: int = 8, bias: Tensor | None = None,
-               mask: Tensor | None = None,
-               window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0, out_zero_point: int = 0,
-               out_bits: int = 8) -> None:
+               mask: Tensor | None = None, window: tuple[int, ...] = (), pad: Tensor | None = None, out_scale: float = 1.0,
+               out_zero_point: int = 0, out_bits: int = 8) -> None:
     checks.attention(out, q, k, v, (logit_scale, v_scale, q_zero, v_zero), bias, mask, window, pad, p_bits)
     batch, tokens, heads, dim = q.shape
     if not out.numel():

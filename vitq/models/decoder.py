@@ -76,6 +76,7 @@ def fill(prepared: Prepared) -> None:
     """Find the sites of `prepared.model` and put the modules above in the places of transformers' own."""
     model = prepared.model
     prepared.tokens = True
+    prepared.exact.append("model.rotary_emb")  # angles of thousands of positions do not fit 16 bits
     float_part(prepared, "model.embed_tokens", "token embedding")
     if model.lm_head.weight is model.model.embed_tokens.weight:
         float_part(prepared, "lm_head", "its weight is the token embedding's")

@@ -102,6 +102,7 @@ class Prepared:
     merges: list[MergeSite] = field(default_factory=list)
     floats: list[FloatSite] = field(default_factory=list)
     stem: StemSite | None = None
+    exact: list[str] = field(default_factory=list)  # modules whose numbers stay in float32
     tokens: bool = False  # the model reads token ids [B, T], not images
 
     def run(self, batch: Tensor) -> Tensor:

@@ -195,7 +195,8 @@ def attention(constants: Constants, q: Tensor, k: Tensor, v: Tensor, dtype: torc
             q, k, v, out, bias, mask, constants.scales, constants.zeros, None if output is None else output.scale,
             None if output is None else output.zero_point, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             *(0, 0) if bias is None else bias.stride()[:2], *(0, 0) if mask is None else mask.stride()[:2], heads,
-            n_queries, n_keys, windows, constants.scales.shape[1], int(constants.scales.shape[1] > 1), float(qmin), float(qmax), D=d, BLOCK_D=power_of_2(d, 32), BLOCK_M=block_m, BLOCK_N=block_n,
+            n_queries, n_keys, windows, constants.scales.shape[1], int(constants.scales.shape[1] > 1), float(qmin), float(qmax),
+            D=d, BLOCK_D=power_of_2(d, 32), BLOCK_M=block_m, BLOCK_N=block_n,
             ONE_BLOCK=n_keys <= block_n, P_BITS=constants.p_bits, HAS_BIAS=bias is not None, HAS_MASK=mask is not None,
             HAS_Q_ZERO=constants.any_q_zero, HAS_V_ZERO=constants.any_v_zero, REQUANTIZE=output is not None,
             PER_COLUMN=output is not None and output.scale.ndim > 0, num_warps=warps)
