@@ -13,9 +13,10 @@ import time
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import vitq
+from _console import Console
+from _memory import measured
 
 TIMED_BATCH_CPU, LAYER_IMAGES, SHOWN_LAYERS = 8, 16, 10  # LAYER_IMAGES: those whose layer outputs are compared
 
@@ -41,35 +42,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
-class Console:
-    """Where lines go: steps (not with --quiet), results (not with --json), progress bars on a terminal."""
-
-    def __init__(self, args: argparse.Namespace):
-        self.quiet, self.json = args.quiet or args.json, args.json
-        self.notes: list[str] = []
-
-    def step(self, text: str) -> None:
-        if not self.quiet:
-            print(text, flush=True)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        if not self.json:
-            print(f"note: {text}", flush=True)
-
-    def result(self, text: str) -> None:
-        if not self.json:
-            print(text, flush=True)
-
-    def bar(self, what: str, total: int | None) -> tqdm:
-        return tqdm(desc=what, total=total, unit=" images", leave=False, disable=True if self.quiet else None)
-
-
 def main(argv: list[str] | None = None) -> int:
     """0: done; 1: the reloaded checkpoint gave other logits; 2: a user's mistake, said in one line."""
     args, code = parse(argv), 2
     try:
-        return run(args, Console(args))
+        return run(args, Console(args.quiet, args.json))
     except torch.OutOfMemoryError:
         message = f"out of memory on {args.device or 'the device'}: lower --batch-size (now {args.batch_size})"
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -100,9 +77,14 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if not own_labels and data.name == "demo":
             console.note("the demo photographs are not of this model's classes: images like the model's own calibrate "
                          "better. Give them with --data PATH or --data hf:NAME")
-        statistics, model = quantize(args, recipe, loaded, data, console)
+        cost: list[tuple[float, float]] = []
+        with measured(device, cost):
+            statistics, model = quantize(args, recipe, loaded, data, console)
+        (seconds, memory), = cost
+        console.result(f"calibrated and converted in {seconds:.1f} s, with {memory:.0f} MB at most beyond the model's")
         report = {"vitq": vitq.__version__, "torch": torch.__version__, "model": loaded.name, "weights": loaded.weights,
                   "recipe": recipe.to_dict(), "data": data.name, "calibration_images": getattr(statistics, "samples", 0),
+                  "calibration": {"seconds": round(seconds, 2), "memory_mb": round(memory, 1)},
                   "device": device, "backend": args.backend, "dtype": model.vitq.dtype, "seed": args.seed,
                   "threads": torch.get_num_threads()}
         images = measure(args, report, loaded, model, data, own_labels, console)

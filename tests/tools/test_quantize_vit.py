@@ -86,6 +86,7 @@ def test_everything_is_in_the_report(done):
             "agreement", "accuracy", "layers", "kernels", "layer_sqnr", "speed", "size", "reload", "files", "notes",
             "skipped_images", "seconds"} <= set(report)
     assert (report["calibration_images"], report["images"]) == (8, 9)
+    assert report["calibration"]["seconds"] > 0 and report["calibration"]["memory_mb"] >= 0
     assert report["recipe"]["name"] == "erq-w8a8" and report["weights"].startswith("file:ants.safetensors:")
     for model in ("float", "quantized"):
         per_class = report["accuracy"][model]["per_class"]

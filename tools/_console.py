@@ -1,0 +1,28 @@
+"""What a tool prints."""
+from __future__ import annotations
+
+from tqdm import tqdm
+
+
+class Console:
+    """Where lines go: steps (not with --quiet), results (not with --json), notes (kept too), progress bars on a terminal."""
+
+    def __init__(self, quiet: bool, json: bool):
+        self.quiet, self.json = quiet or json, json
+        self.notes: list[str] = []
+
+    def step(self, text: str) -> None:
+        if not self.quiet:
+            print(text, flush=True)
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+        if not self.json:
+            print(f"note: {text}", flush=True)
+
+    def result(self, text: str) -> None:
+        if not self.json:
+            print(text, flush=True)
+
+    def bar(self, what: str, total: int | None) -> tqdm:
+        return tqdm(desc=what, total=total, unit=" images", leave=False, disable=True if self.quiet else None)
