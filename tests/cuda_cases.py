@@ -331,3 +331,9 @@ for n, k in ((32, 64), (96, 128), (384, 1536), (0, 64)):
         case(f"widen_int4 {n}x{k} with offsets {bits}", "widen_int4", lambda n=n, k=k, b=bits, m=multiplier, z=zeros: dict(
             out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=b), 4), multiplier=m.clone(), offset=-z * m,
             group=torch.randint(0, 2, (k,), dtype=torch.uint8, generator=generator(2))))
+    steps = max(k // 32, 3)
+    group = (torch.arange(k) // 32 + 1 if k > 64 else torch.arange(k) // 32).to(torch.uint8)
+    case(f"widen_int4 {n}x{k} in {steps + 1} groups", "widen_int4", lambda n=n, k=k, s=steps, g=group: dict(
+        out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=4), 4), group=g.clone(),
+        multiplier=torch.randint(1, 128, (s + 1, n), dtype=torch.int8, generator=generator(1)),
+        offset=torch.randint(-128, 128, (s + 1, n), dtype=torch.int8, generator=generator(3))))

@@ -150,21 +150,22 @@ def test_overrides_in_order_and_as_one():
 @pytest.mark.parametrize(("item", "message"), [
     ("calib_size", "override 'calib_size': give key=value"),
     ("=4", "override '=4': give key=value"),
-    ("calib_sise=4", "calib_sise: unknown key; allowed: calib_size, execution, solver, solver_options, transforms; ROLE.OPERAND.FIELD"),
+    ("calib_sise=4", "calib_sise: unknown key; allowed: calib_size, execution, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD"),
     ("calib_sise=4", "(did you mean 'calib_size'?)"),
     ("redaction.weight.bits=4", "(did you mean 'reduction'?)"),
     ("qkv.wieght.bits=4", "(did you mean 'weight'?)"),
-    ("qkv.weight.bit=4", "weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments, levels (did you mean 'bits'?)"),
+    ("qkv.weight.bit=4", "weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments, group_size, levels (did you mean 'bits'?)"),
     ("weight.bits=9", "weight.bits: 9; allowed: 2 to 8, or 16"),
     ("weight.bits=four", "weight.bits: 'four' is str; give an integer"),
     ("weight.bits=[", "value '[' is not YAML"),
     ("calib_size=0", "calib_size: 0; allowed: 1 or more samples"),
     ("transforms=layernorm_fold", "transforms: 'layernorm_fold' is str; give a list"),
-    ("solver=gptp", "solver: 'gptp' is not known; allowed: rtn, gptq, erq"),
+    ("solver=gptp", "solver: 'gptp' is not known; allowed: rtn, gptq, dual_grain, erq (did you mean 'gptq'?)"),
     ("qk.weight.bits=4", "rules[3].weight: qk has no such operand; it has input and other"),
     ("name:bits=4", "no layer name or no field"),
     ("name:blocks.0.*.colour=4", "name:blocks.0.*.colour: unknown key"),
-    ("qkv.input.bits=16", "rules[3].input.bits: 16 for the input of qkv; its weight has 8"),
+    ("qkv.weight.bits=16", "rules[3].weight.bits: 16 for the weight of qkv; its input has 8"),
+    ("patch_embed.input.bits=16", "rules[3].input.bits: 16 for the input of patch_embed; its weight has 8"),
     ("fc1.weight.segments=dual", "weight.segments: 'dual' is not known; allowed: one, dual_uniform"),
     ("fc1.input.segments=dual_uniform", "rules[3].input.segments: 'dual_uniform' for the input of fc1; it divides the columns of a weight"),
     ("patch_embed.weight.segments=dual_uniform", "for the weight of patch_embed; pixels are quantized in their order: one"),
@@ -192,8 +193,8 @@ WEIGHT, INPUT = ({"roles": ["qkv"], operand: None} for operand in ("weight", "in
     ({"calib_size": 0}, ValueError, "calib_size: 0; allowed: 1 or more samples"),
     ({"calib_size": 1.5}, TypeError, "calib_size: 1.5 is float; give an integer, at least 1"),
     ({"calib_size": True}, TypeError, "calib_size: True is bool"),
-    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, solver, solver_options, execution, rules (did you mean 'calib_size'?)"),
-    ({"transforms": ["layernorm_fould"]}, ValueError, "transforms[0]: 'layernorm_fould' is not known; allowed: layernorm_fold (did you mean 'layernorm_fold'?)"),
+    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, transform_options, solver, solver_options, execution, rules (did you mean 'calib_size'?)"),
+    ({"transforms": ["layernorm_fould"]}, ValueError, "transforms[0]: 'layernorm_fould' is not known; allowed: layernorm_fold, smoothquant, clip_outliers (did you mean 'layernorm_fold'?)"),
     ({"transforms": ["layernorm_fold"] * 2}, ValueError, "transforms: layernorm_fold, layernorm_fold; give each one once"),
     ({"solver": None}, TypeError, "solver: None is NoneType; give one of rtn"),
     ({"rules": {"weight": {}}}, TypeError, "rules: {'weight': {}} is dict; give a list"),
@@ -213,7 +214,7 @@ def test_top_level_messages(top, error, message):
     ({"roles": ["qkv"]}, ValueError, "rules[1]: sets nothing; give at least one of weight, input, other"),
     ({"roles": ["qkv"], "other": {"bits": 4}}, ValueError, "rules[1].other: qkv has no such operand; it has weight and input"),
     ({"weight": 4}, TypeError, "rules[1].weight: 4 is int; give a mapping such as {bits: 8}"),
-    ({"weight": {"bit": 4}}, ValueError, "rules[1].weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments, levels (did you mean 'bits'?)"),
+    ({"weight": {"bit": 4}}, ValueError, "rules[1].weight.bit: unknown key; allowed: bits, symmetric, granularity, dynamic, observer, segments, group_size, levels (did you mean 'bits'?)"),
     *[({"weight": {"bits": b}}, ValueError, f"rules[1].weight.bits: {b}; allowed: 2 to 8, or 16 (left in floating point)") for b in (-4, 0, 1, 9, 15, 17, 32)],
     *[({"weight": {"bits": b}}, TypeError, f"rules[1].weight.bits: {b!r} is") for b in (True, 8.0, "8", None)],
     ({"input": {"symmetric": 1}}, TypeError, "rules[1].input.symmetric: 1 is int; give true or false"),
@@ -237,7 +238,7 @@ def test_top_level_messages(top, error, message):
     ({"roles": ["fc1"], "weight": {"granularity": "per_head"}}, ValueError, "rules[1].weight.granularity: 'per_head' for the weight of fc1; allowed for weights: per_channel, per_tensor"),
     ({"input": {"dynamic": False}}, ValueError, "rules[1].input.dynamic: false for the input of pv; attention probabilities have one dynamic scale a row: true"),
     ({"roles": ["pv"], "other": {"dynamic": True}}, ValueError, "rules[1].other.dynamic: true for the other of pv; the tokens of v are summed over"),
-    ({"roles": ["fc1"], "input": {"bits": 16}}, ValueError, "rules[1].input.bits: 16 for the input of fc1; its weight has 8, and a layer with one operand in floating point is not executed yet; give both 16, or both 2 to 8"),
+    ({"roles": ["fc1"], "weight": {"bits": 16}}, ValueError, "rules[1].weight.bits: 16 for the weight of fc1; its input has 8: integers are multiplied by integers; give the weight 2 to 8, or both 16"),
     ({"roles": ["fc1"], "weight": {"bits": 16}}, ValueError, "rules[1].weight.bits: 16 for the weight of fc1; its input has 8"),
     ({"names": ["blocks.*"], "weight": {"symmetric": False}}, ValueError, "rules[1].weight.symmetric: false for the weight of patch_embed"),
 ])
@@ -247,12 +248,21 @@ def test_rule_messages(rule, error, message):
 
 
 def test_what_meets_by_name_is_checked_when_it_meets():
-    recipe = make({"names": ["blocks.0.*"], "input": {"bits": 16}})  # right for the attention matmuls of that block
-    assert recipe.resolve("qk", "blocks.0.attn.qk").is_float
-    with pytest.raises(ValueError, match=re.escape("rules[0].input.bits: 16 for the input of blocks.0.attn.qkv (qkv); its weight has 8")):
+    recipe = make({"names": ["blocks.0.*"], "input": {"granularity": "per_head"}})  # right for the attention matmuls of that block
+    assert recipe.resolve("qk", "blocks.0.attn.qk").input.granularity == "per_head"
+    with pytest.raises(ValueError, match=re.escape("rules[0].input.granularity: 'per_head' for the input of blocks.0.attn.qkv (qkv)")):
         recipe.resolve("qkv", "blocks.0.attn.qkv")
     with pytest.raises(ValueError, match=re.escape("role: 'qvk' is not known")):
         recipe.resolve("qvk")
+
+
+def test_a_weight_alone_may_be_quantized():
+    recipe = make({"roles": ["fc1"], "input": {"bits": 16}}, {"roles": ["fc1", "fc2"], "weight": {"symmetric": False}, "input": {"bits": 16}})
+    assert recipe.resolve("fc1").weight_only and not recipe.resolve("fc1").is_float
+    assert not recipe.resolve("qkv").weight_only and not recipe.resolve("qk").weight_only
+    floats = {"roles": list(LINEAR_ROLES), "weight": {"bits": 16}, "input": {"bits": 16}}
+    quantized = {"roles": ["qkv", "fc1"], "weight": {"bits": 4}}
+    assert not make(floats, quantized, {"roles": ["qk", "pv"], "input": {"bits": 16}}).is_static
 
 
 def test_built_in_python_is_checked_too():
@@ -291,7 +301,7 @@ def test_file_name_serves_as_name_and_unknown_recipes_are_listed(tmp_path):
     path.write_bytes(b"name: \xff\xfe")
     with pytest.raises(ValueError, match="not readable as YAML"):
         Recipe.from_yaml(path)
-    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dual-w4a4, dual-w8a8, erq-w3a3, erq-w3a3-paper, erq-w3a4, ")):
+    with pytest.raises(ValueError, match=re.escape("recipe 'w8a9': neither a file nor a shipped recipe; shipped: dgq-w4a8, dual-w4a4, dual-w8a8, erq-w3a3, erq-w3a3-paper, erq-w3a4, ")):
         Recipe.from_yaml("w8a9")
     with pytest.raises(ValueError, match=re.escape("(did you mean 'w8a8'?)")):
         Recipe.from_yaml("w8a9")

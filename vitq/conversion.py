@@ -22,6 +22,7 @@ from vitq.nn.linear import QuantLinear, QuantPatchConv
 from vitq.nn.model import ModelInfo, QuantizedDecoder, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
 from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, pack_all
+from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.ops import dispatch
 from vitq.ops.dispatch import check_backend, default_dtype
 from vitq.plan import Plan
@@ -125,7 +126,8 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
             replace(model, site.name, QuantPatchConv(source, spec, dtype=dtype, backend=backend))
         else:
             out = torch.float32 if site.role == "head" else dtype
-            replace(model, site.name, QuantLinear(source.in_features, source.out_features, spec, dtype=out, backend=backend))
+            kind = WeightOnlyLinear if spec.weight_only else QuantLinear
+            replace(model, site.name, kind(source.in_features, source.out_features, spec, dtype=out, backend=backend))
     for site in prepared.attentions:
         replace(model, site.name, QuantAttention(model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv],
                                                  dtype=dtype, backend=backend))
@@ -184,10 +186,12 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     spec = recipe.resolve(role, role)
     if spec.is_float:
         raise ValueError(f"recipe {recipe.name!r} leaves role {role!r} in float")
-    module = QuantLinear(linear.in_features, linear.out_features, spec, dtype=float_dtype(dtype, linear.weight.device),
-                         backend=backend)
-    fmt = ActivationFormat(spec.input.bits, dynamic=True)
-    if not spec.input.dynamic:
+    kind = WeightOnlyLinear if spec.weight_only else QuantLinear
+    module = kind(linear.in_features, linear.out_features, spec, dtype=float_dtype(dtype, linear.weight.device), backend=backend)
+    fmt = None
+    if spec.input.dynamic and not spec.weight_only:
+        fmt = ActivationFormat(spec.input.bits, dynamic=True)
+    elif not spec.weight_only:
         if sample is None:
             raise ValueError(f"recipe {recipe.name!r} is static: give sample=, activations to measure the range on")
         fmt = observed_format(sample, spec.input)
@@ -228,7 +232,7 @@ def explain(model: nn.Module) -> list[Row]:
     info = model_info(model)
     rows = []
     for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
+        if isinstance(module, (QuantLinear, WeightOnlyLinear)):
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
         elif isinstance(module, QuantAttention):
             rows += module.rows(name)

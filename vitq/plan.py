@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from vitq.formats import ActivationFormat
@@ -21,20 +22,21 @@ class LinearParams:
     of the value 0 too (their weights are 0). With S segments weight_scale is [S, N]. weight_zero: int32, as weight_scale, for
     asymmetric weights (the input then carries row sums), else None. weight_fp: float16 [N, F], for the features kept in float16.
 
-    Without segments and up to 4 bits, a grid of two levels: weight_multiplier int8 [G, N], weight_offset int8 [G, N] or None, and
-    column_group uint8 [K], the group of each column. What is multiplied is then code · multiplier + offset, an int8 too, so that zero
-    points (offset = -zero point · multiplier) need no row sums, and weight_scale is that of one step of the multiplier.
+    Without segments columns may have groups: column_group, uint8 or int16 [K], is that of each. Up to 4 bits, with weight_multiplier int8
+    [G, N], a grid of two levels: what is multiplied is (code − weight_zero) · multiplier, an int8 too, so that zero points, int32 [G, N], need
+    no row sums, and weight_scale [N] is that of one step of the multiplier.
+
+    input None: the layer reads floats, y = Σ_k x · (qw − zw)·sw + b, and with groups weight_scale and weight_zero are [G, N].
     """
 
     codes: Tensor
     weight_bits: int
     weight_scale: Tensor
     bias: Tensor | None
-    input: ActivationFormat
+    input: ActivationFormat | None
     weight_zero: Tensor | None = None
     weight_fp: Tensor | None = None
     weight_multiplier: Tensor | None = None
-    weight_offset: Tensor | None = None
     column_group: Tensor | None = None
 
     @property
@@ -43,8 +45,8 @@ class LinearParams:
         if self.weight_multiplier is None:
             return self.codes
         group = self.column_group.long()
-        products = self.codes * self.weight_multiplier[group].T
-        return products if self.weight_offset is None else products + self.weight_offset[group].T
+        codes = self.codes if self.weight_zero is None else self.codes - self.weight_zero[group].T
+        return (codes * self.weight_multiplier[group].T).to(torch.int8)
 
     @property
     def segment_ends(self) -> tuple[int, ...]:
@@ -54,8 +56,13 @@ class LinearParams:
 
     @property
     def plain(self) -> bool:
-        """One segment of all features in order, symmetric weights: what every kernel takes."""
-        return self.input.columns is None and self.weight_zero is None and self.weight_fp is None
+        """One segment of all features in order, no row sums: what every kernel takes."""
+        return self.input.columns is None and not self.needs_row_sums and self.weight_fp is None
+
+    @property
+    def needs_row_sums(self) -> bool:
+        """Whether zero points of the weight are met by the sums of the input's codes."""
+        return self.weight_zero is not None and self.weight_multiplier is None
 
 
 @dataclass(frozen=True)

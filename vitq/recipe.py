@@ -29,7 +29,7 @@ __all__ = ["FLOAT_BITS", "LINEAR_ROLES", "MATMUL_ROLES", "OPERANDS", "ROLES", "S
 class QuantSpec:
     """How one operand is quantized. ``bits`` is 2..8, or 16 for floating point (the other fields then say nothing). ``segments``: of a weight,
     whether its input features are divided into ranges that have scales of their own, and how. ``levels``: of attention probabilities, uniform, or
-    powers of √2 for simulation."""
+    powers of √2 for simulation. ``group_size``: of a weight with granularity per_group, the input features of a group."""
 
     bits: int = 8
     symmetric: bool = True
@@ -38,6 +38,7 @@ class QuantSpec:
     observer: str = "mse"
     segments: str = "one"
     levels: str = "uniform"
+    group_size: int = 128
 
     def __post_init__(self) -> None:
         checks.check_fields({f.name: getattr(self, f.name) for f in fields(self)}, "QuantSpec")
@@ -53,8 +54,14 @@ class LayerSpec:
 
     @property
     def is_float(self) -> bool:
-        """True where any operand is left in 16 bits: the whole layer then runs in floating point."""
-        return any(spec is not None and spec.bits == FLOAT_BITS for spec in (self.weight, self.input, self.other))
+        """True where the whole layer runs in floating point: its weight is left in 16 bits, or an operand of an attention matmul."""
+        operands = (self.input, self.other) if self.weight is None else (self.weight,)
+        return any(spec.bits == FLOAT_BITS for spec in operands)
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether a quantized weight meets inputs in floating point."""
+        return not self.is_float and self.weight is not None and self.input.bits == FLOAT_BITS
 
 
 @dataclass(frozen=True)
@@ -94,14 +101,15 @@ class Recipe:
     schema: int = SCHEMA
     calib_size: int = 128
     transforms: tuple[str, ...] = ()
+    transform_options: Mapping[str, Any] = field(default_factory=dict)
     solver: str = "rtn"
     solver_options: Mapping[str, Any] = field(default_factory=dict)
     execution: str = "integer"
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
-        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.solver, self.solver_options,
-                            self.execution)
+        checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.transform_options, self.solver,
+                            self.solver_options, self.execution)
         for i, rule in enumerate(checks.as_tuple(self.rules, "rules")):
             checks.check_type(rule, Rule, f"rules[{i}]", "a Rule (Recipe.from_dict takes plain mappings)")
             rule.check(f"rules[{i}]")
@@ -150,7 +158,10 @@ class Recipe:
 
     @property
     def is_static(self) -> bool:
-        """Whether calibration data is needed: some layer's activations have a static scale. A rule by name counts as if its layers exist."""
+        """Whether statistics of activations are needed: some layer's have a static scale, or a transform looks at them. A rule by name counts as
+        if its layers exist."""
+        if self.transforms and self.transforms[0] != "layernorm_fold":
+            return True
         named = [i for i, rule in enumerate(self.rules) if rule.names]
         for kept in [set(named), set()] + [{i} for i in named]:
             rules = tuple(replace(rule, names=()) for i, rule in enumerate(self.rules) if not rule.names or i in kept)
@@ -159,7 +170,7 @@ class Recipe:
                     layer = self._resolve(role, None, rules)
                 except ValueError:
                     continue  # rules by name that never meet on one layer
-                if not layer.is_float and any(s is not None and not s.dynamic for s in (layer.input, layer.other)):
+                if not layer.is_float and any(s is not None and s.bits != FLOAT_BITS and not s.dynamic for s in (layer.input, layer.other)):
                     return True
         return False
 
@@ -195,7 +206,8 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Plain lists and dicts; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {**data, "transforms": list(self.transforms), "solver_options": dict(self.solver_options), "rules": [rule.to_dict() for rule in self.rules]}
+        return {**data, "transforms": list(self.transforms), "transform_options": dict(self.transform_options),
+                "solver_options": dict(self.solver_options), "rules": [rule.to_dict() for rule in self.rules]}
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
@@ -215,7 +227,7 @@ class Recipe:
                     rules[-1].check(where)
                 else:
                     changes[key] = checks.as_tuple(value, key) if key == "transforms" else value
-                    if not key.startswith("solver"):  # a solver and its options are checked together
+                    if not key.startswith(("solver", "transform")):  # these and their options are checked together
                         replace(self, **{key: changes[key]})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"override {item!r}: {error}") from error

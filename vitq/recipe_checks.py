@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 SCHEMA = 1
 ROLES = ("patch_embed", "qkv", "proj", "fc1", "fc2", "reduction", "head", "qk", "pv", "pool")
@@ -12,16 +12,23 @@ MATMUL_ROLES = ("qk", "pv")
 LINEAR_ROLES = tuple(role for role in ROLES if role not in MATMUL_ROLES)
 OPERANDS = ("weight", "input", "other")
 FLOAT_BITS = 16
-TRANSFORMS = ("layernorm_fold",)
+# What `transform_options` may hold for each transform: a number between these.
+TRANSFORM_OPTIONS: dict[str, dict[str, tuple[float, float]]] = {
+    "layernorm_fold": {},
+    "smoothquant": {"alpha": (0.0, 1.0)},
+    "clip_outliers": {"top": (0.0, 0.5)},
+}
+TRANSFORMS = tuple(TRANSFORM_OPTIONS)
 # What `solver_options` may hold for each solver: a positive number, true or false, or one of these words.
 SOLVER_OPTIONS: dict[str, dict[str, Any]] = {
     "rtn": {},
     "gptq": {"damping": float, "act_order": bool},
+    "dual_grain": {"rounding": ("nearest", "sequence"), "damping": float},
     "erq": {"input_ridge": float, "weight_ridge": float, "absolute_ridge": bool, "reduce_inputs": bool, "compensate": bool,
             "columns": ("sequence", "halves"), "rounding": ("nearest", "gradient", "descent")},
 }
 SOLVERS = tuple(SOLVER_OPTIONS)
-GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_head")
+GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_head", "per_group")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEGMENTS = ("one", "dual_uniform")
 LEVELS = ("uniform", "log_sqrt2")
@@ -76,6 +83,12 @@ def _check_bits(value: Any, key: str) -> None:
         raise ValueError(f"{key}: {value}; allowed: 2 to 8, or 16 (left in floating point)")
 
 
+def _check_group_size(value: Any, key: str) -> None:
+    check_type(value, int, key, "a multiple of 32")
+    if value < 32 or value % 32:
+        raise ValueError(f"{key}: {value}; allowed: multiples of 32, the steps of the kernels")
+
+
 FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "bits": _check_bits,
     "symmetric": lambda value, key: check_type(value, bool, key, "true or false"),
@@ -83,6 +96,7 @@ FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "dynamic": lambda value, key: check_type(value, bool, key, "true or false"),
     "observer": lambda value, key: check_choice(value, OBSERVERS, key),
     "segments": lambda value, key: check_choice(value, SEGMENTS, key),
+    "group_size": _check_group_size,
     "levels": lambda value, key: check_choice(value, LEVELS, key),
 }
 
@@ -95,7 +109,7 @@ def check_fields(given: Any, key: str) -> None:
         FIELD_CHECKS[name](value, f"{key}.{name}")
 
 
-def check_header(name: Any, description: Any, schema: Any, calib_size: Any, transforms: Any, solver: Any,
+def check_header(name: Any, description: Any, schema: Any, calib_size: Any, transforms: Any, transform_options: Any, solver: Any,
                  solver_options: Any, execution: Any) -> None:
     """The top-level keys of a recipe but its rules."""
     check_choice(execution, EXECUTIONS, "execution")
@@ -111,6 +125,15 @@ def check_header(name: Any, description: Any, schema: Any, calib_size: Any, tran
         check_choice(transform, TRANSFORMS, f"transforms[{i}]")
     if len(set(transforms)) != len(transforms):
         raise ValueError(f"transforms: {', '.join(transforms)}; give each one once")
+    if len(transforms) > 1:
+        raise ValueError(f"transforms: {', '.join(transforms)}; each of them scales the same channels, so give one")
+    allowed = {key: limits for transform in transforms for key, limits in TRANSFORM_OPTIONS[transform].items()}
+    check_type(transform_options, Mapping, "transform_options", f"a mapping of {', '.join(allowed) or 'nothing'}")
+    check_keys(transform_options, allowed, "transform_options")
+    for key, value in transform_options.items():
+        low, high = allowed[key]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+            raise ValueError(f"transform_options.{key}: {value!r}; allowed: {low:g} to {high:g}")
     check_choice(solver, SOLVERS, "solver")
     check_type(solver_options, Mapping, "solver_options", f"a mapping of {', '.join(SOLVER_OPTIONS[solver]) or 'nothing'}")
     check_keys(solver_options, SOLVER_OPTIONS[solver], "solver_options")
@@ -148,7 +171,7 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
     """The merged operands of one layer. ``sources`` says which key gave a field: (operand, field) -> 'rules[2].weight.bits'. ``simulated``:
     what no integer kernel computes is allowed too."""
 
-    def refuse(operand: str, name: str, allowed: str) -> None:
+    def refuse(operand: str, name: str, allowed: str) -> NoReturn:
         where = sources.get((operand, name), f"{role}.{operand}.{name}")
         value = getattr(specs[operand], name)
         given = str(value).lower() if isinstance(value, bool) else repr(value)
@@ -162,14 +185,22 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
             if spec.dynamic:
                 refuse(operand, "dynamic", "weights are static: false")
             if spec.granularity in ("per_token", "per_head"):
-                refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor")
-            if not spec.symmetric and spec.bits > 4 and not simulated:
+                refuse(operand, "granularity", "allowed for weights: per_channel, per_tensor, per_group")
+            weight_only = specs["input"].bits == FLOAT_BITS
+            if not spec.symmetric and spec.bits > 4 and not simulated and not weight_only:
                 refuse(operand, "symmetric", "allowed for weights of more than 4 bits: true (code less zero point would not be an int8); "
-                       "false with execution: simulated")
+                       "false with execution: simulated, or with an input of 16 bits")
             if spec.levels != "uniform":
                 refuse(operand, "levels", "allowed for weights: uniform")
             if spec.segments != "one" and role == "patch_embed":
                 refuse(operand, "segments", "pixels are quantized in their order: one")
+            if spec.segments != "one" and weight_only:
+                refuse(operand, "segments", "an input in floating point needs no accumulators of its own; one, with granularity: per_group")
+            if spec.granularity == "per_group" and spec.segments != "one":
+                refuse(operand, "segments", "columns are divided one way; with granularity per_group: one")
+            if spec.granularity == "per_group" and spec.bits > 4 and not weight_only:
+                refuse(operand, "granularity", "a code of more than 4 bits times the multiplier of its group would not be an int8; "
+                       "per_channel, or an input of 16 bits")
             continue
         if spec.segments != "one":
             refuse(operand, "segments", "it divides the columns of a weight; allowed for activations: one")
@@ -193,7 +224,9 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
             refuse(operand, "granularity", f"allowed for {what}: {', '.join(wanted)}" + ("" if spec.dynamic else " (per_token needs dynamic: true)"))
         if not spec.symmetric and spec.dynamic:
             refuse(operand, "symmetric", "allowed for dynamic activations: true")
-    if role not in MATMUL_ROLES and (specs["weight"].bits == FLOAT_BITS) != (specs["input"].bits == FLOAT_BITS):
-        odd, fine = ("input", "weight") if specs["input"].bits == FLOAT_BITS else ("weight", "input")
-        refuse(odd, "bits", f"its {fine} has {specs[fine].bits}, and a layer with one operand in floating point is not executed yet; "
-               f"give both 16, or both 2 to 8")
+    if role in MATMUL_ROLES:
+        return
+    if specs["weight"].bits == FLOAT_BITS and specs["input"].bits != FLOAT_BITS:
+        refuse("weight", "bits", f"its input has {specs['input'].bits}: integers are multiplied by integers; give the weight 2 to 8, or both 16")
+    if specs["input"].bits == FLOAT_BITS and specs["weight"].bits != FLOAT_BITS and role == "patch_embed":
+        refuse("input", "bits", f"its weight has {specs['weight'].bits}, and a patch embedding runs in integers or in float; give both 16, or both 2 to 8")

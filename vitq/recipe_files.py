@@ -10,9 +10,9 @@ import yaml
 
 from vitq.recipe_checks import FIELD_CHECKS, LINEAR_ROLES, OPERANDS, ROLES, check_type, closest, operands
 
-TOP_LEVEL = ("calib_size", "execution", "solver", "solver_options", "transforms")
+TOP_LEVEL = ("calib_size", "execution", "solver", "solver_options", "transform_options", "transforms")
 KEYS = (
-    "allowed: calib_size, execution, solver, solver_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
+    "allowed: calib_size, execution, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
     "name:PATTERN.OPERAND.FIELD or name:PATTERN.bits"
 )
 

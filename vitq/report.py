@@ -19,6 +19,7 @@ from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
 from vitq.evaluate import Evaluation, LayerError
 from vitq.nn.linear import QuantLinear
+from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.nn.packed import Row
 from vitq.profiling import Ceilings, Profile
 from vitq.timing import Timing
@@ -240,7 +241,7 @@ def write_tensorboard(folder: str | os.PathLike[str], scalars: Mapping[str, floa
                 writer.add_scalar(f"layer_sqnr_db/{role}", sqnr, depth.get(role, 0))
             depth[role] = depth.get(role, 0) + 1
         for name, module in [] if model is None else model.named_modules():
-            if isinstance(module, QuantLinear):
+            if isinstance(module, (QuantLinear, WeightOnlyLinear)):
                 writer.add_histogram(f"weight_codes/{name}", module.codes().cpu().float(), 0)
                 writer.add_histogram(f"weight_scale/{name}", module.weight_scale.cpu(), 0)
         for key in statistics or ():

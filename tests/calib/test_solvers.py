@@ -16,6 +16,8 @@ from vitq.calib.solvers.problem import Problem, solve_ridge
 from vitq.formats import ActivationFormat, int_range
 from vitq.models import prepare
 from vitq.quantizers.activation import fake_activation
+from vitq.quantizers.grid import WeightGrid
+from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import QuantSpec
 
 FORMAT = ActivationFormat(4, scale=0.4, zero_point=1)
@@ -82,7 +84,8 @@ def test_rounding_never_raises_its_objective(rule: str, size: float) -> None:
         error = (codes - value) * step
         return ((error @ inner) * error).sum(1)
 
-    rounded = (descend if rule == "descent" else follow_gradient)(value, nearest, step, inner, 4)
+    least, most = (torch.full((1, 1), code, dtype=torch.float64) for code in (-8.0, 7.0))
+    rounded = (descend if rule == "descent" else follow_gradient)(value, nearest, step, inner, least, most)
     before, after = objective(nearest), objective(rounded)
     assert bool((after <= before * (1 + 1e-9)).all()) and bool(((rounded >= -8) & (rounded <= 7)).all())
     if rule == "gradient":
@@ -254,3 +257,50 @@ def test_solver_options_are_checked(options: str, message: str) -> None:
 
 def test_an_unused_gram_has_no_rows() -> None:
     assert Gram(3).rows == 0 and not bool(Gram(3).quantized.any())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("solver, options", [("rtn", {}), ("gptq", {}), ("dual_grain", {}), ("dual_grain", {"rounding": "nearest"}), ("erq", {})])
+def test_groups_are_multiples_of_one_scale_and_products_fit_int8(solver: str, options: dict, symmetric: bool) -> None:
+    x, (weight, bias) = inputs(500, 176), layer(24, 176)
+    weight[:, 64:128] *= 4.0
+    weight[0, 128:] = 0.2  # all of one sign, and constant
+    weight[1] = 0.0
+    spec = QuantSpec(bits=4, granularity="per_group", group_size=64, symmetric=symmetric)
+    solution = SOLVERS[solver](Problem(weight, bias, spec, gram_of(x, FORMAT), options))
+    grid, codes = solution.grid, solution.codes.int()
+    assert grid.multiplier.shape == (3, 24) and grid.scale.shape == (24,) and int(grid.multiplier.min()) >= 1
+    assert grid.group.tolist() == [0] * 64 + [1] * 64 + [2] * 48, "the last group is short"
+    assert int(codes.min()) >= -8 and int(codes.max()) <= 7
+    products = (codes - grid.zero_points()) * grid.multiplier.int()[grid.group.long()].T
+    assert int(products.abs().max()) <= 127
+    one = SOLVERS["rtn"](Problem(weight, bias, QuantSpec(bits=4, granularity="per_channel", symmetric=symmetric), gram_of(x, FORMAT)))
+    problem = Problem(weight, bias, spec, gram_of(x, FORMAT), options)
+    assert output_error(problem, x, solution) < 0.8 * output_error(problem, x, one), "groups gain over one scale a row"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_dual_grain_loses_less_than_rounding(symmetric: bool) -> None:
+    x, (weight, bias) = inputs(2000, 256), layer(48, 256)
+    spec, gram = QuantSpec(bits=4, granularity="per_group", group_size=64, symmetric=symmetric), gram_of(x, FORMAT)
+
+    def error(solver: str, weight_only: bool = False, **options) -> float:
+        problem = Problem(weight, bias, spec, gram, options, weight_only)
+        return output_error(problem, x, SOLVERS[solver](problem))
+
+    assert error("dual_grain", rounding="nearest") < 0.95 * error("rtn")
+    assert error("dual_grain") < 0.9 * error("gptq")
+    assert error("dual_grain", weight_only=True, rounding="nearest") < error("rtn", weight_only=True), "scales in floating point"
+
+
+def test_golden_dual_grain_group() -> None:
+    """A row whose largest weight is 1 with 1/127 a step; a group in [-0.4, 0.5]: scale 0.06, zero point 7 of 0..15, multiplier 8; 0.5 is code 15
+    and becomes 64/127."""
+    scale, zero = scale_and_zero(torch.tensor([-0.4]), torch.tensor([0.5]), 4, False)
+    assert float(scale) == pytest.approx(0.06) and int(zero) == 7 - 8
+    multiplier = (scale * 127).round().to(torch.int8)[None]
+    grid = WeightGrid(torch.tensor([1 / 127]), torch.zeros(1, dtype=torch.uint8), multiplier, zero[None])
+    code = (torch.tensor([[0.5]]) / grid.columns()).round() + grid.zero_points()
+    low, high = grid.limits(4)
+    assert int(multiplier) == 8 and int(code) + 8 == 15 and (int(low), int(high)) == (-8, 7)
+    assert float((code - grid.zero_points()) * grid.columns()) == pytest.approx(64 / 127)

@@ -526,7 +526,7 @@ def test_two_levels_of_scales(groups, symmetric, bits, dynamic, m):
     zero = torch.zeros(groups, n, dtype=torch.int8)
     if not symmetric:
         zero = torch.randint(-(1 << bits - 1), 1 << bits - 1, (groups, n), dtype=torch.int8)
-        params = replace(params, weight_offset=-zero * params.weight_multiplier)
+        params = replace(params, weight_zero=zero.int())
     factors, zeros = (torch.stack([t[g] for g in params.column_group.tolist()], dim=1).double() for t in (params.weight_multiplier, zero))
     integers = (params.codes.double() - zeros) * factors
     assert torch.equal(params.integers.double(), integers)

@@ -29,7 +29,7 @@ def test_fold(pair, bits: int, symmetric: bool) -> None:
     lo, hi = y.amin(0), y.amax(0)
     scale, zero = scale_and_zero(lo, hi, bits, symmetric)
     floored = scale.clamp_min(scale.mean() * 1e-3)
-    target_scale, target_zero = fold(norm, linear, scale, zero)
+    target_scale, target_zero = fold(norm, [linear], scale, zero)
     assert (linear(norm(x)) - before).norm() / before.norm() < 1e-5
     assert target_zero.dtype == torch.int32 and target_scale.dtype == torch.float32
     per_channel = torch.round(y / floored) + zero
@@ -46,18 +46,18 @@ def test_symmetric_fold_leaves_zero_where_it_was(pair) -> None:
     y = norm(x)
     scale, zero = scale_and_zero(y.amin(0), y.amax(0), 8, True)
     bias = linear.bias.clone()
-    fold(norm, linear, scale, zero)
+    fold(norm, [linear], scale, zero)
     assert torch.equal(linear.bias, bias), "no shift, so padding with zeros after the norm stays right"
 
 
 def test_bad_shapes(pair) -> None:
     norm, linear, _ = pair
     with pytest.raises(ValueError, match=r"shape \[48\]"):
-        fold(norm, linear, torch.ones(3), torch.zeros(3))
+        fold(norm, [linear], torch.ones(3), torch.zeros(3))
     with pytest.raises(ValueError, match="a norm with a weight"):
-        fold(nn.LayerNorm(48, elementwise_affine=False), nn.Linear(48, 3), torch.ones(48), torch.zeros(48))
+        fold(nn.LayerNorm(48, elementwise_affine=False), [nn.Linear(48, 3)], torch.ones(48), torch.zeros(48))
     with pytest.raises(ValueError, match="a norm with a bias where zero points differ"):
-        fold(nn.RMSNorm(48), nn.Linear(48, 3), torch.ones(48), torch.arange(48))
+        fold(nn.RMSNorm(48), [nn.Linear(48, 3)], torch.ones(48), torch.arange(48))
 
 
 @pytest.mark.parametrize("norm", [nn.RMSNorm(48), nn.LayerNorm(48, bias=False)])
@@ -68,7 +68,7 @@ def test_a_norm_without_a_bias_gives_its_scale_away(norm) -> None:
     norm.weight.uniform_(0.1, 30.0)
     y = norm(x)
     before, (scale, zero) = linear(y), scale_and_zero(y.amin(0), y.amax(0), 8, True)
-    target_scale, target_zero = fold(norm, linear, scale, zero)
+    target_scale, target_zero = fold(norm, [linear], scale, zero)
     assert linear.bias is None and int(target_zero) == 0
     assert (linear(norm(x)) - before).norm() / before.norm() < 1e-5
     assert ((torch.round(norm(x) / target_scale) - torch.round(y / scale)).abs() > 0).float().mean() < 1e-3
@@ -83,5 +83,5 @@ def test_a_linear_without_a_bias_gets_one() -> None:
     norm.bias.normal_()
     y = norm(x)
     before = linear(y)
-    fold(norm, linear, *scale_and_zero(y.amin(0), y.amax(0), 4, False))
+    fold(norm, [linear], *scale_and_zero(y.amin(0), y.amax(0), 4, False))
     assert linear.bias is not None and (linear(norm(x)) - before).norm() / before.norm() < 1e-5

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.gram import GRAM_MEMORY, Gram, collect_grams
-from vitq.calib.runner import fingerprint, heads_of, is_folded, specs
+from vitq.calib.runner import fingerprint, heads_of, specs, transform_of
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
 from vitq.calib.statistics import Histogram, Statistics
@@ -20,6 +20,7 @@ from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import LayerSpec, QuantSpec, Recipe
 from vitq.transforms.layernorm_fold import fold
+from vitq.transforms.smooth import clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
 
 
 @torch.no_grad()
@@ -35,10 +36,9 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
         raise ValueError(f"these statistics were collected on another model or other weights ({stats.model}, this one is "
                          f"{fingerprint(prepared.model)}): calibrate again")
     plan = Plan(recipe, specs(prepared, recipe), samples=0 if stats is None else stats.samples)
-    formats = {}
-    for site in prepared.linears:
-        if not plan.specs[site.name].is_float:
-            formats[site.name] = _linear_input(prepared.model, site, plan.specs[site.name], recipe, stats, plan)
+    formats: dict[str, ActivationFormat | None] = {}
+    for sites in prepared.input_groups():
+        formats.update(_input_formats(prepared.model, sites, recipe, stats, plan))
     if recipe.needs_inputs and data is None:
         raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
                          "calibration images themselves, not statistics of them")
@@ -59,19 +59,21 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     return plan
 
 
-def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_format: ActivationFormat,
+def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_format: ActivationFormat | None,
                   gram: Gram | None = None) -> LinearParams:
     """Codes of one linear (or patch convolution) by the recipe's solver. Raises ValueError for NaN or infinite weights."""
     weight = module.weight.detach().float().flatten(1)
     bias = None if module.bias is None else module.bias.detach().float().clone()
-    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options))
+    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options, spec.weight_only))
     codes, grid, bits = solution.codes, solution.grid, spec.weight.bits
-    centred = bits <= 4  # codes less their zero points, times their multipliers, fit int8
-    if centred and (grid.multiplier is not None or grid.zero_point is not None):
-        multiplier = torch.ones_like(grid.scale, dtype=torch.int8)[None] if grid.multiplier is None else grid.multiplier
-        group = torch.zeros_like(codes[0], dtype=torch.uint8) if grid.group is None else grid.group
-        offset = None if grid.zero_point is None else (-grid.zero_point * multiplier).to(torch.int8)
-        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_multiplier=multiplier, weight_offset=offset,
+    if spec.weight_only:
+        return LinearParams(codes, bits, grid.scale, solution.bias, None, weight_zero=grid.zero_point, column_group=grid.group)
+    if grid.multiplier is not None or grid.zero_point is not None and bits <= 4:  # codes less zero points, times multipliers, fit int8
+        multiplier, group, zero_point = grid.multiplier, grid.group, grid.zero_point
+        if multiplier is None:
+            multiplier, group = torch.ones_like(grid.scale, dtype=torch.int8)[None], torch.zeros_like(codes[0], dtype=torch.uint8)
+            zero_point = grid.zero_point[None]
+        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_zero=zero_point, weight_multiplier=multiplier,
                             column_group=group)
     if grid.group is None:
         return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_zero=grid.zero_point)
@@ -88,22 +90,66 @@ def observed_format(sample: Tensor, spec: QuantSpec) -> ActivationFormat:
     return _chosen(histogram, spec)
 
 
-def _linear_input(model: nn.Module, site: LinearSite, spec: LayerSpec, recipe: Recipe, stats: Statistics | None,
-                  plan: Plan) -> ActivationFormat:
-    if spec.input.dynamic:
-        return ActivationFormat(spec.input.bits, dynamic=True)
-    if not is_folded(site, spec, recipe, model):
-        return _format(stats, f"{site.name}:input", spec.input)
+def _input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, stats: Statistics | None,
+                   plan: Plan) -> dict[str, ActivationFormat | None]:
+    """The formats of those of the sites, which share an input, that are quantized; None for an input in floating point. Applies the
+    recipe's transform to the model."""
+    found: dict[str, ActivationFormat | None] = {}
+    transform = transform_of(sites, plan.specs, recipe, model)
+    linears = [model.get_submodule(site.name) for site in sites]
+    smoothed = _smooth(model, sites, linears, recipe, stats, plan) if transform in ("smoothquant", "clip_outliers") else None
+    if transform == "layernorm_fold":
+        folded = _fold(model, sites, linears, plan.specs[next(s.name for s in sites if not plan.specs[s.name].is_float)].input, stats, plan)
+    for site in sites:
+        spec = plan.specs[site.name].input
+        if plan.specs[site.name].is_float:
+            continue
+        if plan.specs[site.name].weight_only:
+            found[site.name] = None
+        elif spec.dynamic:
+            found[site.name] = ActivationFormat(spec.bits, dynamic=True)
+        elif transform == "layernorm_fold":
+            found[site.name] = folded
+        elif smoothed is not None:
+            found[site.name] = _chosen(_histogram(stats, f"{site.name}:input", linears[0].in_features).merged(smoothed), spec)
+        else:
+            found[site.name] = _format(stats, f"{site.name}:input", spec)
+    return found
+
+
+def _fold(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear], spec: QuantSpec, stats: Statistics | None,
+          plan: Plan) -> ActivationFormat:
     # Where zeros are padded in after the norm, or it has no bias, only a scale may move: symmetric ranges give every channel zero point 0.
-    unshifted = "windows are zero-padded" if site.zero_padded else "the norm has no bias" if getattr(
-        model.get_submodule(site.norm), "bias", None) is None else ""
-    symmetric = spec.input.symmetric or bool(unshifted)
-    channels = model.get_submodule(site.name).in_features
-    lo, hi = _histogram(stats, f"{site.name}:input", channels).range(spec.input.bits, symmetric, spec.input.observer)
-    scale, zero_point = scale_and_zero(lo, hi, spec.input.bits, symmetric)
-    scale, zero_point = fold(model.get_submodule(site.norm), model.get_submodule(site.name), scale, zero_point)
-    plan.notes[site.name] = "LayerNorm fold" + (f" of the scale only ({unshifted})" if unshifted else "")
-    return ActivationFormat(spec.input.bits, scale=scale, zero_point=zero_point)
+    norm = model.get_submodule(sites[0].norm)
+    unshifted = "windows are zero-padded" if sites[0].zero_padded else "the norm has no bias" if getattr(norm, "bias", None) is None else ""
+    symmetric = spec.symmetric or bool(unshifted)
+    name = next(site.name for site in sites if not plan.specs[site.name].is_float)
+    lo, hi = _histogram(stats, f"{name}:input", linears[0].in_features).range(spec.bits, symmetric, spec.observer)
+    scale, zero_point = fold(norm, linears, *scale_and_zero(lo, hi, spec.bits, symmetric))
+    for site in sites:
+        plan.notes[site.name] = "LayerNorm fold" + (f" of the scale only ({unshifted})" if unshifted else "")
+    return ActivationFormat(spec.bits, scale=scale, zero_point=zero_point)
+
+
+def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear], recipe: Recipe, stats: Statistics | None,
+            plan: Plan) -> Tensor:
+    """Move a scale of each channel from the sites' input into their weights; what it was divided by, float64 [K]."""
+    first, options = sites[0], recipe.transform_options
+    seen = _histogram(stats, f"{first.name}:input", linears[0].in_features)
+    largest = torch.maximum(seen.min.abs(), seen.max.abs())
+    if recipe.transforms[0] == "smoothquant":
+        alpha = options.get("alpha", 0.5)
+        scale, note = smoothquant_scale(largest, [linear.weight for linear in linears], alpha), f"SmoothQuant, α {alpha:g}"
+    else:
+        scale, note = clip_scale(largest, options.get("top", 0.005)), "outlier channels divided"
+    if first.norm is not None:
+        divide_norm(model.get_submodule(first.norm), scale)
+    else:
+        divide_rows(model.get_submodule(first.rows[0]), first.rows[1], scale)
+    for site, linear in zip(sites, linears):
+        multiply_columns(linear, scale)
+        plan.notes[site.name] = note
+    return scale
 
 
 def _format(stats: Statistics | None, key: str, spec: QuantSpec, channels: int | None = None) -> ActivationFormat:

@@ -38,15 +38,15 @@ class Gram:
             self.rows += len(codes)
 
 
-def gram_of(sample: Tensor, fmt: ActivationFormat) -> Gram:
-    """The Gram matrices of activations [..., K] that a layer reads in this format."""
+def gram_of(sample: Tensor, fmt: ActivationFormat | None) -> Gram:
+    """The Gram matrices of activations [..., K] that a layer reads in this format, None for floating point."""
     gram = Gram(sample.shape[-1], sample.device)
     with torch.no_grad(), exact_float32():
         gram.update(sample, fake_activation(sample, fmt))
     return gram
 
 
-def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int,
+def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat | None], data: Iterable, limit: int,
                   memory: float = GRAM_MEMORY) -> Iterator[tuple[str, Gram]]:
     """The Gram matrices of the layers in `formats`, in the model's order, over at most `limit` images of `data`.
 
@@ -65,7 +65,7 @@ def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat], d
         yield from _collect(prepared, layers, data, limit)
 
 
-def _collect(prepared: Prepared, formats: Mapping[str, ActivationFormat], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:
+def _collect(prepared: Prepared, formats: Mapping[str, ActivationFormat | None], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:
     model, grams, handles = prepared.model, {}, []
     device = next(model.parameters()).device
     try:
@@ -84,7 +84,7 @@ def _collect(prepared: Prepared, formats: Mapping[str, ActivationFormat], data: 
         yield name, grams.pop(name)
 
 
-def _on_input(gram: Gram, fmt: ActivationFormat, module: nn.Module, args: tuple) -> None:
+def _on_input(gram: Gram, fmt: ActivationFormat | None, module: nn.Module, args: tuple) -> None:
     x = args[0]
     if isinstance(module, nn.Conv2d):  # a patch embedding: its kernel is its stride
         x = F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)

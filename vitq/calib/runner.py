@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitq.calib.statistics import Histogram, Statistics
 from vitq.models.sites import LinearSite, Prepared
-from vitq.recipe import LayerSpec, QuantSpec, Recipe
+from vitq.recipe import FLOAT_BITS, LayerSpec, QuantSpec, Recipe
 
 log = logging.getLogger("vitq")
 
@@ -36,11 +36,17 @@ def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
     return found
 
 
-def is_folded(site: LinearSite, spec: LayerSpec, recipe: Recipe, model: nn.Module) -> bool:
-    """Whether the norm before this linear takes its per-channel scales (transform `layernorm_fold`)."""
-    if "layernorm_fold" not in recipe.transforms or site.norm is None or spec.is_float or spec.input.dynamic:
-        return False
-    return model.get_submodule(site.norm).weight is not None
+def transform_of(sites: list[LinearSite], found: Mapping[str, LayerSpec], recipe: Recipe, model: nn.Module) -> str | None:
+    """The recipe's transform if sites that share an input take it, else None. `layernorm_fold` needs static inputs of one format."""
+    inputs = [found[site.name].input for site in sites if not found[site.name].is_float and not found[site.name].weight_only]
+    if not recipe.transforms or not inputs:
+        return None
+    transform, norm = recipe.transforms[0], sites[0].norm
+    if norm is None or model.get_submodule(norm).weight is None:
+        return transform if transform != "layernorm_fold" and norm is None and sites[0].rows is not None else None
+    if transform == "layernorm_fold" and (inputs[0].dynamic or any(spec != inputs[0] for spec in inputs)):
+        return None
+    return transform
 
 
 def heads_of(attention: nn.Module, spec: QuantSpec) -> int | None:
@@ -146,25 +152,31 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
     stats = Statistics(model=fingerprint(model))
     handles = []
 
-    def observe(key: str, module: nn.Module, spec: QuantSpec, *, channels: int | None = None, dim: int = -1, at_input: bool) -> None:
-        if spec.bits == 16 or spec.dynamic:
-            return
-        stats[key] = Histogram(channels, dim=dim)
-        if at_input:
-            handles.append(module.register_forward_pre_hook(partial(_on_input, key, stats[key])))
-        else:
+    def observe_input(name: str, channels: int | None = None, bins: int | None = None) -> None:
+        key = f"{name}:input"
+        stats[key] = Histogram(channels, bins)
+        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_on_input, key, stats[key])))
+
+    def observe_output(key: str, module: nn.Module, spec: QuantSpec, channels: int | None = None) -> None:
+        if spec.bits != FLOAT_BITS and not spec.dynamic:
+            stats[key] = Histogram(channels, dim=-2)  # q, k and v are [B, N, H, D]
             handles.append(module.register_forward_hook(partial(_on_output, key, stats[key])))
 
-    for site in prepared.linears:
-        spec, module = layer_specs[site.name], model.get_submodule(site.name)
-        folded = is_folded(site, spec, recipe, model)
-        observe(f"{site.name}:input", module, spec.input, channels=module.in_features if folded else None, at_input=True)
+    for sites in prepared.input_groups():
+        transform = transform_of(sites, layer_specs, recipe, model)
+        for site in sites:
+            spec = layer_specs[site.name].input
+            channels = None if transform is None else model.get_submodule(site.name).in_features
+            if spec.bits != FLOAT_BITS and not spec.dynamic:
+                observe_input(site.name, channels)
+            elif channels is not None and site is sites[0]:
+                observe_input(site.name, channels, bins=4)  # for the largest values alone
     for site in prepared.attentions:
         attn, qk, pv = model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv]
         for key, tap, spec in ((f"{site.qk}:input", attn.tap_q, qk.input), (f"{site.qk}:other", attn.tap_k, qk.other),
-                               (f"{site.pv}:other", attn.tap_v, pv.other)):  # [B, N, H, D]
-            observe(key, tap, spec, channels=heads_of(attn, spec), dim=-2, at_input=False)
-        observe(f"{site.pv}:input", attn.tap_p, pv.input, at_input=False)
+                               (f"{site.pv}:other", attn.tap_v, pv.other)):
+            observe_output(key, tap, spec, heads_of(attn, spec))
+        observe_output(f"{site.pv}:input", attn.tap_p, pv.input)
 
     try:
         with torch.inference_mode(), exact_float32():

@@ -28,7 +28,8 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
             module.weight.copy_(_weight(params).view_as(module.weight))
             if params.bias is not None:
                 module.bias.copy_(params.bias)  # which a solver may have moved
-            module.register_forward_pre_hook(partial(_fake_input, params.input))
+            if params.input is not None:
+                module.register_forward_pre_hook(partial(_fake_input, params.input))
         elif isinstance(params, AttentionParams):
             for tap, fmt in ((module.tap_q, params.q), (module.tap_k, params.k), (module.tap_v, params.v)):
                 tap.register_forward_hook(partial(_fake_output, fmt))
@@ -40,10 +41,13 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
 
 def _weight(params: LinearParams) -> Tensor:
     """The numbers that the codes stand for, each feature in its place."""
-    if params.weight_multiplier is not None:
-        group, multiplier = params.column_group.long(), params.weight_multiplier
-        zero_point = torch.zeros_like(multiplier) if params.weight_offset is None else -params.weight_offset // multiplier
-        return dequantize(params.codes, (params.weight_scale * multiplier)[group].T, zero_point[group].T)
+    if params.column_group is not None:
+        group, scale, zero_point = params.column_group.long(), params.weight_scale, params.weight_zero
+        if params.weight_multiplier is not None:
+            scale = scale * params.weight_multiplier
+        return dequantize(params.codes, scale[group].T, 0 if zero_point is None else zero_point[group].T)
+    if params.input is None:
+        return dequantize(params.codes, params.weight_scale[:, None], 0 if params.weight_zero is None else params.weight_zero[:, None])
     ends = params.segment_ends
     scales = params.weight_scale.view(len(ends), -1)
     zeros = (torch.zeros_like(scales) if params.weight_zero is None else params.weight_zero).view_as(scales)

@@ -206,8 +206,9 @@ def widen_int4(out, packed, multiplier, offset, group) -> None:
     if out.dtype != torch.int8 or out.shape != (packed.shape[0], 2 * packed.shape[1]) or not out.is_contiguous():
         refuse("widen_int4", "out", f"{out.dtype} {list(out.shape)}",
                f"contiguous int8 [{packed.shape[0]}, {2 * packed.shape[1]}]")
-    for name, tensor, dtype, shape in (("multiplier", multiplier, torch.int8, (2, out.shape[0])),
-                                       ("offset", offset, torch.int8, (2, out.shape[0])), ("group", group, torch.uint8, (out.shape[1],))):
+    groups = 2 if multiplier is None or not 2 <= len(multiplier) <= 256 else len(multiplier)
+    for name, tensor, dtype, shape in (("multiplier", multiplier, torch.int8, (groups, out.shape[0])),
+                                       ("offset", offset, torch.int8, (groups, out.shape[0])), ("group", group, torch.uint8, (out.shape[1],))):
         if (multiplier is None) != (group is None):
             refuse("widen_int4", "multiplier and group", "one of them", "both or none")
         if offset is not None and multiplier is None:

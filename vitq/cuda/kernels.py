@@ -80,8 +80,9 @@ class CutlassLinear:
         packed = pack_weight((params.codes if bits == 4 else params.integers).detach(), bits).to(device)
         multiplier = offset = group = None
         if bits == 4 and params.weight_multiplier is not None:
-            multiplier, offset = (None if t is None else permute_rows(t.expand(2, n).T).T.contiguous().to(device)
-                                  for t in (params.weight_multiplier, params.weight_offset))
+            levels = params.weight_multiplier, None if params.weight_zero is None else (-params.weight_zero * params.weight_multiplier).to(torch.int8)
+            multiplier, offset = (None if t is None else permute_rows((t.expand(2, n) if len(t) == 1 else t).T).T.contiguous().to(device)
+                                  for t in levels)
             group = F.pad(params.column_group, (0, 2 * packed.shape[1] - k)).to(device)
         ends = params.segment_ends
         return PackedLinear(
@@ -151,8 +152,8 @@ def why_not_linear(spec: LinearSpec) -> str | None:
         return "unsigned codes do not fit int8"
     if len(params.segment_ends) > loader.MAX_SEGMENTS:
         return f"{len(params.segment_ends)} segments, more than {loader.MAX_SEGMENTS}"
-    if params.weight_multiplier is not None and len(params.weight_multiplier) > 2:
-        return f"multipliers of {len(params.weight_multiplier)} groups of columns; it takes two"
+    if params.weight_multiplier is not None and len(params.weight_multiplier) > 2 and (reason := _why_not_groups(params.column_group)):
+        return reason
     if output is None:
         return None
     if spec.activation is not None:
@@ -164,6 +165,14 @@ def why_not_linear(spec: LinearSpec) -> str | None:
     if (largest := largest_value(params.integers, params.segment_ends, fold(spec))) >= LARGEST_VALUE:
         return f"values before rounding reach {largest:.3g} codes; it rounds exactly below 2^22"
     return None
+
+
+def _why_not_groups(group: Tensor) -> str | None:
+    """The reason of the kernel that widens codes with more than two groups of columns: it asks once for 32 of them."""
+    if group.dtype != torch.uint8:
+        return "more than 256 groups of columns"
+    steps = F.pad(group[None].float(), (0, -len(group) % 32), mode="replicate").view(-1, 32)
+    return None if bool((steps == steps[:, :1]).all()) else "groups of columns that do not change at multiples of 32"
 
 
 def largest_value(codes: Tensor, ends: tuple[int, ...], constants: Constants) -> float:

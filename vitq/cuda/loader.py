@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 4  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
+ABI_VERSION = 5  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
@@ -178,7 +178,7 @@ FUNCTIONS: dict[str, list] = {
     "vitq_attention_supports": [c_int32, c_int32, c_int32, c_int32],
     "vitq_rows": [POINTER(Rows), c_void_p],
     "vitq_patches": [POINTER(Patches), c_void_p],
-    "vitq_widen_int4": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_void_p],
+    "vitq_widen_int4": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p],
     "vitq_abi_version": [],
     "vitq_error": [c_int],
     "vitq_build": [],

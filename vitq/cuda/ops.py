@@ -182,8 +182,8 @@ def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, o
     rows, k = out.shape
     function = loader.library().vitq_widen_int4
     with _guard(out.device):
-        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(offset), _pointer(group), out.data_ptr(), rows, k,
-                        _stream(out.device))
+        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(offset), _pointer(group), 0 if multiplier is None else len(multiplier),
+                        out.data_ptr(), rows, k, _stream(out.device))
     if code:
         loader.check("widen_int4", code, f"{rows} x {k}")
 

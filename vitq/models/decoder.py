@@ -92,7 +92,7 @@ def fill(prepared: Prepared) -> None:
         prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv", f"{name}.input_layernorm"),
                              LinearSite(f"{name}.self_attn.o_proj", "proj"),
                              LinearSite(f"{name}.mlp.gate_up_proj", "fc1", f"{name}.post_attention_layernorm"),
-                             LinearSite(f"{name}.mlp.down_proj", "fc2")]
+                             LinearSite(f"{name}.mlp.down_proj", "fc2", rows=(f"{name}.mlp.gate_up_proj", mlp.gate_proj.out_features))]
     for name, module in list(model.named_modules()):
         if _is_own(module) and type(module).__name__.endswith("RMSNorm"):
             norm = nn.RMSNorm(module.weight.shape[0], module.variance_epsilon)

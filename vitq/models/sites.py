@@ -16,16 +16,19 @@ from torch import Tensor, nn
 class LinearSite:
     """An `nn.Linear` (or a patch-embedding `nn.Conv2d` whose stride is its kernel).
 
-    norm: the LayerNorm whose output feeds this linear and nothing else, so that a per-channel scale and shift can be
-        moved from the one into the other; None where there is none.
+    norm: the norm whose output feeds this linear, and others that name it too, and nothing else, so that a per-channel scale and shift
+        can be moved from the one into the other; None where there is none.
     zero_padded: zeros are inserted between norm and linear (Swin pads incomplete windows), so a shift folded into the
         norm would turn them into something else; a scale may still be folded.
+    rows: a linear layer and the first of those of its outputs that this one's inputs are proportional to, channel by channel, and that
+        feed nothing else: a scale, not a shift, can be moved from the one into the other. (down_proj reads act(gate) · up: the rows of up.)
     """
 
     name: str
     role: str
     norm: str | None = None
     zero_padded: bool = False
+    rows: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,13 @@ class Prepared:
     stem: StemSite | None = None
     exact: list[str] = field(default_factory=list)  # modules whose numbers stay in float32
     tokens: bool = False  # the model reads token ids [B, T], not images
+
+    def input_groups(self) -> list[list[LinearSite]]:
+        """The linear sites in order, those that share a norm together."""
+        groups: dict[str, list[LinearSite]] = {}
+        for site in self.linears:
+            groups.setdefault(site.norm or f"{site.name}.", []).append(site)
+        return list(groups.values())
 
     def run(self, batch: Tensor) -> Tensor:
         """The model on one batch of what it reads, on its own device."""

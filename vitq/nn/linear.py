@@ -14,8 +14,8 @@ from vitq.ops.common import OutputFormat
 from vitq.ops.linear import LinearSpec
 from vitq.ops.patches import PatchesSpec
 from vitq.plan import LinearParams
-from vitq.quantizers.grid import divide
-from vitq.recipe import LayerSpec
+from vitq.quantizers.grid import Division, divide
+from vitq.recipe import LayerSpec, QuantSpec
 
 
 class QuantLinear(PackedModule):
@@ -43,9 +43,10 @@ class QuantLinear(PackedModule):
         self.symmetric, self.levels = spec.weight.symmetric, 0 if segmented else groups or int(not spec.weight.symmetric)
         if self.levels:
             self.register_buffer("weight_multiplier", torch.ones(self.levels, out_features, dtype=torch.int8))
-            self.register_buffer("column_group", torch.zeros(in_features, dtype=torch.uint8))
+            self.register_buffer("column_group", self.division.group() if groups else torch.zeros(in_features, dtype=torch.uint8))
         if not self.symmetric:
-            self.register_buffer("weight_offset", torch.zeros(self.levels, out_features, dtype=torch.int8))
+            self.register_buffer("weight_zero", torch.zeros(self.levels, out_features, dtype=torch.int8))
+        self.weight_spec = spec.weight
         self.too_small = spec.weight.segments != "one" and not groups
         self.register_buffer("bias", torch.zeros(out_features))
         if not self.dynamic:
@@ -64,7 +65,7 @@ class QuantLinear(PackedModule):
             self.weight_multiplier.copy_(params.weight_multiplier)
             self.column_group.copy_(params.column_group)
         if not self.symmetric:
-            self.weight_offset.copy_(params.weight_offset)
+            self.weight_zero.copy_(params.weight_zero)
         if params.bias is not None:
             self.bias.copy_(params.bias)
         if not self.dynamic:
@@ -93,7 +94,7 @@ class QuantLinear(PackedModule):
         levels = {}
         if self.levels:
             levels = {"weight_multiplier": self.weight_multiplier, "column_group": self.column_group,
-                      "weight_offset": None if self.symmetric else self.weight_offset}
+                      "weight_zero": None if self.symmetric else self.weight_zero.int()}
         params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(), **levels)
         return {"quantize": self.input_format(), "linear": LinearSpec(params, self._activation, self._output)}
 
@@ -128,9 +129,15 @@ class QuantLinear(PackedModule):
                 f"{'dynamic' if self.dynamic else 'static'}{self._groups()}")
 
     def _groups(self) -> str:
-        sizes = " + ".join(map(str, self.division.sizes))
-        groups = sizes and f", {'segments' if self.division.segmented else 'columns'} {sizes}"
-        return groups + ("" if self.symmetric else ", asymmetric weights")
+        return described(self.division, self.weight_spec) + ("" if self.symmetric else ", asymmetric weights")
+
+
+def described(division: Division, spec: QuantSpec) -> str:
+    """How the columns of a weight are divided, to follow a format's name; nothing where they are not."""
+    if spec.granularity == "per_group":
+        return f", groups of {spec.group_size}"
+    kind, sizes = "segments" if division.segmented else "columns", " + ".join(map(str, division.sizes))
+    return f", {kind} {sizes}" if sizes else ""
 
 
 class QuantPatchConv(QuantLinear):

@@ -54,7 +54,7 @@ def fold(spec: LinearSpec) -> Constants:
     ends = params.segment_ends
     scale = params.weight_scale.to(device, torch.float32).view(len(ends), n)
     bias = torch.zeros(n, dtype=torch.float64, device=device) if params.bias is None else params.bias.to(device, torch.float64)
-    weight_zero = None if params.weight_zero is None else params.weight_zero.to(device).view(len(ends), n)
+    weight_zero = params.weight_zero.to(device).view(len(ends), n) if params.needs_row_sums else None
     if not params.input.dynamic:
         scale = scale * params.input.scale.to(device)
         zero_point = params.input.zero_point.to(device, torch.float64)
@@ -154,7 +154,7 @@ class OneDnnLinear:
     def supports(self, spec: LinearSpec) -> str | None:
         if cpu_int8_isa() is None:
             return "this CPU has neither AMX nor AVX512-VNNI"
-        if spec.params.weight_zero is not None or spec.params.weight_fp is not None:
+        if spec.params.needs_row_sums or spec.params.weight_fp is not None:
             return "asymmetric weights and float16 columns are not in its GEMM"
         if spec.params.plain and spec.activation is not None and spec.output is not None and spec.output.scale.ndim:
             return "an activation before a per-column output format"

@@ -8,8 +8,11 @@ from vitq.formats import ActivationFormat
 from vitq.quantizers.uniform import fake_quantize, fake_quantize_per_token
 
 
-def fake_activation(x: Tensor, fmt: ActivationFormat) -> Tensor:
-    """The numbers that the codes of x [..., K] stand for, float32, each feature in its place. x is [..., H, D] where each head has a scale."""
+def fake_activation(x: Tensor, fmt: ActivationFormat | None) -> Tensor:
+    """The numbers that the codes of x [..., K] stand for, float32, each feature in its place; x itself without a format. x is [..., H, D] where
+    each head has a scale."""
+    if fmt is None:
+        return x.float()
     if fmt.dynamic:
         return fake_quantize_per_token(x, fmt.bits)
     scale, zero_point = (t.to(x.device).unsqueeze(-1) if t.ndim else t.to(x.device) for t in (fmt.scale, fmt.zero_point))

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from vitq.calib.solvers.gptq import quantize_in_sequence
 from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
-from vitq.formats import int_range
 from vitq.quantizers.grid import WeightGrid, weight_grid
 
 STEPS = 100  # of the gradient rule, as in ERQ's code
@@ -35,7 +34,7 @@ def erq(problem: Problem) -> Solution:
     unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean()) / max(gram.rows, 1)
     if options.get("reduce_inputs", True):
         joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 2000.0) * unit)
-    grid = weight_grid(joint[:, :features].float(), problem.spec)
+    grid = weight_grid(joint[:, :features].float(), problem.spec, problem.weight_only)
     rounding, compensate = options.get("rounding", "descent"), options.get("compensate", True)
     ridge = options.get("weight_ridge", 60.0) * unit
     if options.get("columns", "sequence") == "halves" or not compensate:
@@ -59,19 +58,20 @@ def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int
     and the rest moved."""
     scale, zero = (t.double().expand(len(joint), features) for t in (grid.columns(), grid.zero_points()))
     joint = joint.clone()
-    qmin, qmax = int_range(bits)
+    limits = grid.limits(bits)
     codes = torch.empty(scale.shape, dtype=torch.int8, device=joint.device)
     start = 0
     while start < features:
         stop = min(start + max((joint.shape[1] - start) // 2, 1), features)
         step = scale[:, start:stop]
+        low, high = (t if t.numel() == 1 else t[:, start:stop] for t in limits)
         value = joint[:, start:stop] / step + zero[:, start:stop]
-        chosen = torch.round(value).clamp(qmin, qmax)
+        chosen = torch.round(value).clamp(low, high)
         inner = quantized[start:stop, start:stop] / max(rows, 1)
         if rounding == "descent":
-            chosen = descend(value, chosen, step, inner, bits)
+            chosen = descend(value, chosen, step, inner, low, high)
         elif rounding == "gradient":
-            chosen = follow_gradient(value, chosen, step, inner, bits)
+            chosen = follow_gradient(value, chosen, step, inner, low, high)
         error = (chosen - value) * step
         codes[:, start:stop] = chosen.to(torch.int8)
         joint[:, start:stop] += error
@@ -91,17 +91,16 @@ def descend_all(joint: Tensor, codes: Tensor, grid: WeightGrid, bits: int, quant
     if along.shape[1]:
         inner = inner - along @ along.T / quantized[-1, -1]
     inner = inner + ridge * torch.eye(features, dtype=inner.dtype, device=inner.device)
-    codes = descend(joint[:, :features] / step + zero, codes.double(), step, inner / max(rows, 1), bits)
+    codes = descend(joint[:, :features] / step + zero, codes.double(), step, inner / max(rows, 1), *grid.limits(bits))
     moved = torch.cat(((codes - zero) * step, joint[:, features:]), 1)
     if along.shape[1]:
         moved[:, features:] -= (moved[:, :features] - joint[:, :features]) @ along / quantized[-1, -1]
     return codes.to(torch.int8), moved
 
 
-def descend(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, bits: int) -> Tensor:
+def descend(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Exact coordinate descent of Σ e M eᵀ over each row's errors e = (code − value)·step, from `codes`: the code up or down that lowers
-    it most, until none does. All [N, S] float64; inner M [S, S]."""
-    qmin, qmax = int_range(bits)
+    it most, until none does. All [N, S] float64, the codes' limits low and high [N, S] or [1, 1]; inner M [S, S]."""
     codes = codes.clone()
     product, diagonal = ((codes - value) * step) @ inner, inner.diagonal()
     active = torch.arange(len(codes), device=codes.device)
@@ -110,8 +109,9 @@ def descend(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, bits: int
         here, slope = step[active], 2 * product[active] * step[active]
         curve = here.square() * diagonal
         up, down = curve + slope, curve - slope
-        up.masked_fill_(codes[active] >= qmax, torch.inf)
-        down.masked_fill_(codes[active] <= qmin, torch.inf)
+        least, most = (t if len(t) == 1 else t[active] for t in (low, high))
+        up.masked_fill_(codes[active] >= most, torch.inf)
+        down.masked_fill_(codes[active] <= least, torch.inf)
         best, column = torch.minimum(up, down).min(1)
         better = best < -floor[active]
         sign = torch.where(up.gather(1, column[:, None]) <= down.gather(1, column[:, None]), 1.0, -1.0)[:, 0].double()
@@ -123,11 +123,11 @@ def descend(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, bits: int
     return codes
 
 
-def follow_gradient(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, bits: int) -> Tensor:
+def follow_gradient(value: Tensor, codes: Tensor, step: Tensor, inner: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """ERQ's rule: the error with the largest gradient that it shares the sign of steps against it, to the nearer of its two roundings,
     as long as the row's objective does not rise. Arguments as of `descend`."""
     codes = codes.clone()
-    low, high = (rounded(value).clamp(*int_range(bits)) for rounded in (torch.floor, torch.ceil))
+    low, high = (rounded(value).clamp(low, high) for rounded in (torch.floor, torch.ceil))
     error = (codes - value) * step
     product = error @ inner
     loss = (error * product).sum(1)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
-from vitq.formats import int_range
 from vitq.quantizers.grid import WeightGrid, weight_grid
 
 # Columns whose errors are collected before the columns after them are moved, all at once.
@@ -19,7 +18,7 @@ def gptq(problem: Problem) -> Solution:
     Raises ValueError on NaN or infinity.
     """
     options, gram, features = problem.options, problem.gram.quantized[:-1, :-1], problem.weight.shape[1]
-    grid = weight_grid(problem.weight, problem.spec)
+    grid = weight_grid(problem.weight, problem.spec, problem.weight_only)
     ridge = options.get("damping", 0.01) * float(gram.diagonal().mean())
     codes, _ = quantize_in_sequence(problem.weight.double(), features, grid, problem.spec.bits, gram, ridge,
                                     act_order=options.get("act_order", True))
@@ -30,7 +29,7 @@ def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: i
                          act_order: bool = True) -> tuple[Tensor, Tensor]:
     """joint [N, D], whose first K = features columns have the grid, for inputs of this Gram matrix [D, D]. Returns codes int8 [N, K], and
     joint with these on the grid and the rest (a bias) moved to make up for them."""
-    scale, zero = (t.double().expand(len(joint), features) for t in (grid.columns(), grid.zero_points()))
+    scale, zero, low, high = (t.double().expand(len(joint), features) for t in (grid.columns(), grid.zero_points(), *grid.limits(bits)))
     gram = gram.clone()
     dead = gram.diagonal() == 0  # whatever such a column holds is multiplied by 0
     gram[dead, dead] = 1.0
@@ -38,17 +37,17 @@ def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: i
     if act_order:
         order[:features] = torch.argsort(gram.diagonal()[:features], descending=True, stable=True)
     gram, moved = gram[order][:, order], joint[:, order]
-    scale, zero = scale[:, order[:features]], zero[:, order[:features]]
+    scale, zero, low, high = (t[:, order[:features]] for t in (scale, zero, low, high))
     inverse = solve_ridge(gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device), ridge)
     factor = torch.linalg.cholesky(0.5 * (inverse + inverse.T), upper=True)
-    codes, (qmin, qmax) = torch.empty_like(scale), int_range(bits)
+    codes = torch.empty_like(scale)
     for start in range(0, features, BLOCK):
         stop = min(start + BLOCK, features)
         errors = torch.empty(len(moved), stop - start, dtype=moved.dtype, device=moved.device)
         for column in range(start, stop):
             # Few and small operations: on a GPU their launches are the time.
             step, shift, value = scale[:, column], zero[:, column], moved[:, column]
-            code = (value / step + shift).round_().clamp_(qmin, qmax)
+            code = (value / step + shift).round_().clamp_(low[:, column], high[:, column])
             codes[:, column] = code
             error = (value - (code - shift) * step).div_(factor[column, column])
             moved[:, column : stop].addr_(error, factor[column, column : stop], alpha=-1)

@@ -17,13 +17,14 @@ from vitq.recipe import QuantSpec
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One linear layer. weight float32 [N, K], bias float32 [N] or None; gram: of its inputs, None for a solver that needs none;
-    options: the recipe's `solver_options`."""
+    options: the recipe's `solver_options`; weight_only: the layer reads floats."""
 
     weight: Tensor
     bias: Tensor | None
     spec: QuantSpec
     gram: Gram | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    weight_only: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 4  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 5  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -139,9 +139,10 @@ typedef struct {
 
 int vitq_patches(const VitqPatches* args, void* stream);
 
-// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [2, rows] and group uint8 [k], 0 or 1: each
-// code times the multiplier, plus the offset [2, rows] if that is given too, that its row has for its column's group.
-int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group, int8_t* out,
+// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] and group uint8 [k]: each code
+// times the multiplier, plus the offset [groups, rows] if that is given too, that its row has for its column's group, modulo 256. More than
+// two groups change at multiples of 32 columns alone.
+int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group, int64_t groups, int8_t* out,
                     int64_t rows, int64_t k, void* stream);
 
 int vitq_abi_version(void);
