@@ -36,8 +36,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
             progress: Callable[[int], None] | None = None) -> nn.Module:
     """A new model that executes in integers; the given one is not touched.
 
-    model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer; or a Llama, Mistral, Qwen2 or Qwen3 ForCausalLM of
-        transformers, for which images below are batches of token ids [B, T].
+    model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer; or a Llama, Mistral, Qwen2, Qwen3, OPT or Falcon
+        ForCausalLM of transformers, for which images below are batches of token ids [B, T].
     recipe: a name from `vitq.recipes()`, a YAML path, or a Recipe. Default: `w8a8-dynamic` without calib, `w8a8` with.
     calib: what a static recipe measures its activation ranges on: any iterable of image batches (tensors [B, C, H, W],
         (images, labels) pairs, a DataLoader) preprocessed as the model expects, of which at most `recipe.calib_size`

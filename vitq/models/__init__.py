@@ -16,9 +16,10 @@ __all__ = ["Prepared", "UnsupportedModelError", "prepare"]
 def _adapters(model: nn.Module) -> dict[type, object]:
     """Those of the library that the model is of; the other may not even be installed."""
     if type(model).__module__.startswith("transformers."):
-        from vitq.models import decoder
+        from vitq.models import decoder, falcon, opt
+        from vitq.models.language import causal_models
 
-        return decoder.adapters()
+        return {cls: family.fill for family in (decoder, falcon, opt) for cls in causal_models(family.FAMILIES)}
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.swin_transformer import SwinTransformer
     from timm.models.vision_transformer import VisionTransformer

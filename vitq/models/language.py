@@ -1,0 +1,100 @@
+"""Steps that the adapters of transformers' language models share: the embeddings, joined linears, attention around them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq.models.adapter import UnsupportedModelError, check_children, float_part
+from vitq.models.sites import LinearSite, Prepared
+
+
+def causal_models(families: Collection[str]) -> list[type]:
+    """The `ForCausalLM` classes of these families that the installed transformers has."""
+    import transformers
+
+    found = (getattr(transformers, f"{family}ForCausalLM", None) for family in families)
+    return [cls for cls in found if cls is not None]
+
+
+def embeddings(prepared: Prepared, name: str) -> None:
+    """The token embedding `name` stays in float, and with it an `lm_head` that is tied to it; one of its own is a head."""
+    prepared.tokens = True
+    float_part(prepared, name, "token embedding")
+    if prepared.model.lm_head.weight is prepared.model.get_submodule(name).weight:
+        float_part(prepared, "lm_head", "its weight is the token embedding's")
+    else:
+        prepared.linears.append(LinearSite("lm_head", "head"))
+
+
+class JoinedAttention(nn.Module):
+    """Causal self-attention with H query and G key and value heads of D: one linear `qkv_proj` [hidden -> (H + 2·G)·D] in the place of
+    the source's q_proj, k_proj and v_proj. A family's `forward` says what happens between `heads` and `attend`, and after."""
+
+    def __init__(self, source: nn.Module):
+        super().__init__()
+        self.config, self.layer_idx, self.head_dim, self.scaling = source.config, source.layer_idx, source.head_dim, source.scaling
+        self.num_key_value_groups = getattr(source, "num_key_value_groups", 1)
+        self.is_causal, self.attention_dropout = True, 0.0
+        self.qkv_proj = joined(source.q_proj, source.k_proj, source.v_proj)
+        self.widths = [linear.out_features for linear in (source.q_proj, source.k_proj, source.v_proj)]
+
+    def heads(self, hidden_states: Tensor) -> list[Tensor]:
+        """[B, T, hidden] -> q [B, T, H, D], k and v [B, T, G, D]."""
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        return [t.view(shape) for t in self.qkv_proj(hidden_states).split(self.widths, dim=-1)]
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cache: Any, scaling: float, given: dict[str, Any],
+               **options: Any) -> tuple[Tensor, Tensor | None]:
+        """q [B, H, T, D], k and v [B, G, T, D], these joined to the cache's -> (result [B, T, H·D], weights or None).
+
+        given: the keyword arguments of the caller, which the cache and the attention of transformers may read.
+        """
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+        from transformers.models.llama.modeling_llama import eager_attention_forward
+
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, **_cache_arguments(type(cache), given))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=scaling, **options, **given)
+        return y.reshape(*y.shape[:2], -1), weights
+
+
+def joined(*linears: nn.Linear, known: type = nn.Linear) -> nn.Linear:
+    """One nn.Linear with the outputs of those, one or several, that read the same input. known: a subclass that computes what nn.Linear does.
+
+    Raises UnsupportedModelError for another class.
+    """
+    odd = next((linear for linear in linears if type(linear) not in (nn.Linear, known)), None)
+    if odd is not None:
+        raise UnsupportedModelError(f"a {type(odd).__name__} stands where a {known.__name__} is expected: merge it into a plain one (LoRA: "
+                                    "merge the adapter) and convert again")
+    biased = [linear.bias is not None for linear in linears]
+    one = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=any(biased))
+    one.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+    if any(biased):
+        parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]
+        one.bias = nn.Parameter(torch.cat(parts), requires_grad=False)
+    return one
+
+
+def check_module(name: str, module: nn.Module, classes: Collection[str], children: set[str]) -> None:
+    """Raises UnsupportedModelError unless `module` is of one of these classes of transformers, with these children at most."""
+    if not is_own(module) or type(module).__name__ not in classes:
+        raise UnsupportedModelError(f"vitq does not know {name!r} ({type(module).__module__}.{type(module).__name__}); known: "
+                                    f"{', '.join(classes)} of transformers")
+    check_children(name, module, children)
+
+
+def is_own(module: nn.Module) -> bool:
+    """Whether its class is one of transformers' models."""
+    return type(module).__module__.startswith("transformers.models.")
+
+
+def _cache_arguments(cache: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers from 5.24 on hands the caller's keyword arguments to `update`."""
+    return {"kwargs": kwargs} if "kwargs" in inspect.signature(cache.update).parameters else {}
