@@ -10,6 +10,7 @@ from helpers import sqnr
 from torch import nn
 
 import vitq
+from vitq.conversion import quantize
 from vitq.models import UnsupportedModelError, prepare
 from vitq.models.decoder import FAMILIES
 
@@ -87,6 +88,7 @@ FED = [  # by the norms of a layer
     ("Llama", {}, {"input_layernorm": QKV, "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj")}),
     ("OPT", {}, {"self_attn_layer_norm": QKV, "final_layer_norm": ("fc1",)}),
     ("Falcon", GQA, {"ln_attn": ("self_attention.query_key_value",), "ln_mlp": ("mlp.dense_h_to_4h",)}),
+    ("Falcon", {}, {"input_layernorm": ("self_attention.query_key_value", "mlp.dense_h_to_4h")}),
     ("Falcon", OLD, {"input_layernorm": ("self_attention.query_key_value",), "post_attention_layernorm": ("mlp.dense_h_to_4h",)}),
 ]
 
@@ -109,6 +111,26 @@ def test_the_norms_take_the_channels_scales(family: str, kwargs: dict, fed: dict
     folded = [row for row in vitq.explain(converted) if row.note.startswith("LayerNorm fold")]
     assert [row.role for row in folded] == ["qkv", "fc1"] * 2
     assert all(("of the scale only (the norm has no bias)" in row.note) == (family == "Llama") for row in folded)
+
+
+@pytest.mark.parametrize("family, kwargs, hidden", [("Llama", {"mlp_bias": True}, True), ("OPT", {}, True), ("OPT", {"activation_function": "gelu"}, False),
+                                                     ("Falcon", {}, False)])
+@pytest.mark.parametrize("transform", ["smoothquant", "clip_outliers"])
+@torch.no_grad()
+def test_smoothing_leaves_the_float_output(family: str, kwargs: dict, hidden: bool, transform: str) -> None:
+    """The hidden values of an MLP take part where what is between its layers keeps a factor, and outliers there then cost less."""
+    model, calib, found = build(family, **kwargs), [ids(4, 200, seed=2)], {}
+    rows = {"Llama": "mlp.up_proj", "OPT": "fc1", "Falcon": "mlp.dense_h_to_4h"}[family]
+    for layer in layers(model):
+        layer.get_submodule(rows).weight[5] *= 50
+    for transforms in ("[]", f"[{transform}]"):
+        recipe = quick("w8a8", f"transforms={transforms}", "input.symmetric=true")
+        prepared, plan = quantize(model, recipe, calib)
+        assert sqnr(model(ids()).logits, prepared.model(ids()).logits) > 90
+        found[transforms] = sqnr(model(ids()).logits, vitq.simulate(model, recipe, calib)(ids()).logits)
+    smoothed = [site.role for site in prepared.linears if site.name in plan.notes]
+    assert smoothed == (["qkv", "fc1", "fc2"] if hidden else ["qkv", "fc1"]) * 2
+    assert not hidden or found[f"[{transform}]"] > found["[]"] + 3, found
 
 
 @pytest.mark.parametrize("family, kwargs", CASES)

@@ -34,7 +34,7 @@ def fill(prepared: Prepared) -> None:
         elif hasattr(layer, "post_attention_layernorm"):
             attention_norm, mlp_norm = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
         else:  # one norm feeds both
-            attention_norm = mlp_norm = None
+            attention_norm = mlp_norm = f"{name}.input_layernorm"
         sites = [LinearSite(f"{name}.self_attention.query_key_value", "qkv", attention_norm),
                  LinearSite(f"{name}.self_attention.dense", "proj"),
                  LinearSite(f"{name}.mlp.dense_h_to_4h", "fc1", mlp_norm),

@@ -51,5 +51,6 @@ def fill(prepared: Prepared) -> None:
         layer.self_attn = OptAttention(layer.self_attn)
         # A norm that comes after feeds the residual too.
         norms = (f"{name}.self_attn_layer_norm", f"{name}.final_layer_norm") if layer.do_layer_norm_before else (None, None)
+        rows = (f"{name}.fc1", 0) if type(layer.activation_fn) is nn.ReLU else None  # which keeps a positive factor
         prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv", norms[0]), LinearSite(f"{name}.self_attn.out_proj", "proj"),
-                             LinearSite(f"{name}.fc1", "fc1", norms[1]), LinearSite(f"{name}.fc2", "fc2")]
+                             LinearSite(f"{name}.fc1", "fc1", norms[1]), LinearSite(f"{name}.fc2", "fc2", rows=rows)]
