@@ -159,7 +159,11 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
 def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
     """What stays in float takes `dtype`; a float head stays float32, since it makes the logits."""
     heads = [model.get_submodule(s.name) for s in prepared.linears if s.role == "head" and layer_specs[s.name].is_float]
-    kept = [*heads, *(model.get_submodule(name) for name in prepared.exact)]
+    exact = [model.get_submodule(name) for name in prepared.exact]
+    for module in exact:  # a checkpoint holds them: another device computes them anew to other last bits
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer)
+    kept = [*heads, *exact]
     for module in model.modules():
         if isinstance(module, (PackedModule, RelativePositionBias)) or any(module is other for other in kept):
             continue
