@@ -42,6 +42,7 @@ ARROWS = {
     "conversion": CALIB | EXECUTION,
     "builders": {"calib"},
     "checkpoint": CALIB | EXECUTION | {"builders", "conversion", "vitq"},
+    "likelihood": {"calib"},
     "timing": set(),
     "graphs": set(),
     "profiling": CALIB | EXECUTION | {"conversion", "timing"},
