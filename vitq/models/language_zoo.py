@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ class LoadedLanguageModel:
     name: str
 
 
-def load_language_model(name: str, *, dtype: Any = "auto") -> LoadedLanguageModel:
+def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto") -> LoadedLanguageModel:
     """A causal language model of transformers, and its tokenizer.
 
     name: a folder that `save_pretrained` wrote, a name on the Hugging Face hub, or a .gguf file, whose weights are dequantized.
@@ -38,6 +39,7 @@ def load_language_model(name: str, *, dtype: Any = "auto") -> LoadedLanguageMode
         import transformers
     except ImportError as error:
         raise ImportError("language models need the package transformers: pip install 'vitq[llm]'") from error
+    name = str(name)
     where, options = _find(name)
     config = transformers.AutoConfig.from_pretrained(where, **options)
     if quantized := getattr(config, "quantization_config", None):
