@@ -189,8 +189,8 @@ def table(found: list[dict]) -> tuple[list[str], list[list]]:
     for r in found:
         bits, cost = r["bits"]._asdict() if "bits" in r else {}, r.get("calibration", {})
         rows.append([r["recipe"], number(r, "perplexity", 3), number(r, "ratio", 4), *simulated * [number(r, "simulated", 3)],
-                     number(bits, "linears", 2), number(bits, "model", 2), f"{r['bytes'] / 1e6:.1f}" if "bytes" in r else None, number(r, "part_of_fp16", 3),
-                     number(cost, "seconds", 1), number(cost, "memory_mb", 0)])
+                     number(bits, "linears", 2), number(bits, "model", 2), f"{r['bytes'] / 1e6:.1f}" if "bytes" in r else None,
+                     number(r, "part_of_fp16", 3), number(cost, "seconds", 1), number(cost, "memory_mb", 0)])
     return headers, rows
 
 

@@ -149,7 +149,8 @@ def test_tasks_go_to_lm_eval(folder, text, monkeypatch) -> None:
 
     def simple_evaluate(harness, tasks, **kwargs):
         asked.append((type(harness["pretrained"]).__name__, tasks, kwargs["num_fewshot"]))
-        return {"results": {"lambada_openai": {"alias": "lambada_openai", "acc,none": 0.25 * len(asked), "acc_stderr,none": 0.1, "perplexity,none": 7.5}}}
+        figures = {"alias": "lambada_openai", "acc,none": 0.25 * len(asked), "acc_stderr,none": 0.1, "perplexity,none": 7.5}
+        return {"results": {"lambada_openai": figures}}
 
     manager = types.SimpleNamespace(match_tasks=lambda names: [n for n in names if n == "lambada_openai"])
     for name, module in {"lm_eval": {"simple_evaluate": simple_evaluate}, "lm_eval.tasks": {"TaskManager": lambda: manager}, "lm_eval.models": {},
@@ -191,11 +192,14 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 @pytest.mark.parametrize("args, message", [
     (["--data", "no/such.txt"], "no such text: no/such.txt"), (["--recipe", "w3a3"], "w3a3.*shipped: .*w8a8"),
     (["--set", "head.bit=4"], "head.bit: unknown key.*bits"), (["--seqlen", "1"], "--seqlen must be at least 2"),
-    (["--data", "short.txt"], "short.txt has 2 tokens, fewer than one window of 16"), (["--seqlen", "512"], "--seqlen 512 is more than the 256 positions"),
-    (["--limit", "0"], "--limit must be at least 1"), (["--nsamples", "50", "--recipe", "w8a8"], "10 windows of 16 tokens to calibrate on.*50 are asked for"),
+    (["--data", "short.txt"], "short.txt has 2 tokens, fewer than one window of 16"),
+    (["--seqlen", "512"], "--seqlen 512 is more than the 256 positions"),
+    (["--limit", "0"], "--limit must be at least 1"),
+    (["--nsamples", "50", "--recipe", "w8a8"], "10 windows of 16 tokens to calibrate on.*50 are asked for"),
     (["--model", "no/such/folder"], "no such folder or file: no/such/folder"), (["--device", "nothing"], "device .nothing. cannot be used"),
     (["--backend", "cuda"], "--backend cuda cannot run on cpu"), (["--recipe", "erq-w4a4-paper"], "is for simulation"),
-    (["--load", "somewhere", "--recipe", "w8a8"], "--load takes a checkpoint as it is"), (["--recipe", "w8a8,w8a8"], "two of the recipes have one name")])
+    (["--load", "somewhere", "--recipe", "w8a8"], "--load takes a checkpoint as it is"),
+    (["--recipe", "w8a8,w8a8"], "two of the recipes have one name")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, text, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("word1 word2")

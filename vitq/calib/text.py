@@ -119,7 +119,8 @@ def _named(name: str, characters: int) -> tuple[str, str]:
         try:
             hub.probe(datasets.config.HF_ENDPOINT)
         except hub.Unavailable as error:
-            raise ConnectionError(f"{name} cannot be had: {error}. Give a text file; or set HF_HUB_OFFLINE=1 if it is in the cache of datasets") from error
+            raise ConnectionError(f"{name} cannot be had: {error}. Give a text file; or set HF_HUB_OFFLINE=1 if it is in the cache of "
+                                  "datasets") from error
     streamed = of.streamed and online
     try:
         splits = datasets.load_dataset(of.repository, of.configuration, data_files=of.files, streaming=streamed)
