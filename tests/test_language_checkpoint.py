@@ -177,6 +177,22 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(model, saved, monkeypatch)
     assert [p.name for p in saved.parent.iterdir()] == ["ckpt"] and torch.equal(vitq.load(saved)(ids()).logits, model(ids()).logits)
 
 
+def test_buffers_that_no_checkpoint_would_hold_are_named(tmp_path, monkeypatch) -> None:
+    """Rotary frequencies of an adapter that does not keep them exact."""
+    from vitq.models import decoder
+
+    fill = decoder.fill
+
+    def careless(prepared) -> None:
+        fill(prepared)
+        prepared.exact.clear()
+
+    monkeypatch.setattr(decoder, "fill", careless)
+    with pytest.raises(vitq.CheckpointError, match="model.rotary_emb.inv_freq, .* would have no values"):
+        vitq.save(converted(), tmp_path / "c")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("change", ["eps", "activation", "config"])
 def test_a_model_that_its_config_would_not_give_back_is_not_written(change: str, tmp_path) -> None:
     source = build()

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.output:
             stack.enter_context(writable(args.output))
         checkpoint = vitq.load(args.load, device, args.backend, dtype=dtype_of(args)) if args.load else None
+        if args.load and not hasattr(checkpoint, "generate"):
+            raise ValueError(f"{args.load} holds a {type(checkpoint).__name__}, which is no language model")
         loaded, text = load(args, recipes, checkpoint, device, console)
         report = {"vitq": vitq.__version__, "torch": torch.__version__, "model": loaded.name, "data": args.data, "windows": len(text.eval),
                   "seqlen": args.seqlen, "device": device, "backend": args.backend, "seed": args.seed, "threads": torch.get_num_threads(),

@@ -147,6 +147,9 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict({name: tensors[ties.get(name, name)].to(t.dtype) for name, t in model.state_dict().items()}, assign=True)
     for name, kept in ties.items():
         replace(model, name, model.get_parameter(kept))
+    if lost := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise CheckpointError(f"{_some(lost)} would have no values: a buffer that is not in the state dict is saved only in the modules that the "
+                              "model's adapter keeps exact")
 
 
 def _check_rebuilds(header: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> None:

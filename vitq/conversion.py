@@ -230,7 +230,7 @@ def explain(model: nn.Module) -> list[Row]:
     Raises TypeError for a model that vitq did not convert.
     """
     info = model_info(model)
-    rows = []
+    rows, counted = [], set()  # a tied weight counts where it comes first
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
@@ -240,6 +240,8 @@ def explain(model: nn.Module) -> list[Row]:
             rows.append(module.row(name))
         elif name in info.floats:
             own = module.parameters(recurse=bool(name))  # the root row is for its own tokens and embeddings
+            own = [p for p in own if id(p) not in counted]
+            counted.update(map(id, own))
             size = sum(p.numel() * p.element_size() for p in own)
             rows.append(Row(name or type(module).__name__, info.roles.get(name, "float"), str(info.dtype)[6:], "torch",
                             "torch", size, info.floats[name]))

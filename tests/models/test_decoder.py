@@ -95,6 +95,8 @@ def test_tied_weights_stay_tied() -> None:
     assert converted.lm_head.weight is converted.model.embed_tokens.weight and converted.lm_head.weight.dtype == torch.bfloat16
     assert converted.model.rotary_emb.inv_freq.dtype == torch.float32
     assert torch.isfinite(converted(ids()).logits.float()).all()
+    rows = {row.layer: row for row in vitq.explain(converted)}
+    assert rows["model.embed_tokens"].bytes == 128 * 64 * 2 and rows["lm_head"].bytes == 0, "one tensor counts once"
 
 
 @pytest.mark.parametrize("calib, error, message", [

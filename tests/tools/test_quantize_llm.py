@@ -230,6 +230,9 @@ def test_models_that_cannot_be_quantized(done, folder, text, tmp_path) -> None:
     assert "is no .gguf file" in said(tmp_path / "weights.bin")
     code, _, err = run(*SMALL, "--data", text)
     assert code == 2 and "give --model, or --load" in err
+    vit = vitq.convert(vitq.load_model("test_vit", "random").model)
+    code, _, err = run("--load", vitq.save(vit, tmp_path / "vit"), "--data", text, "--device", "cpu")
+    assert code == 2 and "holds a QuantizedVisionTransformer, which is no language model" in err
 
 
 def test_packages_that_are_missing_are_named(folder, text, tmp_path, monkeypatch) -> None:
