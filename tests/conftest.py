@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
+TESTS = Path(__file__).parent
+sys.path[:0] = [str(TESTS), str(TESTS.parent / "tools")]  # files that tests share; those that the tools share
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -144,6 +144,17 @@ def test_newer_schema(saved) -> None:
         vitq.load(saved)
 
 
+def test_the_first_schema_still_loads(model, saved) -> None:
+    """It had models of timm only, and no key `library`."""
+    header = json.loads((saved / "vitq.json").read_text())
+    del header["library"], header["sha256"]
+    header["schema"] = 1
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint._digest(header, tensors)}))
+    x = images(build(depth=2))
+    assert torch.equal(vitq.load(saved)(x), model(x))
+
+
 def test_for_another_model(saved) -> None:
     _resign(saved, architecture="deit_small_patch16_224")
     with pytest.raises(vitq.CheckpointError, match="deit_small_patch16_224"):

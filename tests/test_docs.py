@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,14 @@ def shallow(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(timm, "create_model", create_shallow)
     monkeypatch.setattr(vitq, "load_model", lambda name, weights="auto": load(name, "random"))
+    monkeypatch.setattr(vitq, "load_language_model", lambda name: tiny_language_model())
+    monkeypatch.setattr(vitq, "open_text", lambda data, tokenizer, seqlen: types.SimpleNamespace(
+        calib=torch.randint(128, (128, 16)), eval=torch.randint(128, (2, 16))))
+
+
+def tiny_language_model() -> types.SimpleNamespace:
+    language_models = pytest.importorskip("language_models", reason="needs pip install vitq[llm]", exc_type=ImportError)
+    return types.SimpleNamespace(model=language_models.build(), tokenizer=None)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)

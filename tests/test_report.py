@@ -9,6 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
+import vitq
 from vitq import report
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
@@ -130,3 +131,15 @@ def test_plots_are_pictures(tmp_path):
         report.plot_layer_error(tmp_path / "d.png", [])
     with pytest.raises(ValueError, match="no timings"):
         report.plot_benchmark(tmp_path / "d.png", {"m": {"a": None}})
+
+
+def test_bits_per_weight_count_scales_and_not_biases():
+    module = vitq.linear_module(nn.Linear(64, 32), "w8a8-dynamic")
+    linears, model = report.bits_per_weight(module)
+    assert linears == pytest.approx(8 + 32 / 64) and model == pytest.approx(8 + 2 * 32 / 64)
+    packed = vitq.linear_module(nn.Linear(64, 32), vitq.Recipe.from_yaml("w8a8-dynamic").with_overrides(["fc1.weight.bits=4"]))
+    both = nn.Sequential(module, packed, nn.LayerNorm(32))
+    assert report.bits_per_weight(both).linears == pytest.approx(6.5)
+    assert report.bits_per_weight(both).model == pytest.approx((8.5 * 2048 + 4.5 * 2048 + 32 * (32 + 32 + 64)) / (2 * 2048 + 64))
+    with pytest.raises(ValueError, match="Sequential has no quantized linear layers"):
+        report.bits_per_weight(nn.Sequential(nn.Linear(2, 2)))

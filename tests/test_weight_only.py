@@ -5,8 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import build, images, quick, sqnr
-from models.test_decoder import build as build_decoder
-from models.test_decoder import ids
 from torch import nn
 
 import vitq
@@ -14,6 +12,9 @@ from vitq.calib.choose import linear_params
 from vitq.calib.gram import gram_of
 from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.ops.dispatch import registered
+
+pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
+import language_models  # noqa: E402
 
 # dB of the logits against the float model, random weights: by weight bits and by activation bits, the least that a working recipe has.
 FLOORS = {(8, 16): 30.0, (8, 8): 18.0, (6, 6): 12.0, (5, 5): 8.0, (4, 16): 8.0, (4, 8): 7.0, (4, 4): 2.0, (3, 4): 1.0, (3, 3): 0.0}
@@ -60,7 +61,7 @@ def test_rows_of_a_large_weight_are_taken_in_parts(monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(scope="module")
 def decoder() -> nn.Module:
-    return build_decoder("Llama", hidden_size=160, intermediate_size=288)
+    return language_models.build("Llama", hidden_size=160, intermediate_size=288)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def vit() -> nn.Module:
 def test_every_recipe_on_images_and_on_text(name: str, kind: str, request: pytest.FixtureRequest) -> None:
     """It runs and is as close as its bits allow, or says why it does not."""
     model = request.getfixturevalue(kind)
-    x = ids(4, 40) if kind == "decoder" else images(model)
+    x = language_models.ids(4, 40) if kind == "decoder" else images(model)
     recipe = quick(name, "weight.observer=minmax", "calib_size=2")
     if recipe.execution == "simulated":
         with pytest.raises(ValueError, match="is for simulation"):

@@ -24,5 +24,5 @@ class Console:
         if not self.json:
             print(text, flush=True)
 
-    def bar(self, what: str, total: int | None) -> tqdm:
-        return tqdm(desc=what, total=total, unit=" images", leave=False, disable=True if self.quiet else None)
+    def bar(self, what: str, total: int | None, unit: str = "images") -> tqdm:
+        return tqdm(desc=what, total=total, unit=f" {unit}", leave=False, disable=True if self.quiet else None)

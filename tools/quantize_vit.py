@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 
 import vitq
+from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
 from _memory import measured
 
@@ -32,46 +32,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch-size", type=int, default=32, metavar="N", help="images a batch (default 32)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate on at most N images")
     p.add_argument("--unreadable", choices=("skip", "error"), default="skip", help="what to do with broken image files")
-    p.add_argument("--device", help="cpu, cuda, cuda:1 … (default: cuda where there is one)")
-    p.add_argument("--backend", choices=("auto", "reference", "cpu", "cuda"), default="auto")
     p.add_argument("--output", type=Path, help="folder for everything written (default vitq-out/MODEL-RECIPE)")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the recipe: head.bits=16 …")
-    p.add_argument("--quiet", action="store_true", help="no progress, only the results")
-    p.add_argument("--json", action="store_true", help="print the report as one JSON object and nothing else")
+    add_common(p)
     return p.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """0: done; 1: the reloaded checkpoint gave other logits; 2: a user's mistake, said in one line."""
-    args, code = parse(argv), 2
-    try:
-        return run(args, Console(args.quiet, args.json))
-    except torch.OutOfMemoryError:
-        message = f"out of memory on {args.device or 'the device'}: lower --batch-size (now {args.batch_size})"
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-    except KeyboardInterrupt:
-        code, message = 130, "interrupted"
-    print(f"quantize_vit: {message}", file=sys.stderr)
-    return code
+    args = parse(argv)
+    return exit_code("quantize_vit", lambda: run(args, Console(args.quiet, args.json)),
+                     f"out of memory on {args.device or 'the device'}: lower --batch-size (now {args.batch_size})")
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
-    for flag, value, least in (("--batch-size", args.batch_size, 1), ("--limit", args.limit, 1), ("--memory", args.memory, 1e-3)):
-        if value is not None and not value >= least:
-            raise ValueError(f"{flag} must be at least {least:g}, got {value:g}")
+    check_least(args, batch_size=1, limit=1, memory=1e-3)
     torch.manual_seed(args.seed)
     overrides = args.set + ([f"calib_size={args.calib_size}"] if args.calib_size is not None else [])
-    recipe = vitq.Recipe.from_yaml(args.recipe).with_overrides(overrides)
-    device = torch.device(vitq.pick_device(args.device))
-    if recipe.execution == "simulated":
-        raise ValueError(f"{args.recipe} is for simulation: nothing executes all that it holds; tools/compare_methods.py measures it")
-    if args.backend not in ("auto", "reference", device.type):
-        raise ValueError(f"--backend {args.backend} cannot run on {device}: give --device {args.backend}, or --backend auto or reference")
+    recipe, device = executed_recipe(args.recipe, overrides), device_of(args)
     output = args.output or Path("vitq-out") / f"{args.model.replace('/', '_')}-{recipe.name}"
-    with writable(output):
+    with writable(output, output / "checkpoint"):
         loaded, data = load(args, recipe, device, console)
         own_labels = vitq.labels_match(loaded.class_names, loaded.model.num_classes, data)
         if not own_labels and data.name == "demo":
@@ -98,22 +78,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(vitq.report.to_json(report))
     return 0 if same else 1
-
-
-@contextlib.contextmanager
-def writable(output: Path):
-    """Fails before any work where `output` cannot be written; leaves no empty folder behind if the work fails."""
-    target, made = output / "checkpoint", [folder for folder in (output, *output.parents) if not folder.exists()]
-    vitq.report.make_folder(output)
-    if target.exists() and not (target / "vitq.json").is_file():
-        raise ValueError(f"{target} exists and is no vitq checkpoint; choose another folder with --output")
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):  # what is not empty stays
-            for folder in made:
-                folder.rmdir()
-        raise
 
 
 def load(args, recipe, device: torch.device, console: Console):

@@ -20,6 +20,7 @@ _PUBLIC = {
     "load_model": "vitq.models.zoo", "resolve_name": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
     "labels_match": "vitq.calib.data", "synthesize": "vitq.calib.synthetic", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
+    "load_language_model": "vitq.models.language_zoo", "open_text": "vitq.calib.text", "perplexity": "vitq.likelihood",
     "compile": "vitq.graphs",
     "linear_module": "vitq.conversion", "pick_device": "vitq.ops.dispatch",
 }

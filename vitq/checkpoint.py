@@ -1,13 +1,12 @@
 """Save and load a converted model: a folder with `model.safetensors` and `vitq.json`. Strict, and never pickle.
 
-The JSON header holds what is needed to build the empty model again (architecture and its arguments, recipe, float dtype)
-and to trust the file (schema, sizes, a SHA-256 over header and tensors). The float weights are not needed.
+The JSON header holds what is needed to build the empty model again (what `vitq.builders` records of a model of timm or transformers, recipe,
+float dtype) and to trust the file (schema, a SHA-256 over header and tensors). The float weights are not needed.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -21,20 +20,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vitq
-from vitq.calib.data import data_config
+from vitq.builders import BUILDERS
 from vitq.calib.runner import specs
 from vitq.conversion import build, float_dtype, model_info
 from vitq.models import prepare
+from vitq.models.adapter import replace
 from vitq.nn.model import QuantizedDecoder
 from vitq.nn.packed import pack_all
 from vitq.ops.dispatch import check_backend, pick_device
 from vitq.recipe import Recipe
 
-SCHEMA = 1
+SCHEMA = 2  # 1 had models of timm only, and said nothing of a library
 HEADER, TENSORS = "vitq.json", "model.safetensors"
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_REQUIRED = ("schema", "vitq_version", "recipe", "architecture", "model_kwargs", "dtype", "device", "backend", "sha256",
-             "pretrained_cfg", "source", "calibration", "notes")
+_REQUIRED = ("schema", "vitq_version", "recipe", "dtype", "device", "backend", "sha256", "source", "calibration", "notes")
 
 
 class CheckpointError(ValueError):
@@ -44,28 +43,25 @@ class CheckpointError(ValueError):
 def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] | None = None) -> Path:
     """Write a converted model to `folder`, whole or not at all: everything goes to a temporary folder beside it first.
 
-    source: what to record of where the model came from, as JSON: name, weights, data_config, class_names; and
+    source: what to record of where the model came from, as JSON: name, weights, data_config, class_names; and for timm
         model_kwargs, the arguments of timm.create_model that the model itself does not tell (img_size, num_classes,
-        in_chans, global_pool, dynamic_img_size are read off it).
+        in_chans, global_pool, dynamic_img_size are read off it). A language model records its config; its tokenizer is not saved.
     An existing checkpoint in `folder` is replaced; a folder that holds anything else is refused.
-    Raises TypeError for an unconverted model, CheckpointError if the folder cannot be written or if timm would not
-    build the same model again from what is recorded.
+    Raises TypeError for an unconverted model, CheckpointError if the folder cannot be written or if timm or transformers would
+    not build the same model again from what is recorded.
     """
-    import timm
-
     info = model_info(model)
-    if isinstance(model, QuantizedDecoder):
-        raise CheckpointError(f"language models cannot be saved yet: {type(model).__name__} would have to be built again by transformers")
     folder = Path(folder).resolve()  # through a link, so that a rename does not replace the link
     _check_target(folder)
-    cfg = dict(getattr(model, "pretrained_cfg", None) or {})
-    source = {**_known_source(model, cfg), **info.source, **(source or {})}
-    kwargs = {**_model_kwargs(model), **source.get("model_kwargs", {})}
-    architecture = cfg.get("architecture") or source["name"].split(".")[0]
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
+    library = "transformers" if isinstance(model, QuantizedDecoder) else "timm"
+    try:
+        architecture, source = BUILDERS[library].record(model, {**info.source, **(source or {})})
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    ties = _ties(model)
+    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in ties}
     header = {
-        "schema": SCHEMA, "vitq_version": vitq.__version__, "timm_version": timm.__version__,
-        "architecture": architecture, "model_kwargs": kwargs, "pretrained_cfg": _jsonable(cfg), "source": source,
+        "schema": SCHEMA, "vitq_version": vitq.__version__, "library": library, **architecture, "source": source,
         "recipe": info.recipe.to_dict(), "dtype": str(info.dtype)[6:], "device": _device(model).type,
         "backend": info.backend, "calibration": info.calibration, "notes": info.notes,
     }
@@ -96,7 +92,7 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
     device: cpu by default. dtype of what stays in float: as saved on the same kind of device, else that device's
     default. On the same kind of device the logits are bit-identical to those of the model that was saved.
     Raises FileNotFoundError if there is no checkpoint, CheckpointError if it is damaged, incomplete, of a newer schema,
-    or does not fit the model it names.
+    or does not fit the model it names, ImportError for a language model without the package transformers.
     """
     folder, device = Path(folder), pick_device(str(device or "cpu"))
     check_backend(backend, device)
@@ -109,10 +105,10 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
         dtype = saved
     model = _skeleton(header, float_dtype(dtype, device), backend)
     # First what is missing, by name; then the hash, which tells no more than that something changed.
-    _check_same(folder, header, model.state_dict(), tensors)
+    _check_same(folder, header, model, tensors)
     if _digest({k: v for k, v in header.items() if k != "sha256"}, tensors) != header["sha256"]:
         raise CheckpointError(f"{folder} is damaged: its content does not match its SHA-256; save or copy it again")
-    model.load_state_dict(tensors, strict=True)
+    _fill(model, tensors)
     model.vitq.source, model.vitq.calibration, model.vitq.notes = header["source"], header["calibration"], header["notes"]
     model = model.to(device)  # which links the modules too
     pack_all(model)
@@ -120,44 +116,40 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
 
 
 def _skeleton(header: dict[str, Any], dtype: torch.dtype, backend: str) -> nn.Module:
-    """The converted model with empty buffers. Raises CheckpointError naming what does not fit."""
-    import timm
-
+    """The converted model before its tensors are loaded. Raises CheckpointError naming what does not fit."""
+    builder = BUILDERS[_library(header)]
     try:
         recipe = Recipe.from_dict(header["recipe"])
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"the checkpoint's recipe is damaged: {error}") from error
-    if not timm.is_model(header["architecture"]):
-        raise CheckpointError(f"timm {timm.__version__} has no model {header['architecture']!r}; the checkpoint was written "
-                              f"with timm {header.get('timm_version')}")
     try:
-        with torch.random.fork_rng(devices=[]):
-            model = timm.create_model(header["architecture"], pretrained=False, **header["model_kwargs"])
-    except (TypeError, RuntimeError, AssertionError) as error:
-        raise CheckpointError(f"timm {timm.__version__} cannot build {header['architecture']!r} with "
-                              f"{header['model_kwargs']}: {error}") from error
-    if header["pretrained_cfg"]:
-        model.pretrained_cfg = {**(model.pretrained_cfg or {}), **header["pretrained_cfg"]}
-    prepared = prepare(model, check=False)
-    return build(prepared, recipe, specs(prepared, recipe), dtype=dtype, backend=backend)
+        with builder.context():
+            prepared = prepare(builder.empty(header), check=False)
+            return build(prepared, recipe, specs(prepared, recipe), dtype=dtype, backend=backend)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
-def _model_kwargs(model: nn.Module) -> dict[str, Any]:
-    """Arguments of timm.create_model that can be read off a built model."""
-    kwargs: dict[str, Any] = {"num_classes": model.num_classes}
-    embed = model.patch_embed
-    parameters = inspect.signature(type(model).__bases__[-1].__init__).parameters  # of the class that was converted
-    if getattr(embed, "img_size", None) is not None:
-        kwargs["img_size"] = list(embed.img_size)
-    if getattr(model, "in_chans", 3) != 3:
-        kwargs["in_chans"] = model.in_chans
-    if getattr(model, "global_pool", None) is not None and "global_pool" in parameters:
-        kwargs["global_pool"] = model.global_pool
-    if getattr(model, "dynamic_img_size", False):
-        kwargs["dynamic_img_size"] = True
-    if not getattr(embed, "strict_img_size", True) and not getattr(model, "dynamic_img_size", False):
-        kwargs["strict_img_size"] = False
-    return kwargs
+def _library(header: dict[str, Any]) -> str:
+    return header.get("library", "timm")
+
+
+def _ties(model: nn.Module) -> dict[str, str]:
+    """The names of a tensor that has several, all but the first of each, with that first one."""
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    return {name: kept for name, kept in names.items() if name != kept}
+
+
+def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put `tensors`, which fit, in the places of the model's own, without copying those of the right dtype."""
+    ties = _ties(model)
+    model.load_state_dict({name: tensors[ties.get(name, name)].to(t.dtype) for name, t in model.state_dict().items()}, assign=True)
+    for name, kept in ties.items():
+        replace(model, name, model.get_parameter(kept))
+    if lost := [name for name, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]:
+        raise CheckpointError(f"{_some(lost)} would have no values: a buffer that is not in the state dict is saved only in the modules that the "
+                              "model's adapter keeps exact")
 
 
 def _check_rebuilds(header: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> None:
@@ -165,25 +157,22 @@ def _check_rebuilds(header: dict[str, Any], tensors: dict[str, Tensor], model: n
 
     Shapes alone do not tell: the number of heads, an epsilon or an activation changes none of them.
     """
-    if not header["architecture"]:
-        raise CheckpointError("the model does not name its timm architecture; give source={'name': 'deit_small_patch16_224'}")
+    builder, device = BUILDERS[header["library"]], _device(model)
     skeleton = _skeleton(header, _DTYPES[header["dtype"]], header["backend"])
     try:
-        _check_same(Path("this model"), header, skeleton.state_dict(), tensors)
-        skeleton.load_state_dict(tensors)
-        device = _device(model)
-        size = getattr(model.patch_embed, "img_size", None) or (224, 224)
-        x = torch.randn(1, getattr(model, "in_chans", None) or 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+        _check_same(Path("this model"), header, skeleton, tensors)
+        _fill(skeleton, tensors)
+        x = builder.sample(model).to(device)
         with torch.inference_mode():
-            if not torch.equal(skeleton.to(device)(x), model(x)):
+            if not torch.equal(builder.logits(skeleton.to(device), x), builder.logits(model, x)):
                 raise CheckpointError("the tensors fit, but its logits differ (number of heads, activation, epsilon …)")
     except CheckpointError as error:
-        raise CheckpointError(f"timm.create_model({header['architecture']!r}, **{header['model_kwargs']}) builds another "
-                              f"model than the one to be saved: {error}. Give the arguments it was built with: "
-                              "vitq.save(…, source={'model_kwargs': {…}})") from error
+        raise CheckpointError(builder.differs(header, str(error))) from error
 
 
-def _check_same(where: Path, header: dict[str, Any], expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _check_same(where: Path, header: dict[str, Any], model: nn.Module, found: dict[str, Tensor]) -> None:
+    ties = _ties(model)
+    expected = {name: t for name, t in model.state_dict().items() if name not in ties}
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise CheckpointError(f"{where} does not fit {header['architecture']!r}: missing tensors {_some(missing)}, unexpected "
@@ -209,7 +198,9 @@ def _read_header(folder: Path) -> dict[str, Any]:
     if header["schema"] > SCHEMA:
         raise CheckpointError(f"{path} has schema {header['schema']}, this vitq {vitq.__version__} reads up to {SCHEMA}: "
                               f"it was written by vitq {header.get('vitq_version')}; upgrade vitq")
-    absent = [key for key in _REQUIRED if key not in header]
+    if (library := _library(header)) not in BUILDERS:
+        raise CheckpointError(f"{path} is damaged: it names the library {library!r}; models are of {' or '.join(BUILDERS)}")
+    absent = [key for key in (*_REQUIRED, *BUILDERS[library].keys) if key not in header]
     if absent:
         raise CheckpointError(f"{path} is damaged: it lacks {', '.join(absent)}")
     return header
@@ -262,25 +253,6 @@ def _replace_folder(new: Path, folder: Path) -> None:
     finally:
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
-
-
-def _known_source(model: nn.Module, cfg: dict[str, Any]) -> dict[str, Any]:
-    """What a timm model itself tells of where it came from."""
-    tag = cfg.get("tag")
-    name = f"{cfg.get('architecture') or ''}{'.' + tag if tag else ''}"
-    return {"name": name, "weights": f"timm:{tag}" if tag else "unknown", "class_names": None,
-            "data_config": data_config(model)}
-
-
-def _jsonable(value: Any) -> Any:
-    """pretrained_cfg holds tuples and an OrderedDict now and then; what JSON cannot say is left out."""
-    if isinstance(value, dict):
-        return {str(k): _jsonable(v) for k, v in value.items() if _is_plain(v)}
-    return [_jsonable(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, (str, int, float, bool, list, tuple, dict))
 
 
 def _device(model: nn.Module) -> torch.device:

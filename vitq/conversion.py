@@ -161,7 +161,11 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
 def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
     """What stays in float takes `dtype`; a float head stays float32, since it makes the logits."""
     heads = [model.get_submodule(s.name) for s in prepared.linears if s.role == "head" and layer_specs[s.name].is_float]
-    kept = [*heads, *(model.get_submodule(name) for name in prepared.exact)]
+    exact = [model.get_submodule(name) for name in prepared.exact]
+    for module in exact:  # a checkpoint holds them: another device computes them anew to other last bits
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(name, buffer)
+    kept = [*heads, *exact]
     for module in model.modules():
         if isinstance(module, (PackedModule, RelativePositionBias)) or any(module is other for other in kept):
             continue
@@ -230,7 +234,7 @@ def explain(model: nn.Module) -> list[Row]:
     Raises TypeError for a model that vitq did not convert.
     """
     info = model_info(model)
-    rows = []
+    rows, counted = [], set()  # a tied weight counts where it comes first
     for name, module in model.named_modules():
         if isinstance(module, (QuantLinear, WeightOnlyLinear)):
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
@@ -240,6 +244,8 @@ def explain(model: nn.Module) -> list[Row]:
             rows.append(module.row(name))
         elif name in info.floats:
             own = module.parameters(recurse=bool(name))  # the root row is for its own tokens and embeddings
+            own = [p for p in own if id(p) not in counted]
+            counted.update(map(id, own))
             size = sum(p.numel() * p.element_size() for p in own)
             rows.append(Row(name or type(module).__name__, info.roles.get(name, "float"), str(info.dtype)[6:], "torch",
                             "torch", size, info.floats[name]))

@@ -187,6 +187,31 @@ def sizes(model: nn.Module, folder: str | os.PathLike[str]) -> Sizes:
     return Sizes(whole, saved, saved / whole)
 
 
+class Bits(NamedTuple):
+    """Average bits for each weight: of the quantized linear layers, and of the whole model."""
+
+    linears: float
+    model: float
+
+
+def bits_per_weight(model: nn.Module) -> Bits:
+    """What a converted `model` stores, scales and all, divided by its weights. A layer's biases are no weights: they count for the model only.
+
+    Raises ValueError for a model without quantized linear layers.
+    """
+    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    if not linears:
+        raise ValueError(f"{type(model).__name__} has no quantized linear layers")
+
+    def stored(tensors: Iterable[Tensor]) -> int:
+        return 8 * sum(t.numel() * t.element_size() for t in tensors)
+
+    weights = sum(module.in_features * module.out_features for module in linears)
+    bits = sum(stored(t for name, t in module.named_buffers(recurse=False) if name != "bias") for module in linears)
+    floats = sum(p.numel() for p in model.parameters())
+    return Bits(bits / weights, stored((*model.parameters(), *model.buffers())) / (weights + floats))
+
+
 def make_folder(path: str | os.PathLike[str]) -> None:
     """Makes a folder for results. Raises ValueError where nothing can be written to it, before any work."""
     try:

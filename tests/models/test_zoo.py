@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vitq.calib.data import data_config
-from vitq.models import zoo
+from vitq.models import hub
 from vitq.models.zoo import ALIASES, DEMO_ARCH, load_model, resolve_name
 
 SMALL = {"depth": 1, "embed_dim": 64, "num_heads": 2}  # a vit_tiny that builds in no time
@@ -173,7 +173,7 @@ def test_cached_weights_need_no_network(name, tmp_path, monkeypatch):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache",
                         lambda repo, file: str(tmp_path / file) if file == "model.safetensors" else None)
-    monkeypatch.setattr(zoo, "_probe", lambda url: pytest.fail("asked the network"))
+    monkeypatch.setattr(hub, "probe", lambda url: pytest.fail("asked the network"))
     loaded = load_model(name)
     assert same(model, loaded.model) and loaded.weights == "pretrained:" + name.partition(".")[2]
     cfg = loaded.model.pretrained_cfg
@@ -215,7 +215,7 @@ def test_a_hub_that_never_answers_is_given_up(no_hub, monkeypatch):
         raise OSError("too late")
 
     monkeypatch.setattr(urllib.request, "urlopen", never)
-    monkeypatch.setattr(zoo, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.5)
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="no answer from"):
         load_model("deit_b")

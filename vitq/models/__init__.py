@@ -13,9 +13,9 @@ from vitq.models.sites import Prepared
 __all__ = ["Prepared", "UnsupportedModelError", "prepare"]
 
 
-def _adapters(model: nn.Module) -> dict[type, object]:
-    """Those of the library that the model is of; the other may not even be installed."""
-    if type(model).__module__.startswith("transformers."):
+def adapters_of(library: str) -> dict[type, object]:
+    """class of timm or of transformers -> what finds its sites; the other library may not even be installed."""
+    if library == "transformers":
         from vitq.models import decoder, falcon, opt
         from vitq.models.language import causal_models
 
@@ -40,7 +40,7 @@ def prepare(model: nn.Module, *, check: bool = True) -> Prepared:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if getattr(model, "vitq", None) is not None:
         raise ValueError("the model is already quantized: give the float model to vitq.convert")
-    adapters = _adapters(model)
+    adapters = adapters_of("transformers" if type(model).__module__.startswith("transformers.") else "timm")
     fill = adapters.get(type(model))
     if fill is None:
         known = ", ".join(sorted(t.__name__ for t in adapters))

@@ -8,10 +8,6 @@ import json
 import logging
 import os
 import sys
-import threading
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 from dataclasses import dataclass
 from importlib.resources import as_file, files
@@ -20,6 +16,9 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
+
+from vitq.models import hub
+from vitq.models.hub import Unavailable
 
 ALIASES: dict[str, str] = {
     "deit_t": "deit_tiny_patch16_224.fb_in1k",
@@ -35,7 +34,6 @@ ALIASES: dict[str, str] = {
 DEMO_ARCH = "deit_small_patch16_224"
 DEMO_FILE = f"{DEMO_ARCH}.textiles.safetensors"
 WEIGHT_KINDS = ("auto", "pretrained", "demo", "random")
-HUB_TIMEOUT_S = 5.0
 # What a model with other weights must not say of itself.
 _NOT_FROM_TIMM = {"tag": "", "url": "", "hf_hub_id": None, "label_names": None, "label_descriptions": None}
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -103,17 +101,13 @@ def load_model(name: str, weights: str = "auto", *, seed: int = 0, **timm_kwargs
     if weights in ("auto", "pretrained"):
         try:
             return _load_pretrained(full, timm_kwargs)
-        except _Unavailable as e:
+        except Unavailable as e:
             if weights == "auto" and full.partition(".")[0] == DEMO_ARCH:
                 note = f"no pretrained weights for {full} ({e}): using the demo weights that come with vitq"
                 return _load_demo(full, (note,), timm_kwargs)
             raise RuntimeError(f"no pretrained weights for {full}: {e}. Give a file of weights (--weights PATH) or, "
                                "to try the speed only, --weights random") from e
     return _load_file(full, Path(weights).expanduser(), timm_kwargs)
-
-
-class _Unavailable(Exception):
-    """Why pretrained weights cannot be had."""
 
 
 @contextlib.contextmanager
@@ -149,7 +143,7 @@ def _load_pretrained(full: str, kwargs: dict[str, Any]) -> LoadedModel:
 
     cfg = timm.get_pretrained_cfg(full)
     if cfg is None or not (cfg.hf_hub_id or cfg.url or cfg.file):
-        raise _Unavailable("timm knows of none")
+        raise Unavailable("timm knows of none")
     if kwargs.get("num_classes", cfg.num_classes) not in (0, cfg.num_classes):
         raise ValueError(f"{full} has {cfg.num_classes} classes; num_classes={kwargs['num_classes']} would leave its "
                          "head random. Leave num_classes out, or give your own weights as a file")
@@ -183,50 +177,24 @@ def _fetch(cfg: Any) -> tuple[Path, bool]:
         if cached.is_file():
             return cached, False
     if not cfg.hf_hub_id:
-        _probe(cfg.url)
+        hub.probe(cfg.url)
         cached.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(cfg.url, str(cached), progress=False)
         except OSError as e:
-            raise _Unavailable(f"downloading {cfg.url} failed: {e}") from e
+            raise Unavailable(f"downloading {cfg.url} failed: {e}") from e
         return cached, False
     if huggingface_hub.constants.HF_HUB_OFFLINE:
-        raise _Unavailable("not in the cache, and HF_HUB_OFFLINE is set")
-    _probe(huggingface_hub.hf_hub_url(cfg.hf_hub_id, "config.json"))
+        raise Unavailable("not in the cache, and HF_HUB_OFFLINE is set")
+    hub.probe(huggingface_hub.hf_hub_url(cfg.hf_hub_id, "config.json"))
     for f in names:
         try:
-            return Path(huggingface_hub.hf_hub_download(cfg.hf_hub_id, f, etag_timeout=HUB_TIMEOUT_S)), True
+            return Path(huggingface_hub.hf_hub_download(cfg.hf_hub_id, f, etag_timeout=hub.TIMEOUT_S)), True
         except (EntryNotFoundError, LocalEntryNotFoundError) as e:
             missing: Exception = e
         except Exception as e:  # the hub's client lets its HTTP library's errors through, and that library changes
-            raise _Unavailable(f"downloading {cfg.hf_hub_id} failed: {e}") from e
-    raise _Unavailable(f"{cfg.hf_hub_id} has none of {', '.join(names)}") from missing
-
-
-def _probe(url: str) -> None:
-    """Raises _Unavailable unless `url` answers within HUB_TIMEOUT_S.
-
-    In a thread, for looking a host name up is outside any socket's timeout and can take half a minute; and before the
-    hub's own client is asked, which tries again for minutes.
-    """
-    outcome: list[str] = []
-
-    def ask() -> None:
-        try:
-            request = urllib.request.Request(url, method="HEAD", headers={"User-Agent": "vitq"})
-            with urllib.request.urlopen(request, timeout=HUB_TIMEOUT_S):
-                outcome.append("")
-        except urllib.error.HTTPError as e:
-            outcome.append(f"{url} answers {e.code} {e.reason}")
-        except (OSError, ValueError) as e:
-            outcome.append(f"{urllib.parse.urlparse(url).netloc} cannot be reached: {getattr(e, 'reason', e)}")
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    reason = outcome[0] if outcome else f"no answer from {url} in {HUB_TIMEOUT_S:.0f} s"
-    if reason:
-        raise _Unavailable(reason)
+            raise Unavailable(f"downloading {cfg.hf_hub_id} failed: {e}") from e
+    raise Unavailable(f"{cfg.hf_hub_id} has none of {', '.join(names)}") from missing
 
 
 # --- files --------------------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class QuantizedDecoder(Quantized):
     """A language model of transformers: its own code runs, `generate` and all."""
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("a quantized language model cannot be saved yet: from_pretrained would not build it again")
+        raise TypeError("from_pretrained would not build a quantized model again: use vitq.save(model, folder) and vitq.load(folder)")
 
 
 class QuantizedModel(Quantized):

@@ -1,0 +1,75 @@
+"""What tools/quantize_llm.py measures beside perplexity: zero-shot tasks by lm-eval, and the times of prefill and decode."""
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+import vitq
+
+
+def tasks_of(names: str) -> list[str | dict]:
+    """What lm-eval takes for names of its tasks and YAML files of others, with commas between.
+
+    Raises ImportError without lm-eval, ValueError for a task that it does not know, OSError for a file that is not there.
+    """
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("--tasks needs the package lm-eval: pip install 'vitq[lm-eval]'") from error
+    tasks = [yaml.safe_load(Path(name).read_text(encoding="utf-8")) if name.endswith((".yaml", ".yml")) else name for name in names.split(",")]
+    manager = TaskManager()
+    if unknown := [task for task in tasks if isinstance(task, str) and not manager.match_tasks([task])]:
+        raise ValueError(f"lm-eval knows no task {', '.join(unknown)}; its own are those of `lm_eval ls tasks`")
+    return tasks
+
+
+def zero_shot(model: nn.Module, tokenizer: Any, tasks: list[str | dict], batch_size: int) -> dict[str, dict[str, float]]:
+    """task -> metric -> value. Raises ValueError where lm-eval cannot run the tasks."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        found = lm_eval.simple_evaluate(harness, tasks=tasks, num_fewshot=0, log_samples=False, bootstrap_iters=0)
+    except Exception as error:  # of the data's library, the hub's, the task's own code
+        raise ValueError(f"lm-eval cannot run the tasks: {error}") from error
+    return {task: {metric.partition(",")[0]: value for metric, value in of.items() if isinstance(value, float) and "_stderr" not in metric}
+            for task, of in found["results"].items()}
+
+
+def prefill_and_decode(models: Mapping[str, nn.Module], tokens: torch.Tensor, repeats: int = 10) -> dict[str, dict[str, Any]]:
+    """Timings of each model on token ids [1, T]: `prefill` of all of them, `decode` of one more when their keys and values are cached."""
+    from transformers import DynamicCache
+
+    prefill: dict[str, Any] = {}
+    decode: dict[str, Any] = {}
+    for name, model in models.items():
+        cache = DynamicCache()  # of all positions, in models with a sliding window too: those can be cut back
+        # transformers from 5.24 on calls it so
+        kept = {"cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values": cache}
+        with torch.inference_mode():
+            model(tokens, **kept, use_cache=True, logits_to_keep=1)
+
+        def one_more(token: torch.Tensor, model: nn.Module = model, cache: Any = cache, kept: dict = kept) -> None:
+            model(token, **kept, use_cache=True)
+            cache.crop(-1)
+
+        prefill[name] = (lambda x, model=model: model(x, use_cache=False, logits_to_keep=1)), tokens
+        decode[name] = one_more, tokens[:, -1:].clone()
+    times = {what: vitq.timing.time_models(cases, repeats=repeats) for what, cases in (("prefill", prefill), ("decode", decode))}
+    return {name: {what: of[name] for what, of in times.items()} for name in models}
+
+
+def half_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """A 16-bit copy of a float model: float16 on a GPU, bfloat16 on a CPU."""
+    dtype = torch.float16 if next(model.parameters()).is_cuda else torch.bfloat16
+    return str(dtype)[6:], copy.deepcopy(model).to(dtype)
