@@ -96,7 +96,7 @@ def test_every_recipe_on_images_and_on_text(name: str, kind: str, request: pytes
     (["fc1.weight.bits=16", "fc1.input.bits=8"], "its input has 8: integers are multiplied by integers"),
     (["patch_embed.weight.bits=4", "patch_embed.input.bits=16"], "a patch embedding runs in integers or in float"),
     (["fc1.weight.segments=dual_uniform", "fc1.weight.granularity=per_channel"], "an input in floating point needs no accumulators"),
-    (["fc1.weight.group_size=48"], "fc1.weight.group_size: 48; allowed: multiples of 32"),
+    (["fc1.weight.group_size=48"], "weight.group_size: 48; allowed: multiples of 32"),
     (["fc1.input.bits=8", "fc1.weight.bits=8", "fc1.weight.symmetric=true"], "times the multiplier of its group would not be an int8"),
     (["fc1.input.granularity=per_group", "fc1.input.bits=8"], "allowed for static activations"),
     (["fc1.weight.segments=dual_uniform", "fc1.input.bits=8"], "columns are divided one way"),

@@ -18,7 +18,7 @@ from vitq.models.attention import RelativePositionBias
 from vitq.models.adapter import is_plain_layer_norm, replace
 from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock, QuantMlp, QuantPatchMerging
-from vitq.nn.linear import QuantLinear, QuantPatchConv
+from vitq.nn.linear import CodedLinear, QuantLinear, QuantPatchConv
 from vitq.nn.model import ModelInfo, QuantizedDecoder, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
 from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, pack_all
@@ -236,7 +236,7 @@ def explain(model: nn.Module) -> list[Row]:
     info = model_info(model)
     rows, counted = [], set()  # a tied weight counts where it comes first
     for name, module in model.named_modules():
-        if isinstance(module, (QuantLinear, WeightOnlyLinear)):
+        if isinstance(module, CodedLinear):
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
         elif isinstance(module, QuantAttention):
             rows += module.rows(name)

@@ -19,8 +19,7 @@ from vitq.graphs import Graph
 from vitq.models import prepare
 from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock
-from vitq.nn.linear import QuantLinear
-from vitq.nn.weight_only import WeightOnlyLinear
+from vitq.nn.linear import CodedLinear, QuantLinear
 from vitq.ops.common import activate
 from vitq.ops.windows import Windows, from_windows
 
@@ -254,7 +253,7 @@ def _watch_reference(model: nn.Module, quantized: nn.Module, expected: dict[str,
         module = model.get_submodule(name)
         if isinstance(twin, QuantAttention):
             stack.enter_context(module.proj.register_forward_pre_hook(partial(keep_input, f"{name}.pv")))
-        if isinstance(twin, (QuantLinear, WeightOnlyLinear)) or _BLOCK.match(name):
+        if isinstance(twin, CodedLinear) or _BLOCK.match(name):
             stack.enter_context(module.register_forward_hook(partial(keep, name)))
         if isinstance(twin, QuantBlock) and twin.window is not None:
             _watch_window_block(name, module, twin, windows, expected, stack)
@@ -278,7 +277,7 @@ def _watch_window_block(name: str, block: nn.Module, twin: QuantBlock, windows: 
 
 
 def _watch_quantized(model: nn.Module, add: Callable[..., None], stack: ExitStack) -> None:
-    def linear(name: str, role: str, activation: str | None, module: QuantLinear, args: tuple, kwargs: dict,
+    def linear(name: str, role: str, activation: str | None, module: CodedLinear, args: tuple, kwargs: dict,
                output: Tensor | QTensor) -> None:
         # Taking the residual off again would leave the 16-bit rounding of the sum: run the kernel once more without.
         y = output if kwargs.get("residual") is None else module.forward(args[0])
@@ -288,7 +287,7 @@ def _watch_quantized(model: nn.Module, add: Callable[..., None], stack: ExitStac
         add(name, "block", output)
 
     for name, module in model.named_modules():
-        if isinstance(module, (QuantLinear, WeightOnlyLinear)):
+        if isinstance(module, CodedLinear):
             activation = module.cases()["linear"].activation if isinstance(module, QuantLinear) else None
             stack.enter_context(module.register_forward_hook(
                 partial(linear, name, model.vitq.roles[name], activation), with_kwargs=True))

@@ -18,8 +18,7 @@ from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
 from vitq.evaluate import Evaluation, LayerError
-from vitq.nn.linear import QuantLinear
-from vitq.nn.weight_only import WeightOnlyLinear
+from vitq.nn.linear import CodedLinear
 from vitq.nn.packed import Row
 from vitq.profiling import Ceilings, Profile
 from vitq.timing import Timing
@@ -199,7 +198,7 @@ def bits_per_weight(model: nn.Module) -> Bits:
 
     Raises ValueError for a model without quantized linear layers.
     """
-    linears = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    linears = [module for module in model.modules() if isinstance(module, CodedLinear)]
     if not linears:
         raise ValueError(f"{type(model).__name__} has no quantized linear layers")
 
@@ -266,7 +265,7 @@ def write_tensorboard(folder: str | os.PathLike[str], scalars: Mapping[str, floa
                 writer.add_scalar(f"layer_sqnr_db/{role}", sqnr, depth.get(role, 0))
             depth[role] = depth.get(role, 0) + 1
         for name, module in [] if model is None else model.named_modules():
-            if isinstance(module, (QuantLinear, WeightOnlyLinear)):
+            if isinstance(module, CodedLinear):
                 writer.add_histogram(f"weight_codes/{name}", module.codes().cpu().float(), 0)
                 writer.add_histogram(f"weight_scale/{name}", module.weight_scale.cpu(), 0)
         for key in statistics or ():

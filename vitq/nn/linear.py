@@ -14,11 +14,46 @@ from vitq.ops.common import OutputFormat
 from vitq.ops.linear import LinearSpec
 from vitq.ops.patches import PatchesSpec
 from vitq.plan import LinearParams
-from vitq.quantizers.grid import Division, divide
-from vitq.recipe import LayerSpec, QuantSpec
+from vitq.quantizers.grid import divide
+from vitq.recipe import LayerSpec
 
 
-class QuantLinear(PackedModule):
+class CodedLinear(PackedModule):
+    """What linear layers with W in 2..8-bit codes share. Buffers: qweight, int8 [N, K], or uint8 [N, ⌈K/2⌉] packed up to 4 bits; bias float32 [N]."""
+
+    def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
+        super().__init__(backend)
+        self.in_features, self.out_features, self.dtype, self.weight_spec = in_features, out_features, dtype, spec.weight
+        self.weight_bits, self.symmetric = spec.weight.bits, spec.weight.symmetric
+        self.division = divide(spec.weight, out_features, in_features, spec.weight_only)
+        shape = (out_features, (in_features + 1) // 2 if self.weight_bits <= 4 else in_features)
+        self.register_buffer("qweight", torch.zeros(shape, dtype=torch.uint8 if self.weight_bits <= 4 else torch.int8))
+        self.register_buffer("bias", torch.zeros(out_features))
+
+    def set_params(self, params: LinearParams) -> None:
+        self.qweight.copy_(pack_int4(params.codes) if self.weight_bits <= 4 else params.codes)
+        self.weight_scale.copy_(params.weight_scale)
+        if params.bias is not None:
+            self.bias.copy_(params.bias)
+        self.invalidate()
+
+    def codes(self) -> Tensor:
+        """int8 [N, K], unpacked."""
+        return unpack_int4(self.qweight, self.in_features) if self.weight_bits <= 4 else self.qweight
+
+    def stored(self) -> str:
+        """What the file does not save, for `row`."""
+        held = 4 if self.weight_bits <= 4 else 8
+        return "" if self.weight_bits == held else f"{self.weight_bits}-bit codes are stored in {held} bits"
+
+    def described(self) -> str:
+        """How the columns are divided and whether codes have zero points, to follow a format's name."""
+        kind, sizes = "segments" if self.division.segmented else "columns", " + ".join(map(str, self.division.sizes))
+        groups = f", groups of {self.weight_spec.group_size}" if self.weight_spec.granularity == "per_group" else f", {kind} {sizes}" if sizes else ""
+        return groups + ("" if self.symmetric else ", asymmetric weights")
+
+
+class QuantLinear(CodedLinear):
     """y = x Wᵀ + b with W in 2..8-bit codes and x quantized statically (per tensor) or dynamically (per token).
 
     Buffers: qweight (int8 [N, K], or uint8 [N, ⌈K/2⌉] packed where weight_bits <= 4), weight_scale float32 [N],
@@ -29,26 +64,19 @@ class QuantLinear(PackedModule):
     """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
-        super().__init__(backend)
-        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype
-        self.weight_bits, self.input_bits, self.dynamic = spec.weight.bits, spec.input.bits, spec.input.dynamic
-        packed = self.weight_bits <= 4
-        shape = (out_features, (in_features + 1) // 2 if packed else in_features)
-        self.register_buffer("qweight", torch.zeros(shape, dtype=torch.uint8 if packed else torch.int8))
-        self.division = divide(spec.weight, out_features, in_features)
+        super().__init__(in_features, out_features, spec, dtype=dtype, backend=backend)
+        self.input_bits, self.dynamic = spec.input.bits, spec.input.dynamic
         groups, segmented = len(self.division.sizes), self.division.segmented
         self.register_buffer("weight_scale", torch.ones((groups, out_features) if segmented else out_features))
         if segmented:
             self.register_buffer("column_order", torch.arange(in_features, dtype=torch.int32))
-        self.symmetric, self.levels = spec.weight.symmetric, 0 if segmented else groups or int(not spec.weight.symmetric)
+        self.levels = 0 if segmented else groups or int(not self.symmetric)
         if self.levels:
             self.register_buffer("weight_multiplier", torch.ones(self.levels, out_features, dtype=torch.int8))
             self.register_buffer("column_group", self.division.group() if groups else torch.zeros(in_features, dtype=torch.uint8))
         if not self.symmetric:
             self.register_buffer("weight_zero", torch.zeros(self.levels, out_features, dtype=torch.int8))
-        self.weight_spec = spec.weight
         self.too_small = spec.weight.segments != "one" and not groups
-        self.register_buffer("bias", torch.zeros(out_features))
         if not self.dynamic:
             self.register_buffer("input_scale", torch.ones(()))
             self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.int32))
@@ -56,9 +84,7 @@ class QuantLinear(PackedModule):
         self._output: OutputFormat | None = None
 
     def set_params(self, params: LinearParams) -> None:
-        codes = pack_int4(params.codes) if self.weight_bits <= 4 else params.codes
-        self.qweight.copy_(codes)
-        self.weight_scale.copy_(params.weight_scale)
+        super().set_params(params)
         if self.division.segmented:
             self.column_order.copy_(params.input.columns.order)
         if self.levels:
@@ -66,12 +92,9 @@ class QuantLinear(PackedModule):
             self.column_group.copy_(params.column_group)
         if not self.symmetric:
             self.weight_zero.copy_(params.weight_zero)
-        if params.bias is not None:
-            self.bias.copy_(params.bias)
         if not self.dynamic:
             self.input_scale.copy_(params.input.scale)
             self.input_zero_point.copy_(params.input.zero_point)
-        self.invalidate()
 
     def input_format(self) -> ActivationFormat:
         columns = None
@@ -80,10 +103,6 @@ class QuantLinear(PackedModule):
         if self.dynamic:
             return ActivationFormat(self.input_bits, dynamic=True, columns=columns)
         return ActivationFormat(self.input_bits, scale=self.input_scale, zero_point=self.input_zero_point, columns=columns)
-
-    def codes(self) -> Tensor:
-        """int8 [N, K], unpacked."""
-        return unpack_int4(self.qweight, self.in_features) if self.weight_bits <= 4 else self.qweight
 
     def fuse(self, activation: str | None = None, output: OutputFormat | None = None) -> None:
         """Run this activation, then requantize to this format, inside the GEMM's epilogue."""
@@ -112,32 +131,19 @@ class QuantLinear(PackedModule):
         storage = ""
         if self.weight_bits <= 4 and choice.backend != "cuda":
             storage = "packed int4 in the file, widened to int8 here"
-        held = 4 if self.weight_bits <= 4 else 8
-        stored = "" if self.weight_bits == held else f"{self.weight_bits}-bit codes are stored in {held} bits"
         undivided = "too small to divide its columns" if self.too_small else ""
         # Elsewhere the norm before writes the codes, in any order.
         floats = "its input comes as floats, since its columns have an order of their own"
         floats = floats if self.division.segmented and not self.dynamic and role in ("proj", "fc2") else ""
-        notes = [note, undivided, floats, stored, storage, choice.reason and f"fell back: {choice.reason}",
+        notes = [note, undivided, floats, self.stored(), storage, choice.reason and f"fell back: {choice.reason}",
                  *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
-        kind = ("dynamic per token" if self.dynamic else "static per tensor") + self._groups()
+        kind = ("dynamic per token" if self.dynamic else "static per tensor") + self.described()
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
                    self.own_bytes(), "; ".join(n for n in notes if n))
 
     def extra_repr(self) -> str:
         return (f"{self.in_features}, {self.out_features}, W{self.weight_bits}A{self.input_bits}, "
-                f"{'dynamic' if self.dynamic else 'static'}{self._groups()}")
-
-    def _groups(self) -> str:
-        return described(self.division, self.weight_spec) + ("" if self.symmetric else ", asymmetric weights")
-
-
-def described(division: Division, spec: QuantSpec) -> str:
-    """How the columns of a weight are divided, to follow a format's name; nothing where they are not."""
-    if spec.granularity == "per_group":
-        return f", groups of {spec.group_size}"
-    kind, sizes = "segments" if division.segmented else "columns", " + ".join(map(str, division.sizes))
-    return f", {kind} {sizes}" if sizes else ""
+                f"{'dynamic' if self.dynamic else 'static'}{self.described()}")
 
 
 class QuantPatchConv(QuantLinear):
