@@ -316,6 +316,24 @@ def test_reads_no_more_than_calib_size(model) -> None:
     assert statistics.samples == 5 and len(read) == 3
 
 
+def test_one_calibration_serves_several_recipes(model) -> None:
+    """What is observed by channel for one is merged for another; few bins do where the largest values are all."""
+    data = [images(model, 4, seed=2)]
+    names = ["w8a8", "smoothquant-w8a8", "dgq-w4a8", "w4a4"]
+    plain = quick("w8a8", "transforms=[]", "input.observer=percentile")
+    recipes = [*(quick(name) for name in names), plain]
+    shared = vitq.calibrate(model, recipes, data)
+    x = images(model, 2, seed=5)
+    for recipe in recipes:
+        kept = data if recipe.needs_inputs else None
+        alone, of_all = (vitq.convert(model, recipe, kept, statistics=s)(x) for s in (vitq.calibrate(model, recipe, data), shared))
+        assert torch.equal(alone, of_all) or recipe is plain and sqnr(alone, of_all) > 20, recipe.name
+    with pytest.raises(ValueError, match="they were collected for another recipe"):  # its bins are too few for a static scale
+        vitq.convert(model, quick("w8a8", "transforms=[smoothquant]"), vitq.calibrate(model, quick("smoothquant-w8a8"), data))
+    with pytest.raises(ValueError, match="no recipe to calibrate for"):
+        vitq.calibrate(model, [], data)
+
+
 def test_saved_statistics(model, tmp_path) -> None:
     recipe = quick("w8a8")
     statistics = vitq.calibrate(model, recipe, [images(model, 4, seed=2)])
@@ -328,7 +346,7 @@ def test_saved_statistics(model, tmp_path) -> None:
     with pytest.raises(ValueError, match="other weights"):
         vitq.convert(build(seed=3, **DEPTH), recipe, loaded)
     with pytest.raises(ValueError, match="another recipe"):
-        vitq.convert(model, quick("w8a8", "transforms=[]"), loaded)
+        vitq.convert(model, recipe, vitq.calibrate(model, quick("w8a8", "transforms=[]"), [images(model, 4, seed=2)]))
 
 
 def test_bad_calibration_data(model) -> None:

@@ -30,6 +30,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--recipe", help="shipped recipes or YAML files, with commas between (default w8a8-dynamic)")
     p.add_argument("--data", default="wikitext2", help="wikitext2 (default), c4, a text file, or a folder of .txt files")
     p.add_argument("--nsamples", type=int, metavar="N", help="windows to calibrate on (default: the recipe's)")
+    p.add_argument("--stats", type=Path, metavar="FILE", help="read the statistics of activations from there, or else write them there, for all recipes")
     p.add_argument("--seqlen", type=int, default=2048, metavar="T", help="tokens of a window (default 2048)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N windows")
     p.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows a batch (default 1)")
@@ -56,8 +57,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
     check_least(args, nsamples=1, seqlen=2, limit=1, batch_size=1, memory=1e-3)
-    if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save):
-        raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate and --save")
+    if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats):
+        raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save and --stats")
     if not (args.model or args.load):
         raise ValueError("give --model, or --load with a checkpoint")
     torch.manual_seed(args.seed)
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
             stack.enter_context(writable(target.absolute().parent, target))
         if args.output:
             stack.enter_context(writable(args.output))
+        stats = vitq.Statistics.load(args.stats) if args.stats and args.stats.exists() else None
         checkpoint = vitq.load(args.load, device, args.backend, dtype=dtype_of(args)) if args.load else None
         if args.load and not hasattr(checkpoint, "generate"):
             raise ValueError(f"{args.load} holds a {type(checkpoint).__name__}, which is no language model")
@@ -79,8 +81,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         report = {"vitq": vitq.__version__, "torch": torch.__version__, "model": loaded.name, "data": args.data, "windows": len(text.eval),
                   "seqlen": args.seqlen, "device": device, "backend": args.backend, "seed": args.seed, "threads": torch.get_num_threads(),
                   "rows": [{"recipe": "float", "dtype": loaded.model.dtype, **scores(args, loaded.model, "float", loaded, text, tasks, console)}]}
+        if args.stats and stats is None:
+            stats = collected(args, [recipe for recipe in recipes if recipe.is_static], loaded, text, console)
         for source in recipes or [checkpoint]:
-            report["rows"].append(row(args, source, loaded, text, tasks, targets, report, console))
+            report["rows"].append(row(args, source, loaded, text, stats, tasks, targets, report, console))
+            if args.output:  # a run of hours that is cut off keeps what it found
+                vitq.report.write_json(args.output / "report.json", report)
     headers, rows = table(report["rows"])
     console.result(f"\n{len(text.eval)} windows of {args.seqlen} tokens\n" + vitq.report.table(headers, rows))
     for name, of in (("tasks", task_rows), ("speed", speed_rows)):
@@ -117,6 +123,18 @@ def load(args, recipes: list, checkpoint, device: torch.device, console: Console
     return loaded, text
 
 
+def collected(args, recipes: list, loaded, text, console: Console):
+    """Statistics for all of these recipes, written to the file of --stats; None for no recipe."""
+    if not recipes:
+        return None
+    console.step(f"calibrating for {', '.join(recipe.name for recipe in recipes)}")
+    with console.bar("calibrate", len(text.calib), "windows") as bar:
+        stats = vitq.calibrate(loaded.model, recipes, text.calib.split(args.batch_size), progress=bar.update)
+    stats.save(args.stats)
+    console.result(f"wrote {args.stats}")
+    return stats
+
+
 def scores(args, model, name: str, loaded, text, tasks: list, console: Console) -> dict:
     """Perplexity and the scores of the tasks, each where it was asked for."""
     found = {}
@@ -129,21 +147,25 @@ def scores(args, model, name: str, loaded, text, tasks: list, console: Console) 
     return found
 
 
-def row(args, source, loaded, text, tasks: list, targets: dict, report: dict, console: Console) -> dict:
+def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: dict, console: Console) -> dict:
     """Everything measured of one recipe, or of the checkpoint in its place."""
     if isinstance(source, vitq.Recipe):
-        calib = list(text.calib[:source.calib_size].split(args.batch_size)) if source.is_static or source.needs_inputs else None
+        kept = stats if source.is_static else None
+        calib = list(text.calib[:source.calib_size].split(args.batch_size)) if source.is_static and kept is None or source.needs_inputs else None
         console.step(f"quantizing with the recipe {source.name}")
         cost: list[tuple[float, float]] = []
         with measured(loaded.model.device, cost), console.bar(source.name, source.calib_size if calib else None, "windows") as bar:
-            model = vitq.convert(loaded.model, source, calib, args.backend, dtype=dtype_of(args), memory=args.memory * 1e9, progress=bar.update)
+            model = vitq.convert(loaded.model, source, calib, args.backend, dtype=dtype_of(args), statistics=kept, memory=args.memory * 1e9,
+                                 progress=bar.update)
         found = {"recipe": source.name, "calibration": {"windows": len(text.calib) if calib else 0, "seconds": cost[0][0], "memory_mb": cost[0][1]}}
         console.step(f"calibrated and converted in {cost[0][0]:.1f} s, with {cost[0][1]:.0f} MB at most beyond the model's")
     else:
-        model, calib, found = source, None, {"recipe": source.vitq.recipe.name}
+        model, calib, kept, found = source, None, None, {"recipe": source.vitq.recipe.name}
     found.update(settings=model.vitq.recipe.to_dict(), dtype=model.vitq.dtype, **scores(args, model, found["recipe"], loaded, text, tasks, console))
+    if args.eval == "ppl":
+        console.step(f"perplexity {found['perplexity']:.3f}")
     if args.simulate and args.eval == "ppl":
-        found["simulated"] = vitq.perplexity(vitq.simulate(loaded.model, source, calib), text.eval, batch_size=args.batch_size)
+        found["simulated"] = vitq.perplexity(vitq.simulate(loaded.model, source, calib, statistics=kept), text.eval, batch_size=args.batch_size)
     if args.eval == "ppl":
         found["ratio"] = found["perplexity"] / report["rows"][0]["perplexity"]
     layers = vitq.explain(model)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -70,17 +70,23 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     return converted
 
 
-def simulate(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None) -> nn.Module:
+def simulate(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None, *,
+             statistics: Statistics | None = None, memory: float = GRAM_MEMORY) -> nn.Module:
     """The float32 model that `convert` with the same arguments must reproduce in integers, by fake quantization."""
-    prepared, plan = quantize(model, _recipe(recipe, calib), calib)
+    prepared, plan = quantize(model, _recipe(recipe, calib), calib, statistics=statistics, memory=memory)
     return _simulate(prepared, plan)
 
 
-def calibrate(model: nn.Module, recipe: str | Recipe = "w8a8", calib: Iterable = (), *,
+def calibrate(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe] = "w8a8", calib: Iterable = (), *,
               progress: Callable[[int], None] | None = None) -> Statistics:
-    """Collect the statistics that `recipe` needs, once; `convert` and `simulate` take them in place of images."""
-    recipe = _recipe(recipe, calib)
-    return collect(prepare(model), recipe, calib, progress=progress)
+    """Collect the statistics that `recipe` needs, or each of several, once; `convert` and `simulate` take them in place of images.
+
+    Of several recipes what one needs by channel serves the others too, whose ranges may then differ in the last digits.
+    """
+    several = [recipe] if isinstance(recipe, (str, Recipe)) else list(recipe)
+    if not several:
+        raise ValueError("no recipe to calibrate for: give one, or several")
+    return collect(prepare(model), [_recipe(one, calib) for one in several], calib, progress=progress)
 
 
 def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *, statistics: Statistics | None = None,
@@ -108,7 +114,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
             if stats is not None or not recipe.is_static:  # nothing else looks at them first
                 check_calibration(data, recipe, prepared)
     if stats is None and recipe.is_static:
-        stats = collect(prepared, recipe, data, progress=progress)
+        stats = collect(prepared, [recipe], data, progress=progress)
     return prepared, choose(prepared, recipe, stats, data, memory)
 
 

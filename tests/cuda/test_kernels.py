@@ -514,15 +514,16 @@ def test_segments(ends, dynamic, bits, fp, zero):
 @pytest.mark.parametrize("m", [3, 300])
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("groups, symmetric", [(2, True), (2, False), (1, False)])
+@pytest.mark.parametrize("groups, symmetric", [(2, True), (2, False), (1, False), (5, True), (5, False)])
 def test_two_levels_of_scales(groups, symmetric, bits, dynamic, m):
     """Codes less a zero point, times a multiplier, of the row and the column's group, with few rows and many."""
     torch.manual_seed(0)
-    n, k = 37, 70
+    n, k = 37, 70 if groups <= 2 else 150
     fmt = ActivationFormat(8, dynamic=True) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21)
+    group = torch.randint(0, groups, (k,), dtype=torch.uint8) if groups <= 2 else (torch.arange(k) // 32).to(torch.uint8)
     params = LinearParams(codes(n, k, bits=bits), bits, (torch.rand(n) + 0.1) / 100, torch.randn(n), fmt,
                           weight_multiplier=torch.randint(1, largest_multiplier(bits, symmetric) + 1, (groups, n), dtype=torch.int8),
-                          column_group=torch.randint(0, groups, (k,), dtype=torch.uint8))
+                          column_group=group)
     zero = torch.zeros(groups, n, dtype=torch.int8)
     if not symmetric:
         zero = torch.randint(-(1 << bits - 1), 1 << bits - 1, (groups, n), dtype=torch.int8)

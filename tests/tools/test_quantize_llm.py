@@ -84,6 +84,27 @@ def test_everything_is_printed(done, folder) -> None:
     assert rows["float"][2:] == ["-"] * 8 and set(rows) >= {"float", "w8a8-dynamic", "w8a8", "w4a8"}
 
 
+def test_statistics_are_kept_for_the_next_recipe(folder, text, tmp_path) -> None:
+    file = tmp_path / "stats.safetensors"
+    common = [*SMALL, *QUICK, "--model", folder, "--data", text, "--stats", file, "--quiet"]
+    code, out, err = run(*common, "--recipe", "w8a8,smoothquant-w8a8,w8a8-dynamic", "--output", tmp_path / "first")
+    assert code == 0 and f"wrote {file}" in out, err
+    written = file.read_bytes()
+    code, out, err = run(*common, "--recipe", "smoothquant-w8a8", "--output", tmp_path / "second", "--simulate")
+    assert code == 0 and file.read_bytes() == written, err
+    first, second = (json.loads((tmp_path / name / "report.json").read_text())["rows"] for name in ("first", "second"))
+    assert second[1]["perplexity"] == first[2]["perplexity"] and second[1]["calibration"]["windows"] == 0
+    other = build(tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=2, hidden_act="gelu", num_hidden_layers=1)
+    other.save_pretrained(tmp_path / "other")
+    for part in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "other" / part).write_bytes((folder / part).read_bytes())
+    code, _, err = run(*SMALL, *QUICK, "--model", tmp_path / "other", "--data", text, "--stats", file, "--recipe", "w8a8")
+    assert code == 2 and "collected on another model" in err
+    file.write_bytes(written[:1000])
+    code, _, err = run(*common, "--recipe", "w8a8")
+    assert code == 2 and len(err.strip().splitlines()) == 1 and "calibrate again" in err
+
+
 def test_everything_is_in_the_report(done, folder, text) -> None:
     output, *_ = done
     report = json.loads((output / "report" / "report.json").read_text())

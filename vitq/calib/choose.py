@@ -12,7 +12,8 @@ from vitq.calib.gram import GRAM_MEMORY, Gram, collect_grams
 from vitq.calib.runner import fingerprint, heads_of, specs, transform_of
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
-from vitq.calib.statistics import Histogram, Statistics
+from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat, Columns
 from vitq.models.sites import LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
@@ -135,7 +136,7 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
             plan: Plan) -> Tensor:
     """Move a scale of each channel from the sites' input into their weights; what it was divided by, float64 [K]."""
     first, options = sites[0], recipe.transform_options
-    seen = _histogram(stats, f"{first.name}:input", linears[0].in_features)
+    seen = _histogram(stats, f"{first.name}:input", linears[0].in_features, LEAST_BINS)
     largest = torch.maximum(seen.min.abs(), seen.max.abs())
     if recipe.transforms[0] == "smoothquant":
         alpha = options.get("alpha", 0.5)
@@ -170,7 +171,11 @@ def _log_scale(histogram: Histogram, bits: int) -> Tensor:
     return scales[errors.index(min(errors))].float()
 
 
-def _histogram(stats: Statistics | None, key: str, channels: int | None) -> Histogram:
-    if stats is None or key not in stats or stats[key].channels != channels:
+def _histogram(stats: Statistics | None, key: str, channels: int | None, bins: int = LEAST_BINS + 1) -> Histogram:
+    """What was seen of an operand, by channel or of all together, with at least so many bins."""
+    seen = None if stats is None or key not in stats else stats[key]
+    if seen is not None and channels is None and seen.channels is not None:
+        seen = seen.merged(torch.ones(seen.channels))
+    if seen is None or seen.channels != channels or seen.bins < bins:
         raise ValueError(f"no fitting statistics for {key!r}: they were collected for another recipe; calibrate with this one")
-    return stats[key]
+    return seen

@@ -18,6 +18,8 @@ RATIOS = tuple(0.94**i for i in range(75))
 FINE = (1.0, 0.955, 0.97, 0.985, 1.015, 1.03)
 # Elements bucketed at once: the temporaries stay in a core's cache (1.2e9 elements/s on two cores; 0.09e9 with 2^20).
 CHUNK = 1 << 18
+# Of a histogram that is kept for its minimum and maximum.
+LEAST_BINS = 4
 # Smallest exponent of a range: below whatever a 16-bit model distinguishes, and large enough that scaling by its inverse stays in float32.
 MIN_EXPONENT = -60
 
@@ -33,8 +35,8 @@ class Histogram:
         if channels is not None and channels < 1:
             raise ValueError(f"Histogram: channels = {channels}; give None for one histogram, or at least 1")
         bins = (4096 if channels is None else 512) if bins is None else bins
-        if bins < 4 or bins % 2:
-            raise ValueError(f"Histogram: bins = {bins}; give an even number, at least 4")
+        if bins < LEAST_BINS or bins % 2:
+            raise ValueError(f"Histogram: bins = {bins}; give an even number, at least {LEAST_BINS}")
         self.channels, self.bins, self.dim = channels, bins, dim
         rows = channels or 1
         self.counts = torch.zeros(rows, bins, dtype=torch.int64)

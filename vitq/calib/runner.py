@@ -5,14 +5,16 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from vitq.calib.statistics import Histogram, Statistics
+from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.statistics import Statistics
 from vitq.models.sites import LinearSite, Prepared
 from vitq.recipe import FLOAT_BITS, LayerSpec, QuantSpec, Recipe
 
@@ -139,48 +141,64 @@ def exact_float32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
-def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
+class Operand(NamedTuple):
+    """What is observed under one key: a module's input, or its output; channels and bins as of `Histogram`, dim the channels'."""
+
+    module: nn.Module
+    at_input: bool
+    channels: int | None = None
+    bins: int | None = None
+    dim: int = -1
+
+
+def operands(prepared: Prepared, recipe: Recipe) -> dict[str, Operand]:
+    """Every operand whose statistics the recipe needs, by its key."""
+    model, found, layer_specs = prepared.model, {}, specs(prepared, recipe)
+    for sites in prepared.input_groups():
+        transform = transform_of(sites, layer_specs, recipe, model)
+        for site in sites:
+            spec, module = layer_specs[site.name].input, model.get_submodule(site.name)
+            channels = None if transform is None else module.in_features
+            if spec.bits != FLOAT_BITS and not spec.dynamic:
+                found[f"{site.name}:input"] = Operand(module, True, channels)
+            elif channels is not None and site is sites[0]:
+                found[f"{site.name}:input"] = Operand(module, True, channels, LEAST_BINS)  # for the largest values alone
+    for site in prepared.attentions:
+        attn, qk, pv = model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv]
+        for key, tap, spec in ((f"{site.qk}:input", attn.tap_q, qk.input), (f"{site.qk}:other", attn.tap_k, qk.other),
+                               (f"{site.pv}:other", attn.tap_v, pv.other), (f"{site.pv}:input", attn.tap_p, pv.input)):
+            if spec.bits != FLOAT_BITS and not spec.dynamic:
+                found[key] = Operand(tap, False, heads_of(attn, spec), dim=-2)  # q, k and v are [B, N, H, D]
+    return found
+
+
+def collect(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable, *,
             progress: Callable[[int], None] | None = None) -> Statistics:
-    """One streaming pass over at most `recipe.calib_size` images.
+    """One streaming pass over at most the largest `calib_size` images of the recipes; each of them finds what it needs in the result.
 
     data: any iterable of image batches (see `inputs_of`), already preprocessed. progress is called with the number of
     images of each batch. Memory does not grow with the number of images.
     Raises ValueError for an empty or too small set, a wrong size, NaN or infinity in images or activations.
     """
-    model = prepared.model
-    layer_specs = specs(prepared, recipe)
-    stats = Statistics(model=fingerprint(model))
-    handles = []
-
-    def observe_input(name: str, channels: int | None = None, bins: int | None = None) -> None:
-        key = f"{name}:input"
-        stats[key] = Histogram(channels, bins)
-        handles.append(model.get_submodule(name).register_forward_pre_hook(partial(_on_input, key, stats[key])))
-
-    def observe_output(key: str, module: nn.Module, spec: QuantSpec, channels: int | None = None) -> None:
-        if spec.bits != FLOAT_BITS and not spec.dynamic:
-            stats[key] = Histogram(channels, dim=-2)  # q, k and v are [B, N, H, D]
-            handles.append(module.register_forward_hook(partial(_on_output, key, stats[key])))
-
-    for sites in prepared.input_groups():
-        transform = transform_of(sites, layer_specs, recipe, model)
-        for site in sites:
-            spec = layer_specs[site.name].input
-            channels = None if transform is None else model.get_submodule(site.name).in_features
-            if spec.bits != FLOAT_BITS and not spec.dynamic:
-                observe_input(site.name, channels)
-            elif channels is not None and site is sites[0]:
-                observe_input(site.name, channels, bins=4)  # for the largest values alone
-    for site in prepared.attentions:
-        attn, qk, pv = model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv]
-        for key, tap, spec in ((f"{site.qk}:input", attn.tap_q, qk.input), (f"{site.qk}:other", attn.tap_k, qk.other),
-                               (f"{site.pv}:other", attn.tap_v, pv.other)):
-            observe_output(key, tap, spec, heads_of(attn, spec))
-        observe_output(f"{site.pv}:input", attn.tap_p, pv.input)
-
+    wanted: dict[str, Operand] = {}
+    for recipe in recipes:
+        for key, operand in operands(prepared, recipe).items():
+            if key in wanted:  # by channel serves one that needs it for all together, fine bins serve one that needs few
+                other = wanted[key]
+                bins = operand.bins if operand.bins == other.bins else None
+                operand = operand._replace(channels=operand.channels or other.channels, bins=bins)
+            wanted[key] = operand
+    stats, handles = Statistics(model=fingerprint(prepared.model)), []
+    most = max(recipes, key=lambda recipe: recipe.calib_size)
     try:
+        for key, operand in wanted.items():
+            stats[key] = Histogram(operand.channels, operand.bins, operand.dim)
+            if operand.at_input:
+                handles.append(operand.module.register_forward_pre_hook(partial(_on_input, key, stats[key])))
+            else:
+                handles.append(operand.module.register_forward_hook(partial(_on_output, key, stats[key])))
         with torch.inference_mode(), exact_float32():
-            for images in checked(data, recipe.calib_size, prepared):
+            for images in checked(data, most.calib_size, prepared):
                 prepared.run(images)
                 stats.samples += len(images)
                 if progress is not None:
@@ -188,7 +206,7 @@ def collect(prepared: Prepared, recipe: Recipe, data: Iterable, *,
     finally:
         for handle in handles:
             handle.remove()
-    check_sample_count(stats.samples, recipe)
+    check_sample_count(stats.samples, most)
     return stats
 
 

@@ -24,8 +24,8 @@ class Division:
 
     def group(self) -> Tensor:
         """[K]: the group of each feature where groups are neighbours, uint8 or where there are too many int16."""
-        index = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        return index.to(torch.uint8 if len(self.sizes) <= 256 else torch.int16)
+        dtype = torch.uint8 if len(self.sizes) <= 256 else torch.int16
+        return torch.cat([torch.full((size,), i, dtype=dtype) for i, size in enumerate(self.sizes)])
 
     @property
     def segmented(self) -> bool:

@@ -19,8 +19,10 @@ WEIGHT_PERCENTILES = (0.97, 0.98, 0.99, 0.995, 0.9995, 0.9997, 0.9999, 0.99995, 
 # Clip ratios of the mse search: coarse over all a row may need (2 bits want about 0.3 of the maximum), then fine around the best.
 COARSE_RATIOS = tuple(1.0 - 0.02 * i for i in range(41))
 FINE_STEPS = (-0.015, -0.01, -0.005, 0.005, 0.01, 0.015)
-# Elements worked on at once: 1 MB of float32 stays in a core's cache, and temporaries stay small however large the weight is.
+# Elements worked on at once: 1 MB of float32 stays in a core's cache, and temporaries stay small however large the weight is. On a GPU
+# launches are the time: 64 MB.
 CHUNK = 1 << 18
+CHUNK_CUDA = 1 << 24
 
 
 def _on(value: float | int | Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -112,10 +114,14 @@ def weight_range(weight: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return scale.expand(weight.shape[0]).clone(), zero_point.expand(weight.shape[0]).clone()
     if spec.granularity != "per_channel":
         raise ValueError(f"weight granularity = {spec.granularity!r}; allowed: 'per_channel', 'per_tensor'")
-    rows = max(1, CHUNK // weight.shape[1])
+    rows = max(1, _chunk(weight) // weight.shape[1])
     # Contiguous, so that sums have one order however the weight lies in memory: near-ties of ratios would be decided by it.
     parts = [_rows_range(part.contiguous(), spec) for part in weight.split(rows)]
     return torch.cat([scale for scale, _ in parts]), torch.cat([zero_point for _, zero_point in parts])
+
+
+def _chunk(x: Tensor) -> int:
+    return CHUNK_CUDA if x.is_cuda else CHUNK
 
 
 def _rows_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -160,7 +166,7 @@ def _squared_error(rows: Tensor, spec: QuantSpec, lo: Tensor, hi: Tensor) -> Ten
     scale, zero_point = (t[:, None] for t in scale_and_zero(lo, hi, spec.bits, spec.symmetric))
     error = torch.zeros(rows.shape[0], dtype=torch.float64, device=rows.device)
     # Columns are split as well: a per-tensor weight is one long row.
-    for part in rows.split(max(1, CHUNK // rows.shape[0]), dim=1):
+    for part in rows.split(max(1, _chunk(rows) // rows.shape[0]), dim=1):
         error += fake_quantize(part, scale, zero_point, spec.bits).sub_(part).square_().sum(1)
     return error
 
