@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from types import ModuleType
+
 import timm
 import torch
 from torch import Tensor, nn
@@ -42,3 +46,11 @@ def quick(name: str, *overrides: str, calib_size: int = 4) -> vitq.Recipe:
 def convert(model: nn.Module, recipe: vitq.Recipe, **kwargs) -> nn.Module:
     calib = [images(model, recipe.calib_size, seed=2)] if recipe.is_static else None
     return vitq.convert(model, recipe, calib, **kwargs)
+
+
+def run_tool(tool: ModuleType, *args: object) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a command line's main, in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = tool.main([str(a) for a in args])
+    return code, out.getvalue(), err.getvalue()

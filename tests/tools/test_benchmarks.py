@@ -1,27 +1,19 @@
 """tools/vit_benchmark.py, tools/module_benchmark.py and tools/gpu_benchmark.py at their smallest."""
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import gpu_benchmark as gpu
+import module_benchmark as module
+import vit_benchmark as vit
 import vitq
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def load_tool(name):
-    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sys.path.insert(0, str(TOOLS))  # for the files that gpu_benchmark.py is split into
-vit, module, gpu = load_tool("vit_benchmark"), load_tool("module_benchmark"), load_tool("gpu_benchmark")
 SMALL = ["--model", "test_vit", "--val-batchsize", "2", "--repeats", "2", "--device", "cpu"]
 
 

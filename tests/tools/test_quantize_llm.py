@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import io
 import json
 import random
 import re
@@ -14,34 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import run_tool
 
 transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 from language_models import build  # noqa: E402
 
+import quantize_llm  # noqa: E402
 import vitq  # noqa: E402
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "quantize_llm.py"
 WORDS = [f"word{i}" for i in range(120)]
 SMALL = ["--seqlen", "16", "--nsamples", "4", "--device", "cpu", "--dtype", "float32"]
 QUICK = ["--set", "weight.observer=minmax", "--set", "input.observer=minmax"]
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("quantize_llm", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-
-
 def run(*args):
-    """(exit code, stdout, stderr)"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = tool.main([str(a) for a in args])
-    return code, out.getvalue(), err.getvalue()
+    return run_tool(quantize_llm, *args)
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +263,6 @@ def test_a_folder_that_cannot_be_written_is_found_before_any_work(folder, text, 
 
 
 def test_the_tool_is_thin() -> None:
-    source = TOOL.read_text()
+    source = Path(quantize_llm.__file__).read_text()
     assert len(source.splitlines()) < 250 and "from vitq" not in source and "import transformers" not in source
     assert torch.get_default_dtype() == torch.float32

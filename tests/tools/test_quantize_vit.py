@@ -1,7 +1,4 @@
 """tools/quantize_vit.py, in process: the whole job on a tiny model and folder, and what is said of every mistake."""
-import contextlib
-import importlib.util
-import io
 import json
 import re
 from pathlib import Path
@@ -10,32 +7,19 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import run_tool
 from PIL import Image
 from safetensors.torch import save_file
 
+import quantize_vit
 import vitq
 
-TOOL = Path(__file__).resolve().parents[2] / "tools" / "quantize_vit.py"
 SMALL = ["--model", "test_vit", "--calib-size", "8", "--batch-size", "4", "--device", "cpu"]
 CLASSES = ("ant", "bee", "cat")
 
 
-def load_tool():
-    spec = importlib.util.spec_from_file_location("quantize_vit", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
-
-
 def run(*args):
-    """(exit code, stdout, stderr)"""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = tool.main([str(a) for a in args])
-    return code, out.getvalue(), err.getvalue()
+    return run_tool(quantize_vit, *args)
 
 
 @pytest.fixture(scope="module")
@@ -198,5 +182,5 @@ def test_without_images(tmp_path, monkeypatch):
 
 
 def test_the_tool_is_thin():
-    text = TOOL.read_text()
+    text = Path(quantize_vit.__file__).read_text()
     assert len(text.splitlines()) < 250 and "from vitq" not in text and "import timm" not in text
