@@ -92,6 +92,18 @@ def test_every_recipe_on_images_and_on_text(name: str, kind: str, request: pytes
         assert rows["qkv"].format.startswith(f"W{spec.weight.bits}A{bits}") and rows["fc2"].kernel != "torch"
 
 
+@pytest.mark.parametrize("size", [224, 136])  # windows that fit, and windows filled up with zeros
+@pytest.mark.parametrize("name, changes", [("gptq-w4a16", []), ("w8a8-dynamic", ["bits=16"]), ("w8a8-dynamic", [f"{r}.bits=16" for r in ("qkv", "proj", "fc1", "fc2")])])
+@torch.no_grad()
+def test_swin_blocks_that_stay_in_float(name: str, changes: list[str], size: int) -> None:
+    model = build("swin_tiny_patch4_window7_224", depths=(2, 2), embed_dim=24, num_heads=(1, 2), img_size=size)
+    x, recipe = images(model), quick(name, *changes, "calib_size=2")
+    executed, simulated = vitq.convert(model, recipe, [x], dtype=torch.float32), vitq.simulate(model, recipe, [x])
+    assert sqnr(simulated(x), executed(x)) > 100 and sqnr(model(x), executed(x)) > (20 if name == "gptq-w4a16" else 35)
+    with pytest.raises(ValueError, match="'layers.0.blocks.0' or its input in float: a Swin block runs quantized as a whole or not at all"):
+        vitq.convert(model, quick("w8a8-dynamic", "fc1.input.bits=16", "calib_size=2"), [x])
+
+
 @pytest.mark.parametrize("changes, message", [
     (["fc1.weight.bits=16", "fc1.input.bits=8"], "its input has 8: integers are multiplied by integers"),
     (["patch_embed.weight.bits=4", "patch_embed.input.bits=16"], "a patch embedding runs in integers or in float"),

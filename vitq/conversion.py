@@ -145,9 +145,9 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
         if all(isinstance(linear, QuantLinear) for linear in linears):
             window = dict(window=tuple(block.window_size), shift=tuple(block.shift_size)) if site.kind == "window" else {}
             replace(model, site.name, QuantBlock(block, **window, backend=backend))
-        elif site.kind == "window":
-            raise ValueError(f"recipe {recipe.name!r} leaves a linear layer of {site.name!r} in float: a Swin block runs "
-                             "quantized as a whole or not at all; give its qkv, proj, fc1 and fc2 bits <= 8, or all 16")
+        elif site.kind == "window" and any(isinstance(linear, QuantLinear) for linear in linears):
+            raise ValueError(f"recipe {recipe.name!r} leaves a linear layer of {site.name!r} or its input in float: a Swin block runs "
+                             "quantized as a whole or not at all; give its qkv, proj, fc1 and fc2 bits <= 8, or the inputs of all 16")
     for site in prepared.merges:
         merging = model.get_submodule(site.name)
         if isinstance(merging.reduction, QuantLinear):

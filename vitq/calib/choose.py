@@ -95,36 +95,34 @@ def _input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, st
                    plan: Plan) -> dict[str, ActivationFormat | None]:
     """The formats of those of the sites, which share an input, that are quantized; None for an input in floating point. Applies the
     recipe's transform to the model."""
-    found: dict[str, ActivationFormat | None] = {}
-    transform = transform_of(sites, plan.specs, recipe, model)
     linears = [model.get_submodule(site.name) for site in sites]
-    smoothed = _smooth(model, sites, linears, recipe, stats, plan) if transform in ("smoothquant", "clip_outliers") else None
+    quantized = {site.name: plan.specs[site.name] for site in sites if not plan.specs[site.name].is_float}
+    integer = {name: spec.input for name, spec in quantized.items() if not spec.weight_only}
+    transform, divisor, folded = transform_of(sites, plan.specs, recipe, model), None, None
     if transform == "layernorm_fold":
-        folded = _fold(model, sites, linears, plan.specs[next(s.name for s in sites if not plan.specs[s.name].is_float)].input, stats, plan)
-    for site in sites:
-        spec = plan.specs[site.name].input
-        if plan.specs[site.name].is_float:
-            continue
-        if plan.specs[site.name].weight_only:
-            found[site.name] = None
-        elif spec.dynamic:
-            found[site.name] = ActivationFormat(spec.bits, dynamic=True)
-        elif transform == "layernorm_fold":
-            found[site.name] = folded
-        elif smoothed is not None:
-            found[site.name] = _chosen(_histogram(stats, f"{site.name}:input", linears[0].in_features).merged(smoothed), spec)
-        else:
-            found[site.name] = _format(stats, f"{site.name}:input", spec)
-    return found
+        folded = _fold(model, sites, linears, *next(iter(integer.items())), stats, plan)
+    elif transform is not None:
+        divisor = _smooth(model, sites, linears, recipe, stats, plan)
+
+    def of(name: str, spec: QuantSpec) -> ActivationFormat:
+        if spec.dynamic:
+            return ActivationFormat(spec.bits, dynamic=True)
+        if folded is not None:
+            return folded
+        if divisor is not None:
+            return _chosen(_histogram(stats, f"{name}:input", linears[0].in_features).merged(divisor), spec)
+        return _format(stats, f"{name}:input", spec)
+
+    return {name: of(name, integer[name]) if name in integer else None for name in quantized}
 
 
-def _fold(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear], spec: QuantSpec, stats: Statistics | None,
+def _fold(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear], name: str, spec: QuantSpec, stats: Statistics | None,
           plan: Plan) -> ActivationFormat:
+    """Move the scale and zero point of each channel of the sites' input, observed at the site `name`, into their norm and weights."""
     # Where zeros are padded in after the norm, or it has no bias, only a scale may move: symmetric ranges give every channel zero point 0.
     norm = model.get_submodule(sites[0].norm)
     unshifted = "windows are zero-padded" if sites[0].zero_padded else "the norm has no bias" if getattr(norm, "bias", None) is None else ""
     symmetric = spec.symmetric or bool(unshifted)
-    name = next(site.name for site in sites if not plan.specs[site.name].is_float)
     lo, hi = _histogram(stats, f"{name}:input", linears[0].in_features).range(spec.bits, symmetric, spec.observer)
     scale, zero_point = fold(norm, linears, *scale_and_zero(lo, hi, spec.bits, symmetric))
     for site in sites:
