@@ -47,7 +47,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver alone.
     memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
     dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
-        Logits are float32 always.
+        Logits of images are float32 always; those of text where the head is quantized.
     progress: called with the number of images of each calibration batch.
 
     Raises ValueError (a static recipe without calib, unusable data, NaN weights, an unknown block, a bad recipe) or
@@ -165,8 +165,8 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
 
 
 def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
-    """What stays in float takes `dtype`; a float head stays float32, since it makes the logits."""
-    heads = [model.get_submodule(s.name) for s in prepared.linears if s.role == "head" and layer_specs[s.name].is_float]
+    """What stays in float takes `dtype`; a float head of a few classes stays float32, since it makes the logits."""
+    heads = [] if prepared.tokens else [model.get_submodule(s.name) for s in prepared.linears if s.role == "head" and layer_specs[s.name].is_float]
     exact = [model.get_submodule(name) for name in prepared.exact]
     for module in exact:  # a checkpoint holds them: another device computes them anew to other last bits
         for name, buffer in list(module.named_buffers(recurse=False)):

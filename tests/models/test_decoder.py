@@ -13,6 +13,8 @@ transformers = pytest.importorskip("transformers", reason="needs pip install vit
 from language_models import CASES, GQA, OLD, build, ids, layers, quick  # noqa: E402
 
 import vitq  # noqa: E402
+from vitq.calib.runner import specs  # noqa: E402
+from vitq.conversion import build as assemble  # noqa: E402
 from vitq.conversion import quantize  # noqa: E402
 from vitq.models import UnsupportedModelError, prepare  # noqa: E402
 
@@ -150,6 +152,18 @@ def test_sixteen_bits(family: str, kwargs: dict) -> None:
     if tied:
         rows = {row.layer: row for row in vitq.explain(converted)}
         assert rows["lm_head"].bytes == 0, "one tensor counts once"
+
+
+@pytest.mark.parametrize("name, most", [("gptq-w4a16", 0.30), ("dgq-w4a8", 0.30), ("w8a8-dynamic", 0.52)])
+def test_sizes_of_llama_2_7b(name: str, most: float) -> None:
+    """Everything that it stores, as a part of the float16 model, on the meta device."""
+    with torch.device("meta"):
+        config = transformers.LlamaConfig(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+        prepared, recipe = prepare(transformers.LlamaForCausalLM(config), check=False), vitq.Recipe.from_yaml(name)
+        half = 2 * sum(p.numel() for p in prepared.model.parameters())
+        converted = assemble(prepared, recipe, specs(prepared, recipe), dtype=torch.float16, backend="auto")
+    stored = sum(t.numel() * t.element_size() for t in (*converted.parameters(), *converted.buffers()))
+    assert half == pytest.approx(13.48e9, rel=0.01) and stored < most * half
 
 
 @pytest.mark.parametrize("calib, error, message", [
