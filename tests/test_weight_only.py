@@ -118,7 +118,7 @@ def test_refuses(changes: list[str], message: str) -> None:
         vitq.Recipe.from_yaml("gptq-w4a16").with_overrides(changes)
 
 
-def test_a_stale_checkpoint_of_a_weight_only_model(tmp_path, vit: nn.Module) -> None:
+def test_a_weight_only_model_reloads(tmp_path, vit: nn.Module) -> None:
     x = images(vit)
     model = vitq.convert(vit, quick("gptq-w4a16", "calib_size=2"), [x])
     folder = vitq.save(model, tmp_path / "c", source={"name": "deit_tiny_patch16_224", "model_kwargs": {"num_classes": 10, "depth": 2}})

@@ -157,7 +157,7 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
         with measured(loaded.model.device, cost), console.bar(source.name, source.calib_size if calib else None, "windows") as bar:
             model = vitq.convert(loaded.model, source, calib, args.backend, dtype=dtype_of(args), statistics=kept, memory=args.memory * 1e9,
                                  progress=bar.update)
-        found = {"recipe": source.name, "calibration": {"windows": len(text.calib) if calib else 0, "seconds": cost[0][0], "memory_mb": cost[0][1]}}
+        found = {"recipe": source.name, "calibration": {"windows": min(source.calib_size, len(text.calib)) if calib else 0, "seconds": cost[0][0], "memory_mb": cost[0][1]}}
         console.step(f"calibrated and converted in {cost[0][0]:.1f} s, with {cost[0][1]:.0f} MB at most beyond the model's")
     else:
         model, calib, kept, found = source, None, None, {"recipe": source.vitq.recipe.name}
@@ -165,7 +165,7 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
     if args.eval == "ppl":
         console.step(f"perplexity {found['perplexity']:.3f}")
     if args.simulate and args.eval == "ppl":
-        found["simulated"] = vitq.perplexity(vitq.simulate(loaded.model, source, calib, statistics=kept), text.eval, batch_size=args.batch_size)
+        found["simulated"] = vitq.perplexity(vitq.simulate(loaded.model, source, calib, statistics=kept, memory=args.memory * 1e9), text.eval, batch_size=args.batch_size)
     if args.eval == "ppl":
         found["ratio"] = found["perplexity"] / report["rows"][0]["perplexity"]
     layers = vitq.explain(model)

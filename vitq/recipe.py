@@ -231,6 +231,9 @@ class Recipe:
                         replace(self, **{key: changes[key]})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"override {item!r}: {error}") from error
+        for what, options in (("solver", "solver_options"), ("transforms", "transform_options")):
+            if what in changes and changes[what] != getattr(self, what):
+                changes.setdefault(options, {})  # those of another say nothing here
         try:
             # All at once: head.weight.bits=16 is complete only with head.input.bits=16.
             return replace(self, rules=rules, **changes)

@@ -295,7 +295,7 @@ def test_dual_grain_loses_less_than_rounding(symmetric: bool) -> None:
     assert error("dual_grain", weight_only=True, rounding="nearest") < error("rtn", weight_only=True), "scales in floating point"
 
 
-def test_golden_dual_grain_group() -> None:
+def test_a_group_of_two_grains_by_hand() -> None:
     """A row whose largest weight is 1 with 1/127 a step; a group in [-0.4, 0.5]: scale 0.06, zero point 7 of 0..15, multiplier 8; 0.5 is code 15
     and becomes 64/127."""
     scale, zero = scale_and_zero(torch.tensor([-0.4]), torch.tensor([0.5]), 4, False)

@@ -154,6 +154,29 @@ def test_sixteen_bits(family: str, kwargs: dict) -> None:
         assert rows["lm_head"].bytes == 0, "one tensor counts once"
 
 
+@torch.no_grad()
+def test_rows_that_are_divided_stay_within_16_bits() -> None:
+    """A gate that keeps hidden values tiny does not make what it is multiplied with huge."""
+    model, x = build("Llama", mlp_bias=True), ids(4, 40, seed=2)
+    for layer in layers(model):
+        layer.mlp.gate_proj.weight[3], layer.mlp.gate_proj.bias[3] = 0.0, -15.0
+        layer.mlp.up_proj.bias[3] = 10.0
+    recipe = quick("smoothquant-w8a8", "transform_options={alpha: 1.0}")
+    prepared, _ = quantize(model, recipe, [x])
+    up = max(float(prepared.model.get_submodule(f"model.layers.{i}.mlp.gate_up_proj").bias[112 + 3].abs()) for i in range(2))
+    assert 10 < up <= 1001 and sqnr(model(x).logits, prepared.model(x).logits) > 60
+
+
+@torch.no_grad()
+def test_a_layer_that_stays_in_float_gets_no_bias(tmp_path) -> None:
+    """Of two layers that share a norm one is quantized: a checkpoint's float model would have no place for a shift."""
+    model, x = build("Falcon", bias=False), ids(4, 40, seed=2)
+    converted = vitq.convert(model, quick("w8a8", "qkv.bits=16"), [x], dtype=torch.float32)
+    assert sqnr(model(x).logits, converted(x).logits) > 20
+    assert {row.note for row in vitq.explain(converted) if row.role == "fc1"} == {"LayerNorm fold of the scale only (a layer that stays in float has no bias)"}
+    assert torch.equal(vitq.load(vitq.save(converted, tmp_path / "c"))(x).logits, converted(x).logits)
+
+
 @pytest.mark.parametrize("name, most", [("gptq-w4a16", 0.30), ("dgq-w4a8", 0.30), ("w8a8-dynamic", 0.52)])
 def test_sizes_of_llama_2_7b(name: str, most: float) -> None:
     """Everything that it stores, as a part of the float16 model, on the meta device."""

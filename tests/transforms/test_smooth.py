@@ -24,6 +24,7 @@ def test_scales_by_hand() -> None:
     clipped = clip_scale(largest, 0.005)  # two channels of 400 may stand out: the third is the limit
     assert (clipped[7], clipped[9], clipped[11]) == (10.0, 4.0, 1.0) and float(clipped.sum()) == 397 + 15.0
     assert clip_scale(torch.zeros(5), 0.005).tolist() == [1.0] * 5
+    assert clip_scale(torch.tensor([0.0, 0.0, 8.0, 2.0, 0.0]), 0.4).tolist() == [1.0, 1.0, 4.0, 1.0, 1.0], "channels of zeros are no limit"
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(12), nn.RMSNorm(12)])
@@ -85,6 +86,31 @@ def test_merged_histogram_is_that_of_the_divided_channels() -> None:
 def test_refuses(changes: list[str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         vitq.Recipe.from_yaml("w8a8").with_overrides(changes)
+
+
+def test_another_transform_or_solver_has_options_of_its_own() -> None:
+    changed = vitq.Recipe.from_yaml("dgq-w4a8").with_overrides(["transforms=[smoothquant]", "solver=gptq"])
+    assert not changed.transform_options and not changed.solver_options
+    kept = vitq.Recipe.from_yaml("dgq-w4a8").with_overrides(["calib_size=4", "transforms=[clip_outliers]"])
+    assert kept.transform_options == {"top": 0.005}
+
+
+@torch.no_grad()
+def test_statistics_of_largest_values_alone_are_no_ranges() -> None:
+    model = build("deit_tiny_patch16_224", depth=1)
+    smooth = quick("smoothquant-w8a8", "calib_size=2")
+    stats = vitq.calibrate(model, smooth, [images(model)])
+    assert stats["blocks.0.attn.qkv:input"].bins == 4
+    static = quick("w8a8-dynamic", "calib_size=2", "qkv.input.dynamic=false")
+    with pytest.raises(ValueError, match="no fitting statistics for 'blocks.0.attn.qkv:input'"):
+        vitq.convert(model, static, stats)
+
+
+def test_a_transform_that_finds_nothing_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = build("deit_tiny_patch16_224", depth=1)
+    with caplog.at_level("WARNING", "vitq"):
+        vitq.convert(model, quick("gptq-w4a16", "calib_size=2", "transforms=[smoothquant]"), [images(model)])
+    assert "the transform smoothquant found no layer to change" in caplog.text
 
 
 def test_smoothing_needs_data() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -24,6 +25,11 @@ from vitq.transforms.layernorm_fold import fold
 from vitq.transforms.smooth import clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
 
 
+log = logging.getLogger("vitq")
+# Of the rows of a linear layer that a transform divides, the least divisor as a part of the median one.
+LEAST_OF_ROWS = 1e-2
+
+
 @torch.no_grad()
 def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: Iterable | None = None,
            memory: float = GRAM_MEMORY) -> Plan:
@@ -40,6 +46,9 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     formats: dict[str, ActivationFormat | None] = {}
     for sites in prepared.input_groups():
         formats.update(_input_formats(prepared.model, sites, recipe, stats, plan))
+    if recipe.transforms and not plan.notes:
+        log.warning("recipe %r: the transform %s found no layer to change: none has an integer input behind a norm with a weight", recipe.name,
+                    recipe.transforms[0])
     if recipe.needs_inputs and data is None:
         raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
                          "calibration images themselves, not statistics of them")
@@ -121,7 +130,9 @@ def _fold(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear], n
     """Move the scale and zero point of each channel of the sites' input, observed at the site `name`, into their norm and weights."""
     # Where zeros are padded in after the norm, or it has no bias, only a scale may move: symmetric ranges give every channel zero point 0.
     norm = model.get_submodule(sites[0].norm)
-    unshifted = "windows are zero-padded" if sites[0].zero_padded else "the norm has no bias" if getattr(norm, "bias", None) is None else ""
+    bare = any(plan.specs[site.name].is_float and linear.bias is None for site, linear in zip(sites, linears))
+    unshifted = "windows are zero-padded" if sites[0].zero_padded else "the norm has no bias" if getattr(norm, "bias", None) is None else \
+        "a layer that stays in float has no bias" if bare else ""
     symmetric = spec.symmetric or bool(unshifted)
     lo, hi = _histogram(stats, f"{name}:input", linears[0].in_features).range(spec.bits, symmetric, spec.observer)
     scale, zero_point = fold(norm, linears, *scale_and_zero(lo, hi, spec.bits, symmetric))
@@ -144,6 +155,8 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
     if first.norm is not None:
         divide_norm(model.get_submodule(first.norm), scale)
     else:
+        # What those rows make is held in 16 bits before it is multiplied by what keeps it small.
+        scale = (scale / scale.median()).clamp_min(LEAST_OF_ROWS)
         divide_rows(model.get_submodule(first.rows[0]), first.rows[1], scale)
     for site, linear in zip(sites, linears):
         multiply_columns(linear, scale)
@@ -171,9 +184,9 @@ def _log_scale(histogram: Histogram, bits: int) -> Tensor:
 
 def _histogram(stats: Statistics | None, key: str, channels: int | None, bins: int = LEAST_BINS + 1) -> Histogram:
     """What was seen of an operand, by channel or of all together, with at least so many bins."""
-    seen = None if stats is None or key not in stats else stats[key]
+    seen = None if stats is None or key not in stats or stats[key].bins < bins else stats[key]
     if seen is not None and channels is None and seen.channels is not None:
         seen = seen.merged(torch.ones(seen.channels))
-    if seen is None or seen.channels != channels or seen.bins < bins:
+    if seen is None or seen.channels != channels:
         raise ValueError(f"no fitting statistics for {key!r}: they were collected for another recipe; calibrate with this one")
     return seen

@@ -59,8 +59,8 @@ class QuantLinear(CodedLinear):
     Buffers: qweight (int8 [N, K], or uint8 [N, ⌈K/2⌉] packed where weight_bits <= 4), weight_scale float32 [N],
     bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With G groups of input features
     (`vitq.quantizers.grid.Division`): as segments weight_scale is [G, N], and column_order int32 [K] is the feature of each column of
-    qweight; else weight_multiplier is int8 [G, N] and column_group uint8 [K]. Asymmetric weights have these too, of one group at least, and
-    weight_offset int8 [G, N].
+    qweight; else weight_multiplier is int8 [G, N] and column_group uint8, or int16 of many groups, [K]. Asymmetric weights have these
+    too, of one group at least, and weight_zero int8 [G, N].
     """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):

@@ -23,10 +23,13 @@ def smoothquant_scale(largest: Tensor, weights: Sequence[Tensor], alpha: float) 
 
 
 def clip_scale(largest: Tensor, top: float) -> Tensor:
-    """max(max|X_k| / c, 1), float64 [K], with c the value that a part `top` of the channels, and at least one, are above."""
-    ordered = largest.double().sort(descending=True).values
+    """max(max|X_k| / c, 1), float64 [K], with c the value that a part `top` of the channels that are not always zero, and at least one, are
+    above."""
+    ordered = largest[largest > 0].double().sort(descending=True).values
+    if not len(ordered):
+        return torch.ones_like(largest, dtype=torch.float64)
     clip = ordered[min(max(round(top * len(ordered)), 1), len(ordered) - 1)]
-    return (largest.double() / clip.clamp_min(torch.finfo(torch.float32).tiny)).clamp_min(1.0)
+    return (largest.double() / clip).clamp_min(1.0)
 
 
 @torch.no_grad()
