@@ -155,6 +155,20 @@ def test_the_first_schema_still_loads(model, saved) -> None:
     assert torch.equal(vitq.load(saved)(x), model(x))
 
 
+def test_asymmetric_weights_of_the_first_schema(tmp_path) -> None:
+    """They were stored as what is added to code · multiplier."""
+    model = build(depth=2)
+    quantized = convert(model, quick("w4a8", "qkv.weight.symmetric=false", "qkv.weight.segments=dual_uniform", "fc1.weight.symmetric=false"))
+    saved = vitq.save(quantized, tmp_path / "c", source={"model_kwargs": {"depth": 2}})
+    tensors, x = safetensors.torch.load_file(saved / "model.safetensors"), images(model)
+    names = [name for name in tensors if name.endswith(".weight_zero")]
+    for name in names:
+        stem = name.removesuffix("zero")
+        tensors[f"{stem}offset"] = -tensors.pop(name) * tensors[f"{stem}multiplier"]
+    _resign(saved, tensors, schema=1)
+    assert len(names) == 4 and torch.equal(vitq.load(saved)(x), quantized(x))
+
+
 def test_for_another_model(saved) -> None:
     _resign(saved, architecture="deit_small_patch16_224")
     with pytest.raises(vitq.CheckpointError, match="deit_small_patch16_224"):

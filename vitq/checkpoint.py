@@ -97,7 +97,8 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
     folder, device = Path(folder), pick_device(str(device or "cpu"))
     check_backend(backend, device)
     header = _read_header(folder)
-    tensors = _read_tensors(folder)
+    stored = _read_tensors(folder)
+    tensors = _of_today(stored) if header["schema"] == 1 else stored
     saved = _DTYPES.get(header["dtype"])
     if saved is None:
         raise CheckpointError(f"{folder / HEADER}: dtype must be one of {', '.join(_DTYPES)}, got {header['dtype']!r}")
@@ -106,7 +107,7 @@ def load(folder: str | os.PathLike, device: str | torch.device | None = None, ba
     model = _skeleton(header, float_dtype(dtype, device), backend)
     # First what is missing, by name; then the hash, which tells no more than that something changed.
     _check_same(folder, header, model, tensors)
-    if _digest({k: v for k, v in header.items() if k != "sha256"}, tensors) != header["sha256"]:
+    if _digest({k: v for k, v in header.items() if k != "sha256"}, stored) != header["sha256"]:
         raise CheckpointError(f"{folder} is damaged: its content does not match its SHA-256; save or copy it again")
     _fill(model, tensors)
     model.vitq.source, model.vitq.calibration, model.vitq.notes = header["source"], header["calibration"], header["notes"]
@@ -128,6 +129,17 @@ def _skeleton(header: dict[str, Any], dtype: torch.dtype, backend: str) -> nn.Mo
             return build(prepared, recipe, specs(prepared, recipe), dtype=dtype, backend=backend)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _of_today(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those of schema 1, which held -zero point · multiplier of an asymmetric weight's groups in place of the zero points."""
+    today = {}
+    for name, tensor in tensors.items():
+        if name.endswith(".weight_offset"):
+            stem = name.removesuffix("offset")
+            name, tensor = f"{stem}zero", -tensor.div(tensors[f"{stem}multiplier"], rounding_mode="trunc")
+        today[name] = tensor
+    return today
 
 
 def _library(header: dict[str, Any]) -> str:

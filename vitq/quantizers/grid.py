@@ -112,9 +112,8 @@ def weight_grid(weight: Tensor, spec: QuantSpec, weight_only: bool = False) -> W
 
 def share_scale(scale: Tensor, bits: int, symmetric: bool = True) -> tuple[Tensor, Tensor]:
     """The scales of G groups, [G, N] -> one a row, float32 [N], and multipliers int8 [G, N]: the row's largest scale gets the largest multiplier
-    with which every code is an int8, the others what comes nearest, or where multipliers are few and coarse, of asymmetric grids, what clips
-    nothing."""
+    with which every code is an int8, the others what comes nearest. (What clips nothing, the next larger one, serves SmolLM2-135M worse: 45.0 of
+    perplexity by rounding to nearest in place of 41.8.)"""
     largest = dual_uniform.largest_multiplier(bits, symmetric)
     shared = (scale.amax(0) / largest).float()
-    multiplier = (scale / shared).round() if symmetric else (scale / shared * (1 - 1e-6)).ceil()
-    return shared, multiplier.clamp(1, largest).to(torch.int8)
+    return shared, (scale / shared).round().clamp(1, largest).to(torch.int8)
