@@ -135,9 +135,9 @@ def _of_today(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those of schema 1, which held -zero point · multiplier of an asymmetric weight's groups in place of the zero points."""
     today = {}
     for name, tensor in tensors.items():
-        if name.endswith(".weight_offset"):
-            stem = name.removesuffix("offset")
-            name, tensor = f"{stem}zero", -tensor.div(tensors[f"{stem}multiplier"], rounding_mode="trunc")
+        stem = name.removesuffix("offset")
+        if name.endswith(".weight_offset") and (multiplier := tensors.get(f"{stem}multiplier")) is not None:
+            name, tensor = f"{stem}zero", -tensor.div(multiplier, rounding_mode="trunc")
         today[name] = tensor
     return today
 

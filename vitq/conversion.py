@@ -132,8 +132,7 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
             replace(model, site.name, QuantPatchConv(source, spec, dtype=dtype, backend=backend))
         else:
             out = torch.float32 if site.role == "head" else dtype
-            kind = WeightOnlyLinear if spec.weight_only else QuantLinear
-            replace(model, site.name, kind(source.in_features, source.out_features, spec, dtype=out, backend=backend))
+            replace(model, site.name, _coded(source, spec, out, backend))
     for site in prepared.attentions:
         replace(model, site.name, QuantAttention(model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv],
                                                  dtype=dtype, backend=backend))
@@ -162,6 +161,12 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
     model.__class__ = quantized_class(type(model), base)
     model.vitq = ModelInfo(recipe, roles, dict(notes or {}), floats, dtype, backend, stem=prepared.stem)
     return model
+
+
+def _coded(linear: nn.Linear, spec: LayerSpec, dtype: torch.dtype, backend: str) -> CodedLinear:
+    """The module that takes the linear's place, its buffers still empty."""
+    kind = WeightOnlyLinear if spec.weight_only else QuantLinear
+    return kind(linear.in_features, linear.out_features, spec, dtype=dtype, backend=backend)
 
 
 def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
@@ -196,8 +201,7 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     spec = recipe.resolve(role, role)
     if spec.is_float:
         raise ValueError(f"recipe {recipe.name!r} leaves role {role!r} in float")
-    kind = WeightOnlyLinear if spec.weight_only else QuantLinear
-    module = kind(linear.in_features, linear.out_features, spec, dtype=float_dtype(dtype, linear.weight.device), backend=backend)
+    module = _coded(linear, spec, float_dtype(dtype, linear.weight.device), backend)
     fmt = None
     if spec.input.dynamic and not spec.weight_only:
         fmt = ActivationFormat(spec.input.bits, dynamic=True)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.gram import GRAM_MEMORY, Gram, collect_grams
+from vitq.calib.histogram import LEAST_BINS, Histogram
 from vitq.calib.runner import fingerprint, heads_of, specs, transform_of
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
-from vitq.calib.histogram import LEAST_BINS, Histogram
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat, Columns
 from vitq.models.sites import LinearSite, Prepared
@@ -22,12 +22,9 @@ from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import LayerSpec, QuantSpec, Recipe
 from vitq.transforms.layernorm_fold import fold
-from vitq.transforms.smooth import clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
-
+from vitq.transforms.smooth import bounded_scale, clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
 
 log = logging.getLogger("vitq")
-# Of the rows of a linear layer that a transform divides, the least divisor as a part of the median one.
-LEAST_OF_ROWS = 1e-2
 
 
 @torch.no_grad()
@@ -155,8 +152,7 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
     if first.norm is not None:
         divide_norm(model.get_submodule(first.norm), scale)
     else:
-        # What those rows make is held in 16 bits before it is multiplied by what keeps it small.
-        scale = (scale / scale.median()).clamp_min(LEAST_OF_ROWS)
+        scale = bounded_scale(scale)
         divide_rows(model.get_submodule(first.rows[0]), first.rows[1], scale)
     for site, linear in zip(sites, linears):
         multiply_columns(linear, scale)

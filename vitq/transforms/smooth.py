@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 _LEAST = 1e-5  # of a maximum, as in SmoothQuant's code
+_LEAST_OF_ROWS = 1e-2  # of the median
 
 
 def smoothquant_scale(largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
@@ -30,6 +31,12 @@ def clip_scale(largest: Tensor, top: float) -> Tensor:
         return torch.ones_like(largest, dtype=torch.float64)
     clip = ordered[min(max(round(top * len(ordered)), 1), len(ordered) - 1)]
     return (largest.double() / clip).clamp_min(1.0)
+
+
+def bounded_scale(scale: Tensor) -> Tensor:
+    """`scale` [K] for `divide_rows`, around 1 and nowhere much below it: what the rows make is held in 16 bits before it is multiplied by what
+    keeps it small, a gate."""
+    return (scale / scale.median()).clamp_min(_LEAST_OF_ROWS)
 
 
 @torch.no_grad()
