@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows
+from vitq.cuda.layout import bits_of, pack_weight, pad_columns, permute_rows
 from vitq.formats import int_range, pack_int4
 
 
@@ -43,7 +43,7 @@ def case(name: str, op: str, make: Callable[[], dict[str, Any]], share: float = 
 
 
 def linear(m: int, n: int, k: int, *, bits: int = 8, input_bits: int = 8, out: torch.dtype = torch.float32, activation: str = "",
-           dynamic: bool = False, residual: torch.dtype | None = None, ends: tuple[int, ...] = (), zero: bool = False,
+           dynamic: bool = False, residual: torch.dtype | None = None, ends: tuple[int, ...] = (), shift: bool = False,
            fp: int = 0, out_bits: int = 8, bias: bool = True, extremes: bool = False, grouped: int = 0, inplace: bool = False,
            expanded: bool = False) -> dict[str, Any]:
     segments = max(len(ends), 1)
@@ -65,10 +65,8 @@ def linear(m: int, n: int, k: int, *, bits: int = 8, input_bits: int = 8, out: t
         result |= dict(out_scale=0.0173 if out_bits == 8 else 0.3, out_zero_point=-11 if out_bits == 8 else 2)
     if dynamic:
         result["row_scale"] = torch.rand(m, generator=generator(5)) + 0.3
-    if zero:
-        result |= dict(zero=pad_columns(randn(segments, n, seed=6) / sigma),
-                       row_sums=torch.randint(-9999, 9999, (m, segments), dtype=torch.int32,
-                                                                                                  generator=generator(7)))
+    if shift:
+        result |= dict(column_sums=pad_columns(randn(n, seed=6)), row_shift=randn(m, seed=7))
     if fp:
         weight_fp = permute_rows(randn(n, fp, seed=8).half() / 8)
         result |= dict(codes_fp=randn(m, fp, seed=9).half(), weight_fp=weight_fp)
@@ -124,16 +122,18 @@ for bits in (8, 4):
     for ends in ((), (64, 192), (32, 64, 96, 192)):
         name = f"linear w{bits} {len(ends) or 1} segments"
         case(name, "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e))
-        case(f"{name} zero", "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, zero=True))
-        case(f"{name} zero dynamic", "linear", lambda b=bits,
-             e=ends: linear(150, 100, 192, bits=b, ends=e, zero=True, dynamic=True))
-        case(f"{name} zero codes", "linear", lambda b=bits,
-             e=ends: linear(150, 100, 192, bits=b, ends=e, zero=True, out=torch.int8))
+        case(f"{name} shift", "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, shift=True))
+        case(f"{name} shift dynamic", "linear", lambda b=bits,
+             e=ends: linear(150, 100, 192, bits=b, ends=e, shift=True, dynamic=True))
+        case(f"{name} shift codes", "linear", lambda b=bits,
+             e=ends: linear(150, 100, 192, bits=b, ends=e, shift=True, dynamic=True, out=torch.int8))
         case(f"{name} gelu codes", "linear",
              lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, out=torch.int8, activation="gelu"), 1e-3)
+        case(f"{name} fp16 columns, shift, gelu codes", "linear", lambda b=bits, e=ends: linear(
+            150, 100, 192, bits=b, ends=e, fp=16, shift=True, dynamic=True, out=torch.int8, activation="gelu"), 2e-3)
         case(f"{name} fp16 columns", "linear", lambda b=bits, e=ends: linear(150, 100, 192, bits=b, ends=e, fp=32), 0, 1e-5)
-        case(f"{name} fp16 columns, zero, residual", "linear", lambda b=bits, e=ends: linear(
-            150, 100, 192, bits=b, ends=e, fp=16, zero=True, dynamic=True, out=torch.float16, residual=torch.float16), 0, 1e-3)
+        case(f"{name} fp16 columns, shift, residual", "linear", lambda b=bits, e=ends: linear(
+            150, 100, 192, bits=b, ends=e, fp=16, shift=True, dynamic=True, out=torch.float16, residual=torch.float16), 0, 1e-3)
 # As a ViT has them: static, symmetric, in whole vectors. A segment ends inside of a piece of 128, at its end, or several do.
 for ends in ((64, 384), (96, 384), (128, 384), (32, 160, 384), (352, 384), (160, 1024), (256, 300)):
     for out, activation in ((torch.int8, ""), (torch.int8, "gelu"), (torch.int8, "gelu_tanh"), (torch.float16, ""),
@@ -146,7 +146,13 @@ for out_bits in (2, 4, 7):
         for ends in ((), (64, 384)):
             case(f"linear {activation} w8 codes{out_bits} in vectors {ends}", "linear", lambda a=activation, b=out_bits, e=ends: linear(
                 330, 392, 384, ends=e, out=torch.int8, activation=a, out_bits=b), 1e-3 if activation else 0)
-case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), zero=True))
+# As QUIK has them: one integer segment, shifted rows and float16 columns, whole tiles and what is left over.
+for m, n, k, fp in ((300, 392, 1000, 64), (130, 520, 3840, 256), (7, 96, 544, 32), (257, 256, 128, 0), (1, 33, 96, 16)):
+    for bits in (8, 4):
+        for out in (torch.float16, torch.bfloat16, torch.float32):
+            case(f"linear mixed {m}x{n}x{k}+{fp} w{bits} {out}", "linear", lambda m=m, n=n, k=k, f=fp, b=bits, o=out: linear(
+                m, n, k, bits=b, fp=f, shift=True, dynamic=True, out=o, residual=o), 0, 1e-2 if out == torch.bfloat16 else 1e-3)
+case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), shift=True, dynamic=True))
 case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out=torch.int8))
 
 
@@ -219,7 +225,7 @@ for window in ((56, 56, 7, 7, 0, 0), (56, 56, 7, 7, 3, 3), (14, 14, 7, 7, 3, 3),
 
 
 def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = False, norm: str = "", affine: bool = True,
-         out: torch.dtype = torch.int8, residual: bool = False, order: int = 0, ends: tuple[int, ...] = (), sums: bool = False,
+         out: torch.dtype = torch.int8, residual: bool = False, order: int = 0, shift: bool = False,
          fp: int = 0, merge: bool = False, scale: float = 0.0311, zero_point: int = -7) -> dict[str, Any]:
     lead, k = x.shape[:-1], x.shape[-1]
     if merge:
@@ -228,8 +234,7 @@ def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = Fals
     shape = (*lead, (width + 1) // 2 if packed else width)
     result: dict[str, Any] = dict(
         out=torch.zeros(shape, dtype=torch.uint8 if packed else out), x=x, norm=norm, eps=1e-6, bits=bits,
-        scale=scale if bits == 8 else 0.4, zero_point=0 if dynamic else zero_point if bits == 8 else 2, merge=merge,
-        segment_ends=list(ends))
+        scale=scale if bits == 8 else 0.4, zero_point=0 if dynamic else zero_point if bits == 8 else 2, merge=merge)
     if norm and affine:
         result["weight"] = randn(k, seed=3) + 1
         result |= dict(bias=randn(k, seed=4)) if norm == "layer_norm" else {}
@@ -241,8 +246,10 @@ def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = Fals
         result["order"][1::7] = -1
     if dynamic:
         result["row_scale"] = torch.zeros(m)
-    if sums:
-        result["row_sums"] = torch.zeros(m, max(len(ends), 1), dtype=torch.int32)
+    if shift:
+        result |= dict(row_scale=torch.zeros(m), row_shift=torch.zeros(m))
+    if order and "row_scale" in result:
+        result["counted"] = bits_of(result["order"], k)
     if fp:
         result |= dict(fp_order=torch.tensor([*range(0, 3 * fp, 3)][: fp - 1] + [-1], dtype=torch.int32).clamp_max(k - 1),
                        fp_out=torch.zeros(m, fp, dtype=torch.float16))
@@ -281,7 +288,8 @@ for kind, make in INPUTS.items():
                 source.shape, source.stride(), dtype=dtype).copy_(source)
 
         for name, options in {"static": {}, "static4": {"bits": 4}, "dynamic": {"dynamic": True},
-                              "dynamic4": {"dynamic": True, "bits": 4}}.items():
+                              "dynamic4": {"dynamic": True, "bits": 4}, "asymmetric": {"dynamic": True, "shift": True},
+                              "asymmetric4": {"dynamic": True, "shift": True, "bits": 4}}.items():
             case(f"rows {kind} {dtype} {name}", "rows", lambda x=x, o=options: rows(x(), **o))
         case(f"rows {kind} {dtype} packed", "rows", lambda x=x: rows(x(), bits=4, packed=True))
         case(f"rows {kind} {dtype} norm", "rows", lambda x=x: rows(x(), norm="layer_norm"), 1e-3)
@@ -292,18 +300,15 @@ for kind, make in INPUTS.items():
              1e-5 if dtype == torch.float32 else 1e-2)
         case(f"rows {kind} {dtype} residual norm", "rows", lambda x=x: rows(x(), norm="layer_norm", affine=False, residual=True),
              1e-3)
-for k, order, ends in ((96, 96, (32, 96)), (200, 256, (64, 128, 256)), (77, 64, ()), (768, 768, (96, 768)), (40, 70, ())):
-    for dynamic in (False, True):
+for k, order in ((96, 96), (200, 256), (77, 64), (768, 768), (40, 70), (4096, 3840), (5003, 4800)):
+    for dynamic, shift in ((False, False), (True, False), (True, True)):
         for norm in ("", "layer_norm"):
-            case(f"rows {k} -> {order} in {ends} dynamic {dynamic} norm {norm}", "rows", lambda k=k, o=order, e=ends, d=dynamic,
-                 n=norm: rows(
-                awkward(23, k).half(), order=o, ends=e, sums=True, dynamic=d, norm=n, fp=16 if k > 60 else 0),
-                1e-3 if norm else 0, 1e-5)
+            case(f"rows {k} -> {order} dynamic {dynamic} shift {shift} norm {norm}", "rows", lambda k=k, o=order, d=dynamic, s=shift,
+                 n=norm: rows(awkward(23, k).half(), order=o, dynamic=d, shift=s, norm=n, bits=4 if s else 8, fp=16 if k > 60 else 0),
+                 1e-3 if norm else 0, 1e-5)
 # Many rows, so that each group of lanes reorders several at once.
 for m, k in ((40000, 96), (20000, 384), (9000, 768), (9000, 1024)):
-    for sums in (False, True):
-        case(f"rows {m} x {k} ordered, sums {sums}", "rows", lambda m=m, k=k, s=sums: rows(
-            awkward(m, k).half(), order=k, ends=(32, k), sums=s, norm="layer_norm"), 1e-3)
+    case(f"rows {m} x {k} ordered", "rows", lambda m=m, k=k: rows(awkward(m, k).half(), order=k, norm="layer_norm"), 1e-3)
 for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
     for dynamic in (False, True):
         case(f"rows merge {shape} dynamic {dynamic}", "rows",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,7 +13,6 @@ from vitq.calib.gram import GRAM_MEMORY, gram_of
 from vitq.calib.runner import check_calibration, collect, limited
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
-from vitq.formats import ActivationFormat
 from vitq.models import Prepared, prepare
 from vitq.models.attention import RelativePositionBias
 from vitq.models.adapter import is_plain_layer_norm, replace
@@ -201,19 +201,20 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     spec = recipe.resolve(role, role)
     if spec.is_float:
         raise ValueError(f"recipe {recipe.name!r} leaves role {role!r} in float")
-    module = _coded(linear, spec, float_dtype(dtype, linear.weight.device), backend)
     fmt = None
-    if spec.input.dynamic and not spec.weight_only:
-        fmt = ActivationFormat(spec.input.bits, dynamic=True)
-    elif not spec.weight_only:
-        if sample is None:
-            raise ValueError(f"recipe {recipe.name!r} is static: give sample=, activations to measure the range on")
+    if not spec.weight_only:
+        if sample is None and (not spec.input.dynamic or spec.input.outliers):
+            what = "has float16 columns" if spec.input.dynamic else "is static"
+            raise ValueError(f"recipe {recipe.name!r} {what}: give sample=, activations to measure ranges on")
         fmt = observed_format(sample, spec.input)
+        if spec.input.outliers and fmt.columns is None:  # all below the threshold
+            spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, outliers=0))
     gram = None
     if recipe.needs_inputs:
         if sample is None:
             raise ValueError(f"recipe {recipe.name!r} solves by {recipe.solver!r}: give sample=, activations to look at")
         gram = gram_of(sample.to(linear.weight.device), fmt)
+    module = _coded(linear, spec, float_dtype(dtype, linear.weight.device), backend)
     module.set_params(linear_params(linear, spec, recipe, fmt, gram))
     module = module.to(linear.weight.device)
     pack_all(module)

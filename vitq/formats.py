@@ -60,17 +60,17 @@ def unpack_int4(packed: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class QTensor:
-    """Integer codes and what turns them back into numbers: ``(codes - zero_point) * scale``.
+    """Integer codes and what turns them back into numbers: ``(codes - zero_point) * scale + shift``.
 
     codes: int8, or uint8 whose codes are the signed ones + 128 with ``zero_point`` shifted alike. scale: float32, broadcastable to codes (a
-    scalar, or one a row [..., 1]). zero_point: one integer. What only some layers read, as :class:`Columns` asks for it: row_sums, int32
-    [..., segments], the sums of each row's signed codes; fp, float16 [..., F], the features that were not quantized.
+    scalar, or one a row [..., 1]). zero_point: one integer. shift: float32 [..., 1] of dynamic asymmetric codes, else None. fp: float16 [..., F],
+    the features that were not quantized, where :class:`Columns` names some.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: int = 0
-    row_sums: Tensor | None = None
+    shift: Tensor | None = None
     fp: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -88,7 +88,8 @@ class QTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The numbers, computed in float32 and cast last."""
-        return ((self.codes.float() - self.zero_point) * self.scale).to(dtype)
+        numbers = (self.codes.float() - self.zero_point) * self.scale
+        return (numbers if self.shift is None else numbers + self.shift).to(dtype)
 
     @property
     def shape(self) -> torch.Size:
@@ -105,13 +106,12 @@ class Columns:
 
     order: int32 [K'], the feature of each column, or -1 for a column that holds the value 0; None: in order. segment_ends: where the ordered
     ranges of columns end that have weight scales of their own, multiples of 32 but for the last, K'; (): one range. fp: int32 [F], features
-    that stay float16. row_sums: whether the sums of a row's codes are wanted, as a weight with a zero point needs them.
+    that stay float16.
     """
 
     order: Tensor | None = None
     segment_ends: tuple[int, ...] = ()
     fp: Tensor | None = None
-    row_sums: bool = False
 
     def __post_init__(self) -> None:
         inner, ends = self.segment_ends[:-1], self.segment_ends
@@ -126,7 +126,7 @@ class Columns:
     def to(self, device: torch.device) -> Columns:
         """The same with its tensors on a device."""
         order, fp = (None if t is None else t.to(device) for t in (self.order, self.fp))
-        return Columns(order, self.segment_ends, fp, self.row_sums)
+        return Columns(order, self.segment_ends, fp)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +134,8 @@ class ActivationFormat:
     """How one activation operand is quantized, once chosen. Simulation and executed modules both read this.
 
     static: ``scale`` and ``zero_point`` are given (numbers or 0-d tensors; [H] where each attention head has its own) and kept as float32 and
-    int32 tensors of one shape, 0-d or [H]. dynamic: one symmetric scale a token, found at run time, so both are None. ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
+    int32 tensors of one shape, 0-d or [H]. dynamic: one scale a token, found at run time, so both are None; ``symmetric=False`` of these: a
+    shift a token too, a float, so that the codes span the token's own range (QUIK). ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
     ``columns`` is None where the codes are the features in order.
     """
 
@@ -144,9 +145,12 @@ class ActivationFormat:
     zero_point: int | Tensor | None = None
     signed: bool = True
     columns: Columns | None = None
+    symmetric: bool = True
 
     def __post_init__(self) -> None:
         int_range(self.bits, self.signed)
+        if not self.symmetric and not (self.dynamic and self.signed):
+            raise ValueError("ActivationFormat: symmetric=False is for signed dynamic formats; a static one says it by its zero point")
         if self.dynamic:
             if self.scale is not None or self.zero_point is not None:
                 raise ValueError("ActivationFormat: a dynamic format finds its scale at run time; leave scale and zero_point out")

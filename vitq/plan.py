@@ -13,18 +13,17 @@ from vitq.recipe import LayerSpec, Recipe
 
 @dataclass(frozen=True)
 class LinearParams:
-    """A linear layer in integers: y = Σ_s Σ_{k in s} (qx − zx)·sx · (qw − zw_s)·sw_s + Σ_f x_f·w_f + b.
+    """A linear layer in integers: y = Σ_s Σ_{k in s} ((qx − zx)·sx + shift) · qw·sw_s + Σ_f x_f·w_f + b.
 
     codes: int8 [N, K], within the range of `weight_bits`; weight_scale: float32 [N], per output channel;
     bias: float32 [N] or None, without any zero-point term (kernels fold that in when they pack).
 
     `input.columns` says which features the K columns hold and where their segments s end, K then counting columns, those
-    of the value 0 too (their weights are 0). With S segments weight_scale is [S, N]. weight_zero: int32, as weight_scale, for
-    asymmetric weights (the input then carries row sums), else None. weight_fp: float16 [N, F], for the features kept in float16.
+    of the value 0 too (their weights are 0). With S segments weight_scale is [S, N]. weight_fp: float16 [N, F], for the features kept in float16.
 
     Without segments columns may have groups: column_group, uint8 or int16 [K], is that of each. Up to 4 bits, with weight_multiplier int8
-    [G, N], a grid of two levels: what is multiplied is (code − weight_zero) · multiplier, an int8 too, so that zero points, int32 [G, N], need
-    no row sums, and weight_scale [N] is that of one step of the multiplier.
+    [G, N], a grid of two levels: what is multiplied is (code − weight_zero) · multiplier, an int8 too, with zero points int32 [G, N], and
+    weight_scale [N] is that of one step of the multiplier. Without multipliers weight_zero, int32 as weight_scale, is for simulation alone.
 
     input None: the layer reads floats, y = Σ_k x · (qw − zw)·sw + b, and with groups weight_scale and weight_zero are [G, N].
     """
@@ -56,13 +55,8 @@ class LinearParams:
 
     @property
     def plain(self) -> bool:
-        """One segment of all features in order, no row sums: what every kernel takes."""
-        return self.input.columns is None and not self.needs_row_sums and self.weight_fp is None
-
-    @property
-    def needs_row_sums(self) -> bool:
-        """Whether zero points of the weight are met by the sums of the input's codes."""
-        return self.weight_zero is not None and self.weight_multiplier is None
+        """One segment of all features in order, rows without shifts: what every kernel takes."""
+        return self.input.columns is None and self.input.symmetric
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,9 @@ __all__ = ["FLOAT_BITS", "LINEAR_ROLES", "MATMUL_ROLES", "OPERANDS", "ROLES", "S
 class QuantSpec:
     """How one operand is quantized. ``bits`` is 2..8, or 16 for floating point (the other fields then say nothing). ``segments``: of a weight,
     whether its input features are divided into ranges that have scales of their own, and how. ``levels``: of attention probabilities, uniform, or
-    powers of √2 for simulation. ``group_size``: of a weight with granularity per_group, the input features of a group."""
+    powers of √2 for simulation. ``group_size``: of a weight with granularity per_group, the input features of a group. ``outliers``: of a linear
+    layer's input, how many features with the largest values stay in float16, at most the part ``outlier_limit`` of them all; none where no value
+    exceeds ``outlier_threshold``."""
 
     bits: int = 8
     symmetric: bool = True
@@ -39,6 +41,9 @@ class QuantSpec:
     segments: str = "one"
     levels: str = "uniform"
     group_size: int = 128
+    outliers: int = 0
+    outlier_limit: float = 0.0625
+    outlier_threshold: float = 0.0
 
     def __post_init__(self) -> None:
         checks.check_fields({f.name: getattr(self, f.name) for f in fields(self)}, "QuantSpec")
@@ -154,12 +159,15 @@ class Recipe:
                     sources.update({(operand, key): f"rules[{i}].{operand}.{key}" for key in given})
             specs[operand] = spec
         checks.check_layer(role if name is None else f"{name} ({role})", role, specs, sources, self.execution == "simulated")
+        if "layernorm_fold" in self.transforms and specs["input"].outliers and not specs["input"].dynamic and specs["input"].bits != FLOAT_BITS:
+            raise ValueError(f"{sources[('input', 'outliers')]}: {specs['input'].outliers} with the transform layernorm_fold, after which all "
+                             "channels have one range; allowed: 0, or dynamic: true")
         return LayerSpec(**specs)
 
     @property
     def is_static(self) -> bool:
-        """Whether statistics of activations are needed: some layer's have a static scale, or a transform looks at them. A rule by name counts as
-        if its layers exist."""
+        """Whether statistics of activations are needed: some layer's have a static scale or outliers, or a transform looks at them. A rule by
+        name counts as if its layers exist."""
         if self.transforms and self.transforms[0] != "layernorm_fold":
             return True
         named = [i for i, rule in enumerate(self.rules) if rule.names]
@@ -170,7 +178,8 @@ class Recipe:
                     layer = self._resolve(role, None, rules)
                 except ValueError:
                     continue  # rules by name that never meet on one layer
-                if not layer.is_float and any(s is not None and s.bits != FLOAT_BITS and not s.dynamic for s in (layer.input, layer.other)):
+                if not layer.is_float and any(s is not None and s.bits != FLOAT_BITS and (not s.dynamic or s.outliers)
+                                              for s in (layer.input, layer.other)):
                     return True
         return False
 

@@ -89,6 +89,21 @@ def _check_group_size(value: Any, key: str) -> None:
         raise ValueError(f"{key}: {value}; allowed: multiples of 32, the steps of the kernels")
 
 
+def _check_outliers(value: Any, key: str) -> None:
+    check_type(value, int, key, "a number of features, 0 for none")
+    if value < 0:
+        raise ValueError(f"{key}: {value}; allowed: 0 (none) or more features")
+
+
+def _check_number(least: float, most: float) -> Callable[[Any, str], None]:
+    def check(value: Any, key: str) -> None:
+        check_type(value, (int, float), key, "a number")
+        if isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{key}: {value!r}; allowed: {least:g} to {most:g}")
+
+    return check
+
+
 FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "bits": _check_bits,
     "symmetric": lambda value, key: check_type(value, bool, key, "true or false"),
@@ -97,6 +112,9 @@ FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "observer": lambda value, key: check_choice(value, OBSERVERS, key),
     "segments": lambda value, key: check_choice(value, SEGMENTS, key),
     "group_size": _check_group_size,
+    "outliers": _check_outliers,
+    "outlier_limit": _check_number(0.0, 0.5),
+    "outlier_threshold": _check_number(0.0, 1e30),
     "levels": lambda value, key: check_choice(value, LEVELS, key),
 }
 
@@ -181,6 +199,8 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
         spec = specs[operand]
         if spec.bits == FLOAT_BITS:
             continue
+        if spec.outliers and (operand != "input" or role in MATMUL_ROLES or role == "patch_embed"):
+            refuse(operand, "outliers", "features in float16 are those of a linear layer's input; 0")
         if operand == "weight":
             if spec.dynamic:
                 refuse(operand, "dynamic", "weights are static: false")
@@ -222,8 +242,8 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
         if spec.granularity not in wanted:
             what = "dynamic activations" if spec.dynamic else "q, k and v" if role in MATMUL_ROLES else "static activations"
             refuse(operand, "granularity", f"allowed for {what}: {', '.join(wanted)}" + ("" if spec.dynamic else " (per_token needs dynamic: true)"))
-        if not spec.symmetric and spec.dynamic:
-            refuse(operand, "symmetric", "allowed for dynamic activations: true")
+        if not spec.symmetric and spec.dynamic and role in MATMUL_ROLES:
+            refuse(operand, "symmetric", "allowed for dynamic q, k, v and probabilities: true")
     if role in MATMUL_ROLES:
         return
     if specs["weight"].bits == FLOAT_BITS and specs["input"].bits != FLOAT_BITS:

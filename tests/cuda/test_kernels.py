@@ -96,7 +96,7 @@ def to_device(x):
     if x is None or isinstance(x, int):
         return x
     if isinstance(x, QTensor):
-        return QTensor(*(to_device(t) for t in (x.codes, x.scale, x.zero_point, x.row_sums, x.fp)))
+        return QTensor(*(to_device(t) for t in (x.codes, x.scale, x.zero_point, x.shift, x.fp)))
     if not isinstance(x, Tensor) or device() == CPU:
         return x
     # strides are part of several tests, and Tensor.to keeps them only for dense tensors
@@ -441,37 +441,39 @@ def test_attention_flat_and_peaked(spread):
 
 # several segments, columns in another order, float16 columns ---------------------------------------------------------------
 
-def columns_case(k: int, n: int, ends: tuple[int, ...], *, fp: int = 0, dynamic: bool = False, bits: int = 4, zero: bool = True,
+def columns_case(k: int, n: int, ends: tuple[int, ...], *, fp: int = 0, dynamic: bool = False, bits: int = 4, symmetric: bool = True,
                  output=None):
-    """A linear layer whose columns are permuted, with a few that hold nothing, and asymmetric weights."""
+    """A linear layer whose columns are permuted, with a few that hold nothing."""
     order = torch.full((ends[-1],), -1, dtype=torch.int32)
     features = torch.randperm(k)
     kept, floats = features[fp:], features[:fp]
     order[torch.randperm(ends[-1])[: len(kept)]] = kept.to(torch.int32)
-    columns = Columns(order, ends, floats.to(torch.int32) if fp else None, row_sums=zero)
-    fmt = ActivationFormat(8, dynamic=True, columns=columns) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21,
+    columns = Columns(order, ends, floats.to(torch.int32) if fp else None)
+    fmt = ActivationFormat(8, dynamic=True, columns=columns, symmetric=symmetric) if dynamic else ActivationFormat(8, scale=0.03, zero_point=-21,
                                                                                               columns=columns)
     weight = codes(n, ends[-1], bits=bits).masked_fill(order < 0, 0)
     s = len(ends)
     params = LinearParams(weight, bits, (torch.rand(s, n) + 0.1) / k**0.5 / 2 ** (bits - 2), torch.randn(n), fmt,
-                          torch.randint(-5, 6, (s, n), dtype=torch.int32) if zero else None,
-                          (torch.randn(n, fp) / 8).half() if fp else None)
+                          weight_fp=(torch.randn(n, fp) / 8).half() if fp else None)
     return LinearSpec(params, None, output)
 
 
 def exact_columns(spec: LinearSpec, x: Tensor) -> Tensor:
-    """float64, from dequantized operands: nothing here knows of row sums or folded zero points."""
+    """float64, from dequantized operands: nothing here knows of column sums or folded zero points."""
     params, columns = spec.params, spec.params.input.columns
-    scale = x[:, columns.order.clamp_min(0).long()].masked_fill(columns.order < 0, 0).abs().amax(1, keepdim=True) / 127 \
-        if params.input.dynamic else params.input.scale
-    zero = 0 if params.input.dynamic else int(params.input.zero_point)
+    used = x[:, columns.order[columns.order >= 0].long()]
+    scale, zero, shift = params.input.scale, params.input.zero_point, 0.0
+    if params.input.dynamic:
+        scale, zero = used.abs().amax(1, keepdim=True) / 127, 0
+    if not params.input.symmetric:
+        scale = (used.amax(1, keepdim=True) - used.amin(1, keepdim=True)) / 255
+        shift = used.amin(1, keepdim=True) + 128 * scale
     y, start = params.bias.double().expand(len(x), -1), 0
     for s, end in enumerate(columns.segment_ends):
         for j in range(start, end):
             if (feature := int(columns.order[j])) >= 0:
-                q = ((x[:, feature : feature + 1] / scale).round() + zero).clamp(-128, 127) - zero
-                weight = params.codes[:, j].double() - (0 if params.weight_zero is None else params.weight_zero[s].double())
-                y = y + q.double() * scale * weight * params.weight_scale[s].double()
+                q = (((x[:, feature : feature + 1] - shift) / scale).round() + zero).clamp(-128, 127) - zero
+                y = y + (q.double() * scale + shift) * params.codes[:, j].double() * params.weight_scale[s].double()
         start = end
     if params.weight_fp is not None:
         y = y + x[:, columns.fp.long()].half().double() @ params.weight_fp.double().T
@@ -479,31 +481,30 @@ def exact_columns(spec: LinearSpec, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("fp", [0, 5])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic, symmetric", [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("ends", [(96,), (32, 96), (64, 75)], ids=str)
-def test_the_reference_of_segments_is_the_sum_of_products(ends, dynamic, fp):
+def test_the_reference_of_segments_is_the_sum_of_products(ends, dynamic, symmetric, fp):
     torch.manual_seed(0)
-    spec, x = columns_case(70, 37, ends, dynamic=dynamic, fp=fp), torch.randn(20, 70)
+    spec, x = columns_case(70, 37, ends, dynamic=dynamic, symmetric=symmetric, fp=fp), torch.randn(20, 70) + 0.7
     q = reference("quantize", spec.params.input, x)
     torch.testing.assert_close(reference("linear", spec, q, dtype=torch.float32).double(), exact_columns(spec, x), rtol=1e-4,
                                atol=1e-4)
 
 
 @on_gpu
-@pytest.mark.parametrize("zero", [False, True])
 @pytest.mark.parametrize("bits, fp", [(4, 0), (8, 0), (4, 5), (8, 16)])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic, symmetric", [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("ends", [(96,), (32, 96), (64, 75)], ids=str)
-def test_segments(ends, dynamic, bits, fp, zero):
-    """Quantized in order, multiplied: int + int with a zero point each, int + fp16 columns."""
+def test_segments(ends, dynamic, symmetric, bits, fp):
+    """Quantized in order, multiplied: int + int, int + fp16 columns, rows with shifts."""
     torch.manual_seed(0)
-    spec, x = columns_case(70, 37, ends, dynamic=dynamic, bits=bits, fp=fp, zero=zero), torch.randn(2, 30, 70).half()
+    spec, x = columns_case(70, 37, ends, dynamic=dynamic, bits=bits, fp=fp, symmetric=symmetric), torch.randn(2, 30, 70).half()
     if STATE["which"] == "fallback":
         assert "segments" in chosen("linear").supports(spec)
         return
     want, got = reference("quantize", spec.params.input, x), cuda("quantize", spec.params.input, to_device(x))
     assert_same_codes(got, want)
-    for name in ("scale", "row_sums", "fp"):
+    for name in ("scale", "shift", "fp"):
         a, b = getattr(got, name), getattr(want, name)
         assert b is None and a is None or torch.equal(a.cpu()[..., : b.shape[-1]] if b.ndim else a.cpu(), b)
     want, got = reference("linear", spec, want, dtype=torch.float32), cuda("linear", spec, got, dtype=torch.float32).cpu()

@@ -254,7 +254,7 @@ REFUSED = {
         ({"weight": torch.zeros(40, 64, dtype=torch.int8)}, "layout.pack_weight"), ({"weight_bits": 5}, "weight_bits is 5"),
         ({"scale": torch.ones(40)}, "scale is [40]"), ({"bias": torch.zeros(64).half()}, "bias is torch.float16"),
         ({"activation": "silu"}, "'silu'"), ({"segment_ends": [20, 64]}, "segment_ends is [20, 64]"),
-        ({"row_sums": torch.zeros(8, 1, dtype=torch.int32)}, "row_sums is given alone"),
+        ({"row_shift": torch.zeros(8)}, "row_shift is given alone"),
         ({"residual": torch.zeros(8, 39)}, "[8, 39]"), ({"out_bits": 9}, "2 to 8 bits"),
         ({"out": torch.zeros(8, 40, dtype=torch.int8), "residual": torch.zeros(8, 40)}, "residual is given"),
         ({"codes_fp": torch.zeros(8, 16).half()}, "codes_fp is given alone")],
@@ -268,7 +268,9 @@ REFUSED = {
         ({"x": torch.zeros(4, 8, dtype=torch.int32)}, "x is torch.int32"), ({"x": torch.zeros(8, 4).t()}, "contiguous columns"),
         ({"norm": "batch"}, "'batch'"), ({"out": torch.zeros(4, 9, dtype=torch.int8)}, "out is [4, 9]"),
         ({"out": torch.zeros(4, 8)}, "float result of a norm"), ({"scale": 0.0}, "scale is 0.0"), ({"bits": 1}, "2 to 8 bits"),
-        ({"weight": torch.zeros(7)}, "weight is torch.float32 [7]"), ({"segment_ends": [4]}, "segment_ends is [4]"),
+        ({"weight": torch.zeros(7)}, "weight is torch.float32 [7]"), ({"row_shift": torch.zeros(4)}, "row_shift is given without row_scale"),
+        ({"counted": torch.zeros(1, dtype=torch.uint8)}, "counted is given"),
+        ({"row_scale": torch.zeros(4), "order": torch.arange(8, dtype=torch.int32)}, "counted is None"),
         ({"row_scale": torch.zeros(3)}, "row_scale is"),
         ({"fp_order": torch.zeros(2, dtype=torch.int32)}, "fp_order is given alone"), ({"merge": True}, "[.., H, W, C]"),
         ({"residual": torch.zeros(4, 7)}, "residual is")],
@@ -337,7 +339,7 @@ def test_the_struct_of_linear(launched: list) -> None:
     from vitq.cuda import ops
 
     arguments = linear(68, 37, 70, out=torch.float16, residual=torch.float16, grouped=17, expanded=True, bits=4, ends=(64, 70),
-                       zero=True, fp=16)
+                       shift=True, fp=16)
     ops._linear(**arguments, config="sm90:3")
     (function, s), = launched
     assert (function, s.config) == ("vitq_linear_sm90", 3)
@@ -346,7 +348,8 @@ def test_the_struct_of_linear(launched: list) -> None:
     assert (s.lda, s.lda_fp, s.k_fp, s.rows_per_group) == (arguments["codes"].stride(0), 16, 16, 17)
     assert (s.out.data, s.out.row_stride, s.out.group_stride, s.out.dtype) == (arguments["out"].data_ptr(), 37, 18 * 37, 1)
     assert (s.residual.row_stride, s.residual.group_stride) == (37, 0)
-    assert (s.scale, s.zero, s.bias) == tuple(arguments[n].data_ptr() for n in ("scale", "zero", "bias")) and s.row_scale is None
+    assert (s.scale, s.column_sums, s.row_shift, s.bias) == tuple(
+        arguments[n].data_ptr() for n in ("scale", "column_sums", "row_shift", "bias")) and s.row_scale is None
     with pytest.raises(ValueError, match="sm90:3"):
         ops._linear(**arguments, config="sm100")
 
@@ -355,11 +358,11 @@ def test_the_struct_of_rows(launched: list) -> None:
     from vitq.cuda import ops
 
     x = torch.zeros(4, 17, 96).half()[:, 1:]
-    ops._rows(**rows(x, norm="layer_norm", order=64, dynamic=True, sums=True, ends=(32, 64)))
+    ops._rows(**rows(x, norm="layer_norm", order=64, dynamic=True, shift=True, fp=16))
     s = launched[0][1]
     assert (s.m, s.columns, s.rows_per_group, s.x.row_stride, s.x.group_stride, s.x.dtype) == (64, 96, 16, 96, 17 * 96, 1)
-    assert (s.out_columns, s.out_stride, s.segments, list(s.segment_ends)[:2], s.norm, s.qmin, s.qmax) == (64, 64, 2, [32, 64], 1,
-                                                                                                           -128, 127)
+    assert (s.out_columns, s.out_stride, s.fp_columns, s.norm, s.qmin, s.qmax) == (64, 64, 16, 1, -128, 127)
+    assert s.row_scale and s.row_shift and s.fp_out
     ops._rows(**rows(torch.zeros(2, 7, 5, 8), merge=True))
     s = launched[1][1]
     assert (s.m, s.columns, s.merge_height, s.merge_width) == (2 * 4 * 3, 32, 7, 5)

@@ -20,7 +20,7 @@ VIT = [Case(m, n, k, codes=codes, activation=activation, residual=not codes)
                                        (384, 1536, False, ""), (2304, 768, True, ""), (768, 3072, False, ""),
                                        (3072, 1024, True, "gelu"))]
 ODD = [Case(1, 10, 48), Case(3, 1, 5), Case(12544, 96, 48), Case(8192, 8192, 8192, codes=True), Case(50, 1000, 384),
-       Case(300, 100, 192, segments=2, zero=True), Case(300, 1152, 384, segments=2, codes=True), Case(300, 100, 192, fp=32), Case(300, 100, 96, activation="gelu")]
+       Case(300, 100, 192, segments=2, shift=True), Case(2048, 4096, 3840, fp=256, shift=True), Case(300, 1152, 384, segments=2, codes=True), Case(300, 100, 192, fp=32), Case(300, 100, 96, activation="gelu")]
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_the_table_of_tiles_is_the_sources() -> None:
         (t.index, t.columns, t.groups, t.pieces, t.resident) for t in tuning.TILES[90]]
     ampere = re.search(r"constexpr Tile TILES\[\] = \{(.*?)\n\};", (folder / "gemm_sm80.cuh").read_text(), re.DOTALL)[1]
     assert len(re.findall(r"^ *\{", ampere, re.MULTILINE)) == len(tuning.TILES[80])
-    for source, fits in (("segments", Case(9, 64, 64, segments=2)), ("act_float", Case(9, 64, 64, activation="gelu"))):
+    for source, fits in (("segments", Case(9, 64, 64, segments=2)), ("mixed", Case(9, 64, 64, fp=16)), ("act_float", Case(9, 64, 64, activation="gelu"))):
         cases = re.findall(r"case (\d+): return launch<", (folder / f"gemm_sm90_{source}.cu").read_text())
         assert [int(i) for i in cases] == [t.index for t in tuning.TILES[90] if t.fits(fits)]
 
@@ -141,12 +141,12 @@ def test_names() -> None:
     for wrong in ("", "sm90", "sm70:1", "sm90:x", "sm90:-1"):
         with pytest.raises(ValueError, match="such as 'sm90:3'"):
             tuning.split(wrong)
-    assert Case(1, 2, 3, 4, 8, 2, 16, True, True, "gelu").key == "2x3 w4a8 codes gelu 2segments fp16 zero"
+    assert Case(1, 2, 3, 4, 8, 2, 16, True, True, "gelu").key == "2x3 w4a8 codes gelu 2segments fp16 shift"
 
 
 @pytest.mark.parametrize("case",
                          [Case(64, 96, 70), Case(64, 96, 70, weight_bits=4), Case(64, 96, 70, weight_bits=4, input_bits=4),
-                                  Case(64, 37, 192, segments=2, zero=True, fp=16, residual=True),
+                                  Case(64, 37, 192, segments=2, shift=True, fp=16, residual=True),
                                   Case(5, 40, 64, codes=True, activation="gelu")], ids=str)
 def test_examples_are_valid_arguments(case: Case) -> None:
     torch.ops.vitq.linear(**tuning.example(case, torch.device("cpu")))

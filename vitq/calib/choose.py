@@ -19,8 +19,9 @@ from vitq.formats import ActivationFormat, Columns
 from vitq.models.sites import LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
 from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
+from vitq.quantizers.outliers import outlier_columns, outlier_count
 from vitq.quantizers.uniform import scale_and_zero
-from vitq.recipe import LayerSpec, QuantSpec, Recipe
+from vitq.recipe import LayerSpec, QuantSpec, Recipe, Rule
 from vitq.transforms.layernorm_fold import fold
 from vitq.transforms.smooth import bounded_scale, clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
 
@@ -43,6 +44,7 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     formats: dict[str, ActivationFormat | None] = {}
     for sites in prepared.input_groups():
         formats.update(_input_formats(prepared.model, sites, recipe, stats, plan))
+    _record_thresholds(prepared, plan, formats)
     if recipe.transforms and not plan.notes:
         log.warning("recipe %r: the transform %s found no layer to change: none has an integer input behind a norm with a weight", recipe.name,
                     recipe.transforms[0])
@@ -71,7 +73,12 @@ def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_form
     """Codes of one linear (or patch convolution) by the recipe's solver. Raises ValueError for NaN or infinite weights."""
     weight = module.weight.detach().float().flatten(1)
     bias = None if module.bias is None else module.bias.detach().float().clone()
-    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options, spec.weight_only))
+    columns, kept = None if input_format is None else input_format.columns, None
+    if columns is not None:
+        weight, kept = weight[:, columns.order.long()], weight[:, columns.fp.long()]
+        gram = None if gram is None else gram.ordered(torch.cat((columns.order, columns.fp)))
+    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options, spec.weight_only, kept))
+    weight_fp = None if solution.kept is None else solution.kept.half()
     codes, grid, bits = solution.codes, solution.grid, spec.weight.bits
     if spec.weight_only:
         return LinearParams(codes, bits, grid.scale, solution.bias, None, weight_zero=grid.zero_point, column_group=grid.group)
@@ -80,21 +87,29 @@ def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_form
         if multiplier is None:
             multiplier, group = torch.ones_like(grid.scale, dtype=torch.int8)[None], torch.zeros_like(codes[0], dtype=torch.uint8)
             zero_point = grid.zero_point[None]
-        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_zero=zero_point, weight_multiplier=multiplier,
-                            column_group=group)
+        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_zero=zero_point, weight_fp=weight_fp,
+                            weight_multiplier=multiplier, column_group=group)
     if grid.group is None:
-        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_zero=grid.zero_point)
+        return LinearParams(codes, bits, grid.scale, solution.bias, input_format, weight_zero=grid.zero_point, weight_fp=weight_fp)
     order = torch.argsort(grid.group, stable=True)  # the groups become segments
     ends = tuple(grid.group.bincount().cumsum(0).tolist())
-    return LinearParams(codes[:, order], bits, grid.scale, solution.bias,
-                        replace(input_format, columns=Columns(order.to(torch.int32), ends)), weight_zero=grid.zero_point)
+    features = order.to(torch.int32) if columns is None else columns.order[order.cpu()]
+    columns = Columns(features, ends, None if columns is None else columns.fp)
+    return LinearParams(codes[:, order], bits, grid.scale, solution.bias, replace(input_format, columns=columns), weight_zero=grid.zero_point,
+                        weight_fp=weight_fp)
 
 
-def observed_format(sample: Tensor, spec: QuantSpec) -> ActivationFormat:
-    """The static format that `spec` chooses for activations like `sample`."""
-    histogram = Histogram()
+def observed_format(sample: Tensor | None, spec: QuantSpec) -> ActivationFormat:
+    """The format that `spec` chooses for activations like `sample`, [..., K]; None will do for a dynamic one without outliers."""
+    if spec.dynamic and not spec.outliers:
+        return _dynamic(spec)
+    if not spec.outliers:
+        histogram = Histogram()
+        histogram.update(sample)
+        return _chosen(histogram, spec)
+    histogram = Histogram(sample.shape[-1])
     histogram.update(sample)
-    return _chosen(histogram, spec)
+    return _chosen_by_channel(histogram, torch.ones(sample.shape[-1]), spec)
 
 
 def _input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, stats: Statistics | None,
@@ -111,13 +126,16 @@ def _input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, st
         divisor = _smooth(model, sites, linears, recipe, stats, plan)
 
     def of(name: str, spec: QuantSpec) -> ActivationFormat:
-        if spec.dynamic:
-            return ActivationFormat(spec.bits, dynamic=True)
+        if spec.dynamic and not spec.outliers:
+            return _dynamic(spec)
         if folded is not None:
             return folded
-        if divisor is not None:
-            return _chosen(_histogram(stats, f"{name}:input", linears[0].in_features).merged(divisor), spec)
-        return _format(stats, f"{name}:input", spec)
+        if divisor is None and not spec.outliers:
+            return _format(stats, f"{name}:input", spec)
+        # The first site of those that share an input stands for all where nothing but the largest values are wanted.
+        key, bins = (sites[0].name, LEAST_BINS) if spec.dynamic else (name, LEAST_BINS + 1)
+        seen = _histogram(stats, f"{key}:input", linears[0].in_features, bins)
+        return _chosen_by_channel(seen, torch.ones(linears[0].in_features) if divisor is None else divisor, spec)
 
     return {name: of(name, integer[name]) if name in integer else None for name in quantized}
 
@@ -162,6 +180,32 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
 
 def _format(stats: Statistics | None, key: str, spec: QuantSpec, channels: int | None = None) -> ActivationFormat:
     return _chosen(_histogram(stats, key, channels), spec)
+
+
+def _dynamic(spec: QuantSpec, columns: Columns | None = None) -> ActivationFormat:
+    return ActivationFormat(spec.bits, dynamic=True, columns=columns, symmetric=spec.symmetric)
+
+
+def _chosen_by_channel(histogram: Histogram, divisor: Tensor, spec: QuantSpec) -> ActivationFormat:
+    """Of inputs whose channels were divided by `divisor` [K] after they were observed."""
+    divisor, columns = divisor.double().cpu(), None
+    largest = torch.maximum(histogram.min.abs(), histogram.max.abs()).double().cpu() / divisor
+    count = outlier_count(spec, len(largest))
+    if count and float(largest.max()) > spec.outlier_threshold:
+        columns = outlier_columns(largest, count)
+    if spec.dynamic:
+        return _dynamic(spec, columns)
+    return replace(_chosen(histogram.merged(divisor, None if columns is None else columns.order.long()), spec), columns=columns)
+
+
+def _record_thresholds(prepared: Prepared, plan: Plan, formats: dict[str, ActivationFormat | None]) -> None:
+    """Layers that were to have outliers and have none get a rule of their own, so that the recipe alone says what a model is."""
+    without = [name for name, fmt in formats.items() if fmt is not None and fmt.columns is None
+               and outlier_count(plan.specs[name].input, prepared.model.get_submodule(name).weight[0].numel())]
+    if without:
+        plan.recipe = replace(plan.recipe, rules=(*plan.recipe.rules, Rule(names=tuple(without), input={"outliers": 0})))
+        for name in without:
+            plan.specs[name] = replace(plan.specs[name], input=replace(plan.specs[name].input, outliers=0))
 
 
 def _chosen(histogram: Histogram, spec: QuantSpec) -> ActivationFormat:

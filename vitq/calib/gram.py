@@ -29,6 +29,14 @@ class Gram:
         self.cross = torch.zeros_like(self.quantized)
         self.rows = 0
 
+    def ordered(self, features: Tensor) -> Gram:
+        """The same with the input features in this order, integers [K]."""
+        index = torch.cat((features.long().to(self.quantized.device), torch.tensor([len(self.quantized) - 1], device=self.quantized.device)))
+        other = Gram(0)
+        other.quantized, other.cross = (m[index][:, index] for m in (self.quantized, self.cross))
+        other.rows = self.rows
+        return other
+
     def update(self, x: Tensor, quantized: Tensor) -> None:
         """Add rows: x and quantized [..., K]."""
         for floats, codes in zip(x.flatten(0, -2).split(CHUNK), quantized.flatten(0, -2).split(CHUNK)):

@@ -126,18 +126,19 @@ class Histogram:
         shape = () if self.channels is None else (self.channels,)
         return lo.float().reshape(shape), hi.float().reshape(shape)
 
-    def merged(self, divisor: Tensor) -> Histogram:
-        """One histogram of all channels, each divided by its `divisor` [C] (> 0): minimum and maximum exact, elements at the middles of their
-        buckets."""
-        divisor = divisor.double().cpu()
+    def merged(self, divisor: Tensor, channels: Tensor | None = None) -> Histogram:
+        """One histogram of all channels, or of those whose indices are given, each divided by its `divisor` [C] (> 0): minimum and maximum exact,
+        elements at the middles of their buckets."""
+        channels = slice(None) if channels is None else channels.cpu()
+        divisor, counts = divisor.double().cpu()[channels], self.counts[channels]
         one = Histogram()
-        low, high = self.min.double() / divisor, self.max.double() / divisor
+        low, high = self.min.double()[channels] / divisor, self.max.double()[channels] / divisor
         one.min, one.max = low.min().float().reshape(1), high.max().float().reshape(1)
         one._grow(torch.maximum(one.min.abs(), one.max.abs()))
         half = one.bins // 2
-        value = (self.middles() / divisor[:, None]).clamp(low[:, None], high[:, None])
+        value = (self.middles()[channels] / divisor[:, None]).clamp(low[:, None], high[:, None])
         index = (value * (half / 2.0 ** int(one.exponent))).floor().long().clamp(-half, half - 1) + half
-        one.counts.view(-1).scatter_add_(0, index.reshape(-1), self.counts.reshape(-1))
+        one.counts.view(-1).scatter_add_(0, index.reshape(-1), counts.reshape(-1))
         return one
 
     def quantile(self, p: float) -> Tensor:

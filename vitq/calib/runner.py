@@ -155,10 +155,11 @@ def operands(prepared: Prepared, recipe: Recipe) -> dict[str, Operand]:
     """Every operand whose statistics the recipe needs, by its key."""
     model, found, layer_specs = prepared.model, {}, specs(prepared, recipe)
     for sites in prepared.input_groups():
-        transform = transform_of(sites, layer_specs, recipe, model)
-        for site in sites:
-            spec, module = layer_specs[site.name].input, model.get_submodule(site.name)
-            channels = None if transform is None else module.in_features
+        inputs = [layer_specs[site.name].input for site in sites]
+        by_channel = transform_of(sites, layer_specs, recipe, model) is not None or any(s.outliers for s in inputs if s.bits != FLOAT_BITS)
+        for site, spec in zip(sites, inputs):
+            module = model.get_submodule(site.name)
+            channels = module.in_features if by_channel else None
             if spec.bits != FLOAT_BITS and not spec.dynamic:
                 found[f"{site.name}:input"] = Operand(module, True, channels)
             elif channels is not None and site is sites[0]:

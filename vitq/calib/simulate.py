@@ -6,6 +6,7 @@ that the plan quantizes through quantize -> dequantize.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -40,7 +41,17 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
 
 
 def _weight(params: LinearParams) -> Tensor:
-    """The numbers that the codes stand for, each feature in its place."""
+    """The numbers that codes and float16 columns stand for, each feature in its place."""
+    if params.weight_fp is None:
+        return _integers(params)
+    columns, integers = params.input.columns, _integers(replace(params, weight_fp=None))
+    weight = integers.new_empty(len(integers), integers.shape[1] + params.weight_fp.shape[1])
+    weight[:, columns.order.sort().values.long()], weight[:, columns.fp.long()] = integers, params.weight_fp.float()
+    return weight
+
+
+def _integers(params: LinearParams) -> Tensor:
+    """The numbers that the codes stand for, the features that have codes in their order."""
     if params.column_group is not None:
         group, scale, zero_point = params.column_group.long(), params.weight_scale, params.weight_zero
         if params.weight_multiplier is not None:

@@ -19,7 +19,7 @@ def refuse(op: str, argument: str, given: Any, allowed: str, error: type[Excepti
     raise error(f"vitq::{op}: {argument} is {given}; it must be {allowed}")
 
 
-def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, zero, row_sums, segment_ends, codes_fp,
+def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, column_sums, row_shift, segment_ends, codes_fp,
                  weight_fp, activation, out_bits) -> tuple[int, int]:
     """M and N; ValueError or TypeError that names the argument."""
     if out.ndim not in (2, 3) or out.stride(-1) != 1 and out.shape[-1] > 1:
@@ -53,16 +53,16 @@ def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, 
                    f"up to {loader.MAX_SEGMENTS} ascending ends, multiples of 32 but for the last, beyond the {columns} columns")
     if scale.numel() != segments * n_pad:
         refuse("linear", "scale", list(scale.shape), f"[{segments}, {n_pad}]")
-    if (zero is None) != (row_sums is None):
-        refuse("linear", "zero" if zero is not None else "row_sums", "given alone", "given with the other of zero and row_sums")
+    if (column_sums is None) != (row_shift is None):
+        refuse("linear", "row_shift" if column_sums is None else "column_sums", "given alone", "given with the other of column_sums and row_shift")
     if (codes_fp is None) != (weight_fp is None):
         refuse("linear", "codes_fp" if weight_fp is None else "weight_fp", "given alone", "given with the other of the two")
     if activation not in loader.ACTIVATIONS:
         refuse("linear", "activation", repr(activation), ", ".join(map(repr, loader.ACTIVATIONS)))
     f32 = torch.float32
-    for name, tensor, dtype, size in (("scale", scale, f32, segments * n_pad), ("zero", zero, f32, segments * n_pad),
+    for name, tensor, dtype, size in (("scale", scale, f32, segments * n_pad), ("column_sums", column_sums, f32, n_pad),
                                       ("bias", bias, f32, n_pad), ("row_scale", row_scale, f32, m),
-                                      ("row_sums", row_sums, torch.int32, m * segments)):
+                                      ("row_shift", row_shift, f32, m)):
         if tensor is None:
             continue
         if tensor.dtype != dtype or tensor.numel() != size or not tensor.is_contiguous():
@@ -80,7 +80,7 @@ def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, 
         if out.dtype == torch.int8:
             refuse("linear", "residual", "given", "left out where codes are written")
     int_range(out_bits)
-    _same_device("linear", out, codes, weight, scale, bias, row_scale, residual, zero, row_sums, codes_fp, weight_fp)
+    _same_device("linear", out, codes, weight, scale, bias, row_scale, residual, column_sums, row_shift, codes_fp, weight_fp)
     return m, n
 
 
@@ -128,8 +128,8 @@ def attention(out, q, k, v, constants, bias, mask, window, pad, p_bits) -> None:
     _same_device("attention", out, q, k, v, bias, mask, pad)
 
 
-def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_sums, segment_ends, fp_order, fp_out,
-               merge) -> tuple[int, int, int]:
+def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift, fp_order, fp_out,
+         counted, merge) -> tuple[int, int, int]:
     """Rows, features and code columns; ValueError or TypeError that names the argument."""
     if x.dtype not in FLOATS:
         refuse("rows", "x", x.dtype, "float16, bfloat16 or float32", TypeError)
@@ -165,22 +165,24 @@ def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scal
             continue
         if tensor.dtype not in FLOATS or tensor.shape != x.shape or tensor.stride(-1) != 1 and columns > 1:
             refuse("rows", name, f"{tensor.dtype} {list(tensor.shape)}", f"float {list(x.shape)} with contiguous columns")
-    segments = len(segment_ends) or 1
-    if segments > loader.MAX_SEGMENTS or segment_ends and segment_ends[-1] != out_columns:
-        refuse("rows", "segment_ends", list(segment_ends), f"up to {loader.MAX_SEGMENTS} ends, the last one {out_columns}")
+    if row_shift is not None and (row_scale is None or not out_columns):
+        refuse("rows", "row_shift", "given without row_scale, or without columns", "given with row_scale, for at least one column")
+    if (counted is None) != (order is None or row_scale is None):
+        refuse("rows", "counted", None if counted is None else "given", "given with order and row_scale, else left out")
     if (fp_order is None) != (fp_out is None):
         refuse("rows", "fp_order" if fp_out is None else "fp_out", "given alone", "given with the other of the two")
     f32, i32 = torch.float32, torch.int32
     for name, tensor, dtype, size in (("weight", weight, f32, columns), ("bias", bias, f32, columns),
                                       ("order", order, i32, out_columns), ("row_scale", row_scale, f32, m),
-                                      ("row_sums", row_sums, i32, m * segments), ("fp_order", fp_order, i32, None),
+                                      ("row_shift", row_shift, f32, m), ("fp_order", fp_order, i32, None),
+                                      ("counted", counted, torch.uint8, (columns + 7) // 8),
                                       ("fp_out", fp_out, torch.float16, None if fp_order is None else m * fp_order.numel())):
         if tensor is None:
             continue
         if tensor.dtype != dtype or size is not None and tensor.numel() != size or not tensor.is_contiguous():
             refuse("rows", name, f"{tensor.dtype} {list(tensor.shape)}",
                    f"contiguous {dtype}" + ("" if size is None else f" of {size} elements"))
-    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_sums, fp_order, fp_out)
+    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_shift, fp_order, fp_out, counted)
     return m, columns, out_columns
 
 

@@ -32,7 +32,7 @@ LARGEST_VALUE = 2.0**22
 
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
-    """weight: `layout.pack_weight`; scale and zero float32 [S, N'], bias [N'], weight_fp fp16 [N', F']: see
+    """weight: `layout.pack_weight`; scale float32 [S, N'], column_sums and bias [N'], weight_fp fp16 [N', F']: see
     `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers and offsets if it has
     any: int8 [2, N'] in the rows' order, and uint8 [K'], which of the two holds for a column."""
 
@@ -42,7 +42,7 @@ class PackedLinear:
     k: int
     segment_ends: tuple[int, ...]
     scale: Tensor
-    zero: Tensor | None
+    column_sums: Tensor | None
     bias: Tensor
     weight_fp: Tensor | None
     activation: str
@@ -88,7 +88,7 @@ class CutlassLinear:
         return PackedLinear(
             weight=packed, bits=bits, n=n, k=k, segment_ends=ends if len(ends) > 1 else (),
             scale=pad_columns(constants.scale).to(device),
-            zero=None if constants.zero is None else pad_columns(constants.zero).to(device),
+            column_sums=None if constants.column_sums is None else pad_columns(constants.column_sums).to(device),
             bias=pad_columns(constants.bias).to(device), weight_fp=weight_fp, activation=spec.activation or "",
             dynamic=params.input.dynamic, output=None if output is None else output.to(device),
             out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
@@ -123,16 +123,16 @@ class CutlassLinear:
         if m > packed.widen_rows:
             weight, bits = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=torch.int8, device=weight.device), 8
             torch.ops.vitq.widen_int4(weight, packed.weight, packed.multiplier, packed.offset, packed.group)
-        sums = codes_fp = None
-        if packed.zero is not None:
-            sums = x.row_sums.reshape(m, -1).contiguous()
+        shift = codes_fp = None
+        if packed.column_sums is not None:
+            shift = x.shift.reshape(m).contiguous()
         if packed.weight_fp is not None:
             codes_fp = x.fp.reshape(m, -1)
             codes_fp = F.pad(codes_fp, (0, packed.weight_fp.shape[1] - codes_fp.shape[1])).contiguous()
         torch.ops.vitq.linear(
             flat, codes, weight, packed.scale, packed.bias, weight_bits=bits,
-            row_scale=x.scale.reshape(m).contiguous() if packed.dynamic else None, residual=other, zero=packed.zero,
-            row_sums=sums, segment_ends=packed.segment_ends, codes_fp=codes_fp, weight_fp=packed.weight_fp,
+            row_scale=x.scale.reshape(m).contiguous() if packed.dynamic else None, residual=other, column_sums=packed.column_sums,
+            row_shift=shift, segment_ends=packed.segment_ends, codes_fp=codes_fp, weight_fp=packed.weight_fp,
             activation=packed.activation, out_scale=packed.out_scale, out_zero_point=packed.out_zero_point,
             out_bits=8 if output is None else output.bits)
         return y if output is None else QTensor(y, output.scale, output.zero_point)
@@ -180,8 +180,6 @@ def largest_value(codes: Tensor, ends: tuple[int, ...], constants: Constants) ->
     bound = constants.bias.double().abs()
     for s, (start, end) in enumerate(zip((0, *ends), ends)):
         bound = bound + 128.0 * codes[:, start:end].double().abs().sum(1) * constants.scale[s].double().abs()
-        if constants.zero is not None:
-            bound = bound + 128.0 * (end - start) * constants.zero[s].double().abs()
     return float(bound.max())
 
 

@@ -69,6 +69,13 @@ def permute_rows(weight: Tensor) -> Tensor:
     return groups.transpose(1, 2).reshape(weight.shape).contiguous()
 
 
+def bits_of(order: Tensor, features: int) -> Tensor:
+    """uint8 [⌈features/8⌉]: bit c % 8 of byte c / 8 is whether feature c is in `order`, int32 [K'], in which -1 is none."""
+    there = torch.zeros(round_up(features, 8), dtype=torch.uint8, device=order.device)
+    there[order[order >= 0].long()] = 1
+    return (there.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=order.device)).sum(1, dtype=torch.uint8)
+
+
 def pad_columns(values: Tensor) -> Tensor:
     """A constant for each output column, [..., N], as contiguous float32 [..., N'], the added ones 0."""
     return F.pad(values.to(torch.float32), (0, -values.shape[-1] % ROWS)).contiguous()

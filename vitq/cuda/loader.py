@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 5  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
+ABI_VERSION = 6  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
@@ -48,8 +48,8 @@ class Linear(Structure):
         ("segments", c_int32),
         ("segment_ends", c_int32 * MAX_SEGMENTS),
         ("scale", c_void_p),
-        ("zero", c_void_p),
-        ("row_sums", c_void_p),
+        ("column_sums", c_void_p),
+        ("row_shift", c_void_p),
         ("bias", c_void_p),
         ("row_scale", c_void_p),
         ("a_fp", c_void_p),
@@ -130,6 +130,7 @@ class Rows(Structure):
         ("eps", c_float),
         ("order", c_void_p),
         ("out_columns", c_int32),
+        ("counted", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("out_dtype", c_int32),
@@ -138,9 +139,7 @@ class Rows(Structure):
         ("qmin", c_int32),
         ("qmax", c_int32),
         ("row_scale", c_void_p),
-        ("row_sums", c_void_p),
-        ("segments", c_int32),
-        ("segment_ends", c_int32 * MAX_SEGMENTS),
+        ("row_shift", c_void_p),
         ("fp_order", c_void_p),
         ("fp_columns", c_int32),
         ("fp_out", c_void_p),

@@ -22,13 +22,13 @@ from vitq.cuda.layout import round_up
 from vitq.formats import RANGE_MIN, int_range
 
 SCHEMAS = {
-    # y = act(Σ_s r·acc_s·scale_s + bias − r·row_sums_s·zero_s + fp) + residual, cast to out's dtype or requantized to int8.
+    # y = act(Σ_s r·acc_s·scale_s + bias + row_shift·column_sums + fp) + residual, cast to out's dtype or requantized to int8.
     # out [M, N] or [G, R, N] with G·R = M; residual as out, may be out itself; codes int8 [M, K], rows of 16-byte multiples, or
-    # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale, zero float32 [N']
-    # or [S, N'], bias [N'], N' the next multiple of 32 of N; row_scale float32 [M]; row_sums int32 [M, S]; codes_fp fp16 [M, F],
-    # weight_fp fp16 [N', F]. int8 out: without an activation scale, zero and bias hold 1/out_scale and the zero point already.
+    # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale float32 [N']
+    # or [S, N'], bias, column_sums [N'], N' the next multiple of 32 of N; row_scale, row_shift float32 [M]; codes_fp fp16 [M, F],
+    # weight_fp fp16 [N', F]. int8 out: without an activation scale, column_sums and bias hold 1/out_scale and the zero point already.
     "linear": "(Tensor(a!) out, Tensor codes, Tensor weight, Tensor scale, Tensor? bias, *, int weight_bits=8, int input_bits=8, "
-              "Tensor? row_scale=None, Tensor? residual=None, Tensor? zero=None, Tensor? row_sums=None, int[] segment_ends=[], "
+              "Tensor? row_scale=None, Tensor? residual=None, Tensor? column_sums=None, Tensor? row_shift=None, int[] segment_ends=[], "
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
               "int out_bits=8, str config='') -> ()",
     # softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale, these four one number or one a head. q, k, v
@@ -39,13 +39,13 @@ SCHEMAS = {
                  "int[] v_zero=[0], int p_bits=8, Tensor? bias=None, Tensor? mask=None, int[] window=[], Tensor? pad=None, "
                  "float out_scale=1.0, int out_zero_point=0, int out_bits=8) -> ()",
     # (x + residual) -> norm -> columns in `order` -> codes. x, residual, sum float [.., K]; out int8 [.., K'], uint8 [.., ⌈K'/2⌉]
-    # (packed int4), or float (the norm's result); row_scale float32 [M]: dynamic; order int32 [K'], -1 the value 0; row_sums
-    # int32 [M, S]; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
+    # (packed int4), or float (the norm's result); row_scale float32 [M]: dynamic; with row_shift float32 [M]: and asymmetric; order int32
+    # [K'], -1 the value 0, with counted, uint8 [⌈K/8⌉] as `layout.bits_of` makes it, where the scale is dynamic; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
     # beyond odd sizes.
     "rows": "(Tensor(a!) out, Tensor x, *, Tensor? residual=None, Tensor(b!)? sum=None, str norm='', Tensor? weight=None, "
             "Tensor? bias=None, float eps=0.0, Tensor? order=None, float scale=1.0, int zero_point=0, int bits=8, "
-            "Tensor(c!)? row_scale=None, Tensor(d!)? row_sums=None, int[] segment_ends=[], Tensor? fp_order=None, "
-            "Tensor(e!)? fp_out=None, bool merge=False) -> ()",
+            "Tensor(c!)? row_scale=None, Tensor(d!)? row_shift=None, Tensor? fp_order=None, Tensor(e!)? fp_out=None, "
+            "Tensor? counted=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
     # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and offset int8 [2, N'] and group uint8 [K] (0 or 1): each
@@ -58,11 +58,11 @@ _library = torch.library.Library("vitq", "DEF")
 
 
 def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,
-            input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, zero: Tensor | None = None,
-            row_sums: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
+            input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, column_sums: Tensor | None = None,
+            row_shift: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
             weight_fp: Tensor | None = None, activation: str = "", out_scale: float = 1.0, out_zero_point: int = 0,
             out_bits: int = 8, config: str = "") -> None:
-    m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, zero, row_sums,
+    m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, column_sums, row_shift,
                          segment_ends, codes_fp, weight_fp, activation, out_bits)
     if not m or not n:
         return
@@ -77,12 +77,12 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
     qmin, qmax = int_range(out_bits) if codes_out else (0, 0)
     k_fp = 0 if weight_fp is None else weight_fp.shape[1]
     arch, index = tuning.split(config) if config else tuning.pick(
-        tuning.Case(m, n, a_columns, weight_bits, input_bits, len(ends), k_fp, zero is not None, codes_out, activation,
+        tuning.Case(m, n, a_columns, weight_bits, input_bits, len(ends), k_fp, column_sums is not None, codes_out, activation,
                     residual is not None), out.device.index)
     arguments = loader.Linear(
         a=codes.data_ptr(), lda=codes.stride(0) if m > 1 else round_up(codes.shape[1], 16), weight=weight.data_ptr(), m=m, n=n,
         k=k, a_columns=a_columns, a_bits=input_bits, weight_bits=weight_bits, segments=len(ends), segment_ends=ends,
-        scale=scale.data_ptr(), zero=_pointer(zero), row_sums=_pointer(row_sums), bias=_pointer(bias),
+        scale=scale.data_ptr(), column_sums=_pointer(column_sums), row_shift=_pointer(row_shift), bias=_pointer(bias),
         row_scale=_pointer(row_scale), a_fp=_pointer(codes_fp), lda_fp=0 if codes_fp is None else codes_fp.stride(0),
         weight_fp=_pointer(weight_fp), k_fp=k_fp, rows_per_group=out.shape[1] if grouped else m,
         residual=_matrix(residual, grouped), out=_matrix(out, grouped), activation=loader.ACTIVATIONS[activation],
@@ -126,11 +126,10 @@ def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tup
 
 def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
           weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
-          scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_sums: Tensor | None = None,
-          segment_ends: tuple[int, ...] = (), fp_order: Tensor | None = None, fp_out: Tensor | None = None,
-          merge: bool = False) -> None:
-    m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_sums,
-                                         segment_ends, fp_order, fp_out, merge)
+          scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_shift: Tensor | None = None,
+          fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None, merge: bool = False) -> None:
+    m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift,
+                                          fp_order, fp_out, counted, merge)
     if not m or not columns:
         if row_scale is not None:
             row_scale.fill_(RANGE_MIN / int_range(bits)[1])
@@ -143,16 +142,15 @@ def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor
         views = [None if t is None else _three(t, "rows") if grouped else t for t in (x, residual, sum)]
         rows, other, total = (_matrix(t, grouped) for t in views)
         rows_per_group = views[0].shape[1] if grouped else m
-    ends = segment_ends or (out_columns,)
     coded = out.dtype in (torch.int8, torch.uint8)
     qmin, qmax = int_range(bits) if coded else (0, 0)
     arguments = loader.Rows(
         x=rows, rows_per_group=rows_per_group, m=m, columns=columns, merge_height=x.shape[-3] if merge else 0,
         merge_width=x.shape[-2] if merge else 0, residual=other, sum=total, norm=loader.NORMS[norm], weight=_pointer(weight),
-        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, out=out.data_ptr(),
+        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, counted=_pointer(counted), out=out.data_ptr(),
         out_stride=out.stride(-2) if out.ndim > 1 and m > 1 else out.shape[-1], out_dtype=loader.DTYPES[out.dtype],
-        scale=scale, zero=zero_point, qmin=qmin, qmax=qmax, row_scale=_pointer(row_scale), row_sums=_pointer(row_sums),
-        segments=len(ends), segment_ends=tuple(ends), fp_order=_pointer(fp_order),
+        scale=scale, zero=zero_point, qmin=qmin, qmax=qmax, row_scale=_pointer(row_scale), row_shift=_pointer(row_shift),
+        fp_order=_pointer(fp_order),
         fp_columns=0 if fp_order is None else fp_order.numel(), fp_out=_pointer(fp_out))
     code = _launch(loader.library().vitq_rows, arguments, out.device)
     if code:

@@ -19,11 +19,11 @@ from vitq.ops.linear import int_matmul
 
 
 def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,
-           input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, zero: Tensor | None = None,
-           row_sums: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
+           input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, column_sums: Tensor | None = None,
+           row_shift: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
            weight_fp: Tensor | None = None, activation: str = "", out_scale: float = 1.0, out_zero_point: int = 0,
            out_bits: int = 8, config: str = "") -> None:
-    m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, zero, row_sums,
+    m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, column_sums, row_shift,
                          segment_ends, codes_fp, weight_fp, activation, out_bits)
     if input_bits == 4:
         codes = unpack_int4(codes, 2 * codes.shape[1])
@@ -33,12 +33,12 @@ def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tens
     scale = scale.view(len(ends), -1)[:, :n]
     r = torch.ones(m, 1) if row_scale is None else row_scale.view(m, 1)
     y = torch.zeros(m, n) if bias is None else bias[:n].expand(m, n)
+    if column_sums is not None:
+        y = fma32(row_shift.view(m, 1), column_sums[:n], y)
     start = 0
     for s, end in enumerate(ends):
         acc = int_matmul(codes[:, start:end], w[:, start:end])
         y = fma32(acc.float() * r, scale[s], y)
-        if zero is not None:
-            y = fma32(-(row_sums.view(m, -1)[:, s : s + 1].float() * r), zero.view(len(ends), -1)[s, :n], y)
         start = end
     if codes_fp is not None:
         y = (y.double() + codes_fp.double() @ unpack_weight(weight_fp, 8, n, weight_fp.shape[1]).double().T).float()
@@ -117,11 +117,10 @@ def windows(height: int, width: int, window_h: int, window_w: int, shift_h: int,
 
 def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
          weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
-         scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_sums: Tensor | None = None,
-         segment_ends: tuple[int, ...] = (), fp_order: Tensor | None = None, fp_out: Tensor | None = None,
-         merge: bool = False) -> None:
-    m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_sums,
-                                          segment_ends, fp_order, fp_out, merge)
+         scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_shift: Tensor | None = None,
+         fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None, merge: bool = False) -> None:
+    m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift,
+                                          fp_order, fp_out, counted, merge)
     y = x.float()
     if residual is not None:
         y = y + residual.float()
@@ -144,17 +143,22 @@ def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor 
         fp_out.copy_(y[:, fp_order.clamp_min(0).long()].masked_fill(fp_order < 0, 0.0).view(fp_out.shape))
     qmin, qmax = int_range(bits)
     ordered = y if order is None else y[:, order.clamp_min(0).long()].masked_fill(order < 0, 0.0)
-    if row_scale is not None:
+    if row_shift is not None:
+        there = slice(None) if order is None else order >= 0
+        lo = ordered[:, there].amin(-1, keepdim=True)
+        span = ordered[:, there].amax(-1, keepdim=True) - lo
+        step = span.clamp_min(RANGE_MIN) / torch.tensor(float(qmax - qmin))
+        row_scale.copy_(step.view(row_scale.shape))
+        row_shift.copy_((lo - qmin * step).view(row_shift.shape))
+        q = torch.zeros_like(ordered)
+        q[:, there] = torch.round(torch.minimum((ordered[:, there] - lo).clamp_min(0.0), span) / step) + qmin
+    elif row_scale is not None:
         amax = ordered.abs().amax(-1) if out_columns else torch.zeros(m)
         row_scale.copy_((amax.clamp_min(RANGE_MIN) / torch.tensor(float(qmax))).view(row_scale.shape))
         q = torch.round(ordered / row_scale.view(m, 1))
     else:
         q = torch.round(ordered / torch.tensor(scale)) + zero_point
     q = q.clamp(qmin, qmax).to(torch.int8)
-    if row_sums is not None:
-        ends = list(segment_ends) or [out_columns]
-        sums = [q[:, a:b].sum(-1, dtype=torch.int32) for a, b in zip([0, *ends], ends)]
-        row_sums.copy_(torch.stack(sums, -1).view(row_sums.shape))
     out.copy_((pack_int4(q) if out.dtype == torch.uint8 else q).view(out.shape))
 
 

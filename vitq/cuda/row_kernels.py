@@ -12,7 +12,7 @@ from torch import Tensor
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
 from vitq.cuda.checks import FLOATS
-from vitq.cuda.layout import round_up
+from vitq.cuda.layout import bits_of, round_up
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
 from vitq.ops.float_norm import FloatNormSpec
@@ -26,15 +26,14 @@ WIDEST_ROW = 32768  # features that csrc/rows.cu takes
 @dataclass(frozen=True, eq=False)
 class PackedRows:
     """What quantizes rows. format: on the device; scale, zero_point: its numbers; order, fp_order: int32 on the device or
-    None."""
+    None; counted: `layout.bits_of` the order where the scale is dynamic."""
 
     format: ActivationFormat
     scale: float
     zero_point: int
     order: Tensor | None
-    segment_ends: tuple[int, ...]
     fp_order: Tensor | None
-    row_sums: bool
+    counted: Tensor | None
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
@@ -55,10 +54,13 @@ class CudaRows:
     def pack_rows(self, fmt: ActivationFormat, device: torch.device, **norm: Any) -> PackedRows:
         columns = fmt.columns
         fp = None if columns is None or columns.fp is None else F.pad(columns.fp, (0, -len(columns.fp) % 16), value=-1).to(device)
-        return PackedRows(
-            on_device(fmt, device), 1.0 if fmt.dynamic else float(fmt.scale), 0 if fmt.dynamic else int(fmt.zero_point),
-            None if columns is None or columns.order is None else columns.order.to(device),
-            () if columns is None else columns.segment_ends, fp, columns is not None and columns.row_sums, **norm)
+        order = None if columns is None or columns.order is None else columns.order.to(device)
+        counted = None
+        if order is not None and fmt.dynamic:
+            features = 1 + max(int(t.max()) for t in (order, fp) if t is not None and len(t))
+            counted = bits_of(order, features)
+        return PackedRows(on_device(fmt, device), 1.0 if fmt.dynamic else float(fmt.scale), 0 if fmt.dynamic else int(fmt.zero_point), order, fp,
+                          counted, **norm)
 
     def run(self, packed: PackedRows, x: Tensor) -> QTensor:
         """x float [.., K] -> codes [.., K'] (K' = K unless the format orders columns), with merge [.., H, W, K/4] -> [.., H/2,
@@ -73,16 +75,15 @@ class CudaRows:
         # Rows at multiples of 16 bytes are what the GEMM reads.
         codes = torch.empty((*lead, round_up(width, 16)), dtype=torch.int8, device=x.device)[..., :width]
         scale = torch.empty((*lead, 1), dtype=torch.float32, device=x.device) if fmt.dynamic else None
-        sums = fp = None
-        if packed.row_sums:
-            sums = torch.empty((*lead, max(len(packed.segment_ends), 1)), dtype=torch.int32, device=x.device)
+        shift = None if fmt.symmetric else torch.empty_like(scale)
+        fp = None
         if packed.fp_order is not None:
             fp = torch.empty((*lead, packed.fp_order.shape[0]), dtype=torch.float16, device=x.device)
         torch.ops.vitq.rows(
             codes, x, norm=packed.norm, weight=packed.weight, bias=packed.bias, eps=packed.eps, order=packed.order,
-            scale=packed.scale, zero_point=packed.zero_point, bits=fmt.bits, row_scale=scale, row_sums=sums,
-            segment_ends=packed.segment_ends, fp_order=packed.fp_order, fp_out=fp, merge=packed.merge)
-        return QTensor(codes, scale, 0, sums, fp) if fmt.dynamic else QTensor(codes, fmt.scale, fmt.zero_point, sums, fp)
+            scale=packed.scale, zero_point=packed.zero_point, bits=fmt.bits, row_scale=scale, row_shift=shift, fp_order=packed.fp_order,
+            fp_out=fp, counted=packed.counted, merge=packed.merge)
+        return QTensor(codes, scale, 0, shift, fp) if fmt.dynamic else QTensor(codes, fmt.scale, fmt.zero_point, fp=fp)
 
     def run_wide(self, packed: PackedRows, x: Tensor) -> QTensor:
         """Rows of more than WIDEST_ROW features."""

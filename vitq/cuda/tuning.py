@@ -47,7 +47,7 @@ class Case(NamedTuple):
     input_bits: int = 8
     segments: int = 1
     fp: int = 0  # columns in float16
-    zero: bool = False  # asymmetric weights
+    shift: bool = False  # rows have one
     codes: bool = False  # written, rather than floats
     activation: str = ""
     residual: bool = False
@@ -57,7 +57,7 @@ class Case(NamedTuple):
         """Everything but the sizes, in words."""
         words = [f"w{self.weight_bits}a{self.input_bits}", "codes" if self.codes else "float", self.activation,
                  "residual" if self.residual else "", f"{self.segments}segments" if self.segments > 1 else "",
-                 f"fp{self.fp}" if self.fp else "", "zero" if self.zero else ""]
+                 f"fp{self.fp}" if self.fp else "", "shift" if self.shift else ""]
         return " ".join(filter(None, words))
 
     @property
@@ -66,12 +66,17 @@ class Case(NamedTuple):
 
     @property
     def plain(self) -> bool:
-        return self.segments == 1 and not self.fp and not self.zero
+        return self.segments == 1 and not self.fp and not self.shift
 
     @property
     def pair(self) -> bool:
-        """Two integer segments with symmetric weights: two sets of accumulators, if the epilogue is plain too."""
-        return self.segments == 2 and not self.fp and not self.zero
+        """Two integer segments alone: two sets of accumulators, if the epilogue is plain too."""
+        return self.segments == 2 and not self.fp and not self.shift
+
+    @property
+    def mixed(self) -> bool:
+        """One integer segment, with float16 columns beside it or shifted rows."""
+        return self.segments == 1 and not self.plain
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,12 @@ class HopperTile:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
         if case.weight_bits != 8 or case.input_bits != 8:
             return False
-        if not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 3, 11)):
+        if not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 8, 10, 11, 12) if case.mixed else (1, 3, 11)):
             return False
         if case.plain and case.activation and not case.codes and self.index not in (1, 8, 11):
             return False
         pieces = -(-case.k // 128) + -(-case.fp // 64)
-        constants = 8 * self.columns * (3 if case.pair else 2)
+        constants = 8 * self.columns * (3 if case.pair or case.mixed else 2)
         fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 320
         stage = 128 * (self.rows + (0 if self.resident else self.columns))
         return not (self.resident and pieces > 16) and (227 * 1024 - fixed) // stage >= (3 if self.resident else 2)
@@ -284,9 +289,9 @@ def example(case: Case, device: torch.device) -> dict[str, Any]:
         "activation": case.activation}
     if case.residual:
         arguments["residual"] = torch.zeros(case.m, case.n, dtype=torch.float16, **on)
-    if case.zero:
-        arguments["zero"] = torch.zeros(case.segments, n_pad, **on)
-        arguments["row_sums"] = torch.zeros(case.m, case.segments, dtype=torch.int32, **on)
+    if case.shift:
+        arguments["column_sums"] = torch.zeros(n_pad, **on)
+        arguments["row_shift"] = torch.zeros(case.m, **on)
     if case.fp:
         arguments["codes_fp"] = torch.zeros(case.m, case.fp, dtype=torch.float16, **on)
         arguments["weight_fp"] = torch.zeros(n_pad, case.fp, dtype=torch.float16, **on)

@@ -15,18 +15,22 @@ from vitq.ops.linear import LinearSpec
 from vitq.ops.patches import PatchesSpec
 from vitq.plan import LinearParams
 from vitq.quantizers.grid import divide
+from vitq.quantizers.outliers import outlier_count
 from vitq.recipe import LayerSpec
 
 
 class CodedLinear(PackedModule):
-    """What linear layers with W in 2..8-bit codes share. Buffers: qweight, int8 [N, K], or uint8 [N, ⌈K/2⌉] packed up to 4 bits; bias float32 [N]."""
+    """What linear layers with W in 2..8-bit codes share. Buffers: qweight, int8 [N, K], or uint8 [N, ⌈K/2⌉] packed up to 4 bits, of K input
+    features; bias float32 [N]."""
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
         super().__init__(backend)
         self.in_features, self.out_features, self.dtype, self.weight_spec = in_features, out_features, dtype, spec.weight
         self.weight_bits, self.symmetric = spec.weight.bits, spec.weight.symmetric
-        self.division = divide(spec.weight, out_features, in_features, spec.weight_only)
-        shape = (out_features, (in_features + 1) // 2 if self.weight_bits <= 4 else in_features)
+        self.outliers = 0 if spec.weight_only else outlier_count(spec.input, in_features)
+        self.coded_features = in_features - self.outliers
+        self.division = divide(spec.weight, out_features, self.coded_features, spec.weight_only)
+        shape = (out_features, (self.coded_features + 1) // 2 if self.weight_bits <= 4 else self.coded_features)
         self.register_buffer("qweight", torch.zeros(shape, dtype=torch.uint8 if self.weight_bits <= 4 else torch.int8))
         self.register_buffer("bias", torch.zeros(out_features))
 
@@ -39,7 +43,7 @@ class CodedLinear(PackedModule):
 
     def codes(self) -> Tensor:
         """int8 [N, K], unpacked."""
-        return unpack_int4(self.qweight, self.in_features) if self.weight_bits <= 4 else self.qweight
+        return unpack_int4(self.qweight, self.coded_features) if self.weight_bits <= 4 else self.qweight
 
     def stored(self) -> str:
         """What the file does not save, for `row`."""
@@ -50,30 +54,36 @@ class CodedLinear(PackedModule):
         """How the columns are divided and whether codes have zero points, to follow a format's name."""
         kind, sizes = "segments" if self.division.segmented else "columns", " + ".join(map(str, self.division.sizes))
         groups = f", groups of {self.weight_spec.group_size}" if self.weight_spec.granularity == "per_group" else f", {kind} {sizes}" if sizes else ""
-        return groups + ("" if self.symmetric else ", asymmetric weights")
+        floats = f", {self.outliers} float16 columns" if self.outliers else ""
+        return groups + floats + ("" if self.symmetric else ", asymmetric weights")
 
 
 class QuantLinear(CodedLinear):
     """y = x Wᵀ + b with W in 2..8-bit codes and x quantized statically (per tensor) or dynamically (per token).
 
     Buffers: qweight (int8 [N, K], or uint8 [N, ⌈K/2⌉] packed where weight_bits <= 4), weight_scale float32 [N],
-    bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With G groups of input features
-    (`vitq.quantizers.grid.Division`): as segments weight_scale is [G, N], and column_order int32 [K] is the feature of each column of
-    qweight; else weight_multiplier is int8 [G, N] and column_group uint8, or int16 of many groups, [K]. Asymmetric weights have these
-    too, of one group at least, and weight_zero int8 [G, N].
+    bias float32 [N]; input_scale float32 [] and input_zero_point int32 [] if static. With F outliers K counts the other input features,
+    weight_fp is float16 [N, F] and fp_columns int32 [F] says which they are. With G groups of input features
+    (`vitq.quantizers.grid.Division`): as segments weight_scale is [G, N]; else weight_multiplier is int8 [G, N] and column_group uint8, or
+    int16 of many groups, [K]. With segments or outliers column_order int32 [K] is the feature of each column of qweight. Asymmetric weights
+    have multipliers too, of one group at least, and weight_zero int8 [G, N].
     """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
         super().__init__(in_features, out_features, spec, dtype=dtype, backend=backend)
         self.input_bits, self.dynamic = spec.input.bits, spec.input.dynamic
+        self.shifted = self.dynamic and not spec.input.symmetric
         groups, segmented = len(self.division.sizes), self.division.segmented
         self.register_buffer("weight_scale", torch.ones((groups, out_features) if segmented else out_features))
-        if segmented:
-            self.register_buffer("column_order", torch.arange(in_features, dtype=torch.int32))
+        if segmented or self.outliers:
+            self.register_buffer("column_order", torch.arange(self.coded_features, dtype=torch.int32))
+        if self.outliers:
+            self.register_buffer("fp_columns", torch.arange(self.coded_features, in_features, dtype=torch.int32))
+            self.register_buffer("weight_fp", torch.zeros(out_features, self.outliers, dtype=torch.float16))
         self.levels = 0 if segmented else groups or int(not self.symmetric)
         if self.levels:
             self.register_buffer("weight_multiplier", torch.ones(self.levels, out_features, dtype=torch.int8))
-            self.register_buffer("column_group", self.division.group() if groups else torch.zeros(in_features, dtype=torch.uint8))
+            self.register_buffer("column_group", self.division.group() if groups else torch.zeros(self.coded_features, dtype=torch.uint8))
         if not self.symmetric:
             self.register_buffer("weight_zero", torch.zeros(self.levels, out_features, dtype=torch.int8))
         self.too_small = spec.weight.segments != "one" and not groups
@@ -85,8 +95,11 @@ class QuantLinear(CodedLinear):
 
     def set_params(self, params: LinearParams) -> None:
         super().set_params(params)
-        if self.division.segmented:
+        if self.division.segmented or self.outliers:
             self.column_order.copy_(params.input.columns.order)
+        if self.outliers:
+            self.fp_columns.copy_(params.input.columns.fp)
+            self.weight_fp.copy_(params.weight_fp)
         if self.levels:
             self.weight_multiplier.copy_(params.weight_multiplier)
             self.column_group.copy_(params.column_group)
@@ -98,10 +111,11 @@ class QuantLinear(CodedLinear):
 
     def input_format(self) -> ActivationFormat:
         columns = None
-        if self.division.segmented:
-            columns = Columns(self.column_order, tuple(accumulate(self.division.sizes)))
+        if self.division.segmented or self.outliers:
+            ends = tuple(accumulate(self.division.sizes)) if self.division.segmented else ()
+            columns = Columns(self.column_order, ends, self.fp_columns if self.outliers else None)
         if self.dynamic:
-            return ActivationFormat(self.input_bits, dynamic=True, columns=columns)
+            return ActivationFormat(self.input_bits, dynamic=True, columns=columns, symmetric=not self.shifted)
         return ActivationFormat(self.input_bits, scale=self.input_scale, zero_point=self.input_zero_point, columns=columns)
 
     def fuse(self, activation: str | None = None, output: OutputFormat | None = None) -> None:
@@ -114,7 +128,8 @@ class QuantLinear(CodedLinear):
         if self.levels:
             levels = {"weight_multiplier": self.weight_multiplier, "column_group": self.column_group,
                       "weight_zero": None if self.symmetric else self.weight_zero.int()}
-        params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(), **levels)
+        params = LinearParams(self.codes(), self.weight_bits, self.weight_scale, self.bias, self.input_format(),
+                              weight_fp=self.weight_fp if self.outliers else None, **levels)
         return {"quantize": self.input_format(), "linear": LinearSpec(params, self._activation, self._output)}
 
     def forward(self, x: Tensor | QTensor, *, residual: Tensor | None = None, inplace: bool = False,
@@ -134,16 +149,19 @@ class QuantLinear(CodedLinear):
         undivided = "too small to divide its columns" if self.too_small else ""
         # Elsewhere the norm before writes the codes, in any order.
         floats = "its input comes as floats, since its columns have an order of their own"
-        floats = floats if self.division.segmented and not self.dynamic and role in ("proj", "fc2") else ""
+        floats = floats if (self.division.segmented or self.outliers) and not self.dynamic and role in ("proj", "fc2") else ""
         notes = [note, undivided, floats, self.stored(), storage, choice.reason and f"fell back: {choice.reason}",
                  *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
-        kind = ("dynamic per token" if self.dynamic else "static per tensor") + self.described()
+        kind = self.timing() + self.described()
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
                    self.own_bytes(), "; ".join(n for n in notes if n))
 
     def extra_repr(self) -> str:
-        return (f"{self.in_features}, {self.out_features}, W{self.weight_bits}A{self.input_bits}, "
-                f"{'dynamic' if self.dynamic else 'static'}{self.described()}")
+        return f"{self.in_features}, {self.out_features}, W{self.weight_bits}A{self.input_bits}, {self.timing()}{self.described()}"
+
+    def timing(self) -> str:
+        """When and for what the input's scale is found."""
+        return "asymmetric per token" if self.shifted else "dynamic per token" if self.dynamic else "static per tensor"
 
 
 class QuantPatchConv(QuantLinear):

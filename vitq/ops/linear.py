@@ -1,13 +1,14 @@
 """linear: integer GEMM with everything that follows it.
 
-    y[m, n] = act( sx[m]·sw[n]·(Σ_k qx[m,k]·qw[n,k] − zx·Σ_k qw[n,k]) + b[n] ) + residual[m, n]
+    y[m, n] = act( sx[m]·sw[n]·(Σ_k qx[m,k]·qw[n,k] − zx·Σ_k qw[n,k]) + shift[m]·Σ_k sw[n]·qw[n,k] + b[n] ) + residual[m, n]
 
 then either cast to a float dtype or requantized to codes. Scaling is done in float32 from the int32 accumulators, by fused
 multiply-adds with the constants that `fold` makes, the same on every backend:
 
     static:   y = fma(acc, scale, bias)          dynamic:  y = fma(acc·r, scale, bias), r the row's scale
 
-Several segments continue the chain: y = bias; then for each y = fma(acc_s·r, scale_s, y), y = fma(−row_sum_s·r, zero_s, y).
+Several segments continue the chain: y = bias, or where rows have shifts y = fma(shift, column_sums, bias); then for each segment
+y = fma(acc_s·r, scale_s, y); then the float16 columns are added.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ class LinearSpec:
 
 
 class Constants(NamedTuple):
-    """What follows the accumulators, on the weight's device: scale and zero float32 [S, N] (zero None for symmetric weights),
-    bias float32 [N]. to_codes: the output format is in them, so the chain of fused multiply-adds gives codes that only need
-    rounding."""
+    """What follows the accumulators, on the weight's device: scale float32 [S, N]; column_sums float32 [N], what a row's shift
+    is multiplied with, None where rows have none; bias float32 [N]. to_codes: the output format is in them, so the chain of
+    fused multiply-adds gives codes that only need rounding."""
 
     scale: Tensor
-    zero: Tensor | None
+    column_sums: Tensor | None
     bias: Tensor
     weight_fp: Tensor | None
     to_codes: bool
@@ -48,30 +49,37 @@ class Constants(NamedTuple):
 
 def fold(spec: LinearSpec) -> Constants:
     """A static input's scale goes into `scale`, its zero point into `bias`; and without an activation in between the output's
-    scale and zero point into both. Products are formed in float64 and rounded once."""
+    scale and zero point into both. Products are formed in float64 and rounded once. ValueError for asymmetric weights without
+    multipliers, whose codes less zero points no kernel multiplies."""
     params, output = spec.params, spec.output
+    if params.weight_zero is not None and params.weight_multiplier is None:
+        raise ValueError("zero points of weights need multipliers: without these they are for simulation")
     device, n = params.codes.device, params.codes.shape[0]
     ends = params.segment_ends
     scale = params.weight_scale.to(device, torch.float32).view(len(ends), n)
     bias = torch.zeros(n, dtype=torch.float64, device=device) if params.bias is None else params.bias.to(device, torch.float64)
-    weight_zero = params.weight_zero.to(device).view(len(ends), n) if params.needs_row_sums else None
+    column_sums = None
+    if not params.input.symmetric:
+        column_sums = sum(codes.double() * s.double() for codes, s in zip(_sums(params), scale))
     if not params.input.dynamic:
         scale = scale * params.input.scale.to(device)
         zero_point = params.input.zero_point.to(device, torch.float64)
-        for s, (start, end) in enumerate(zip((0, *ends), ends)):
-            codes = params.integers[:, start:end].sum(dim=1, dtype=torch.int64).double()
-            if weight_zero is not None:
-                codes = codes - (end - start) * weight_zero[s].double()
-            bias = bias - zero_point * codes * scale[s].double()
-    zero = None if weight_zero is None else scale * weight_zero.float()
+        for codes, s in zip(_sums(params), scale):
+            bias = bias - zero_point * codes * s.double()
     bias, weight_fp = bias.float(), None if params.weight_fp is None else params.weight_fp.to(device)
     if output is None or spec.activation is not None:
-        return Constants(scale, zero, bias, weight_fp, False)
+        return Constants(scale, None if column_sums is None else column_sums.float(), bias, weight_fp, False)
     out_scale, out_zero = output.scale.to(device, torch.float64), output.zero_point.to(device, torch.float64)
     if weight_fp is not None:
         weight_fp = (weight_fp.double() / out_scale.expand(n)[:, None]).to(weight_fp.dtype)
-    return Constants((scale.double() / out_scale).float(), None if zero is None else (zero.double() / out_scale).float(),
+    return Constants((scale.double() / out_scale).float(), None if column_sums is None else (column_sums / out_scale).float(),
                      (bias.double() / out_scale + out_zero).float(), weight_fp, True)
+
+
+def _sums(params: LinearParams) -> list[Tensor]:
+    """Of each segment's integers over its columns, int64 [N]."""
+    ends = params.segment_ends
+    return [params.integers[:, start:end].sum(dim=1, dtype=torch.int64) for start, end in zip((0, *ends), ends)]
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -107,12 +115,11 @@ class ReferenceLinear:
         spec, weight, constants = packed
         check_float_only(spec.output, residual, out)
         codes, y, start = signed(x), constants.bias, 0
+        if constants.column_sums is not None:
+            y = fma32(x.shift, constants.column_sums, y)
         for s, end in enumerate(spec.params.segment_ends):
             value = int_matmul(codes[..., start:end], weight[:, start:end]).float()
             y = fma32(value * x.scale if spec.params.input.dynamic else value, constants.scale[s], y)
-            if constants.zero is not None:
-                sums = x.row_sums[..., s : s + 1].float()
-                y = fma32(-(sums * x.scale if spec.params.input.dynamic else sums), constants.zero[s], y)
             start = end
         if constants.weight_fp is not None:
             fp = x.fp[..., : constants.weight_fp.shape[1]]
@@ -154,8 +161,6 @@ class OneDnnLinear:
     def supports(self, spec: LinearSpec) -> str | None:
         if cpu_int8_isa() is None:
             return "this CPU has neither AMX nor AVX512-VNNI"
-        if spec.params.needs_row_sums or spec.params.weight_fp is not None:
-            return "asymmetric weights and float16 columns are not in its GEMM"
         if spec.params.plain and spec.activation is not None and spec.output is not None and spec.output.scale.ndim:
             return "an activation before a per-column output format"
         return None
@@ -230,13 +235,14 @@ class OneDnnLinear:
 
 class OneDnnSegments(NamedTuple):
     """What `_pack_segments` makes. parts: (start, end, weight, scale, bias) of each segment; the first one's bias holds all
-    folded constants, or where the input is dynamic the shift to u8 alone. limits: see `OneDnnWeights`."""
+    folded constants, or where the input is dynamic the shift to u8 alone. limits: see `OneDnnWeights`. weight_fp: float32 [N, F]."""
 
     spec: LinearSpec
     constants: Constants
     parts: list[tuple[int, int, Tensor, Tensor, Tensor]]
     zeros: Tensor
     limits: tuple[int, int] | None
+    weight_fp: Tensor | None
 
 
 def _written(output: OutputFormat) -> tuple[int, tuple[int, int] | None]:
@@ -248,22 +254,23 @@ def _written(output: OutputFormat) -> tuple[int, tuple[int, int] | None]:
 def _pack_segments(spec: LinearSpec) -> OneDnnSegments:
     params, constants = spec.params, fold(spec)
     ends, parts = params.segment_ends, []
-    shift, limits = _written(spec.output) if constants.to_codes else (0, None)
+    shift, limits = _written(spec.output) if constants.to_codes and constants.weight_fp is None else (0, None)
     for scale, start, end in zip(constants.scale, (0, *ends), ends):
-        codes = params.codes[:, start:end].contiguous()
+        codes = params.integers[:, start:end].contiguous()
         bias = -128.0 * codes.sum(dim=1, dtype=torch.int64).double() * scale.double()
         if not start and not params.input.dynamic:
             bias = bias + constants.bias.double() + shift
         parts.append((start, end, torch.ops.onednn.qlinear_prepack(codes, None), scale.contiguous(), bias.float()))
-    return OneDnnSegments(spec, constants, parts, torch.zeros(params.codes.shape[0], dtype=torch.int32), limits)
+    weight_fp = None if constants.weight_fp is None else constants.weight_fp.float()
+    return OneDnnSegments(spec, constants, parts, torch.zeros(params.codes.shape[0], dtype=torch.int32), limits, weight_fp)
 
 
 def _run_segments(packed: OneDnnSegments, x: QTensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor | QTensor:
-    """A GEMM for each segment, which adds to the float32 result of those before; without an activation the last one writes the
-    codes. (All rows at once: chunks that stay in a core's cache took 1.3 to 1.6 times as long, since few rows suit oneDNN less.)"""
-    spec, constants, parts, zeros, limits = packed
+    """A GEMM for each segment, which adds to the float32 result of those before; without an activation or float16 columns the last one
+    writes the codes. (All rows at once: chunks that stay in a core's cache took 1.3 to 1.6 times as long, since few rows suit oneDNN less.)"""
+    spec, constants, parts, zeros, limits, weight_fp = packed
     output, dynamic = spec.output, spec.params.input.dynamic
-    writes_codes = constants.to_codes and not dynamic
+    writes_codes = constants.to_codes and not dynamic and weight_fp is None
     codes, y = unsigned(x), None
     for start, end, weight, scale, bias in parts:
         kind = torch.float32
@@ -279,6 +286,12 @@ def _run_segments(packed: OneDnnSegments, x: QTensor, dtype: torch.dtype, residu
         return QTensor(y, output.scale, output.zero_point + (0 if output.signed_only else 128))
     if dynamic:
         y = torch.addcmul(constants.bias, y, x.scale)
+    if constants.column_sums is not None:
+        y = y.addcmul_(x.shift, constants.column_sums)
+    if weight_fp is not None:
+        fp = x.fp[..., : weight_fp.shape[1]].float()
+        y.view(-1, y.shape[-1]).addmm_(fp.reshape(-1, fp.shape[-1]), weight_fp.T)
+    if dynamic or weight_fp is not None:
         if constants.to_codes:
             return QTensor(torch.round(y).clamp_(*int_range(output.bits)).to(torch.int8), output.scale, output.zero_point)
     y = activate(y, spec.activation)

@@ -42,21 +42,30 @@ class ReferenceQuantize:
         return on_device(spec, device)
 
     def run(self, packed: ActivationFormat, x: Tensor) -> QTensor:
-        columns, x, sums, fp = packed.columns, x.float(), None, None
+        columns, x, fp = packed.columns, x.float(), None
         if columns is not None:
             fp = None if columns.fp is None else x[..., columns.fp.long()].half()
             if columns.order is not None:
                 x = x[..., columns.order.clamp_min(0).long()].masked_fill(columns.order < 0, 0.0)
+        if packed.dynamic and not packed.symmetric:
+            return asymmetric(x, packed, fp)
         if packed.dynamic:
             codes, scale, zero_point = *uniform.quantize_per_token(x, packed.bits), 0
         else:
             scale, zero_point = packed.scale, packed.zero_point
             codes = uniform.quantize(x, scale, zero_point, packed.bits)
-        if columns is not None:
-            if columns.row_sums:
-                ends = columns.segment_ends or (codes.shape[-1],)
-                sums = torch.stack([codes[..., a:b].sum(-1, dtype=torch.int32) for a, b in zip((0, *ends), ends)], -1)
-        return QTensor(codes, scale, zero_point, sums, fp)
+        return QTensor(codes, scale, zero_point, fp=fp)
+
+
+def asymmetric(x: Tensor, fmt: ActivationFormat, fp: Tensor | None) -> QTensor:
+    """Dynamic asymmetric codes of x, float32 [..., K] in the order of the format's columns; those that hold no feature have code 0."""
+    order = None if fmt.columns is None else fmt.columns.order
+    if order is None or not bool((order < 0).any()):
+        codes, scale, shift = uniform.quantize_per_token_asymmetric(x, fmt.bits)
+    else:
+        there, codes = order >= 0, torch.zeros(x.shape, dtype=torch.int8, device=x.device)
+        codes[..., there], scale, shift = uniform.quantize_per_token_asymmetric(x[..., there], fmt.bits)
+    return QTensor(codes, scale, 0, shift, fp)
 
 
 def readable(x: Tensor) -> Tensor:
@@ -76,8 +85,10 @@ def on_device(fmt: ActivationFormat, device) -> ActivationFormat:
 def why_not_in_one_pass(fmt: ActivationFormat) -> str | None:
     """The reason of kernels that write each feature's code and nothing else, after which `ordered` may reorder all of them."""
     columns = fmt.columns
-    if columns is not None and (columns.row_sums or columns.fp is not None):
-        return "it does not sum codes or keep float16 columns"
+    if not fmt.symmetric:
+        return "it finds no shift for each row"
+    if columns is not None and columns.fp is not None:
+        return "it keeps no float16 columns"
     if columns is not None and columns.order is not None and bool((columns.order < 0).any()):
         return "it does not fill up columns"
     return None

@@ -71,6 +71,21 @@ def quantize_per_token(x: Tensor, bits: int, signed: bool = True) -> tuple[Tenso
     return codes.to(torch.int8 if signed else torch.uint8), scale
 
 
+def quantize_per_token_asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Dynamic asymmetric codes of each row of ``x`` [..., K], K > 0, its scale and its shift [..., 1] (float32): x' = codes * scale + shift.
+
+    scale = max(hi - lo, 1e-12) / (2^bits - 1), codes = round((x - lo) / scale) - 2^(bits - 1), shift = lo + 2^(bits - 1) * scale, with lo and
+    hi the row's least and largest value: neither needs to be on either side of 0, and lo is met exactly (QUIK, arXiv 2310.09259).
+    """
+    qmin, qmax = int_range(bits)
+    x = x.float()
+    lo = x.amin(-1, keepdim=True)
+    span = x.amax(-1, keepdim=True) - lo
+    scale = span.clamp_min(RANGE_MIN).div(_on(qmax - qmin, x))
+    codes = torch.minimum(x - lo, span).div(scale).round_().add_(qmin).clamp_(qmin, qmax)
+    return codes.to(torch.int8), scale, lo + scale * float(-qmin)
+
+
 def fake_quantize_per_token(x: Tensor, bits: int, signed: bool = True) -> Tensor:
     """The numbers that :func:`quantize_per_token` stands for, float32."""
     codes, scale = _per_token(x, bits, signed)

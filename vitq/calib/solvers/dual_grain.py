@@ -31,14 +31,15 @@ def dual_grain(problem: Problem) -> Solution:
     gram, features = problem.gram.quantized[:-1, :-1], weight.shape[1]
     division = divide(problem.spec, *weight.shape, problem.weight_only)
     if problem.spec.granularity == "per_group":
-        grid = search(weight, problem, division, (gram / float(gram.diagonal().mean().clamp_min(1e-30))).float())
+        inner = gram[:features, :features]
+        grid = search(weight, problem, division, (inner / float(inner.diagonal().mean().clamp_min(1e-30))).float())
     else:
         grid = weight_grid(weight, problem.spec, problem.weight_only)
     if options.get("rounding", "sequence") == "nearest":
-        return Solution(_nearest(weight, grid, bits).to(torch.int8), grid, problem.bias)
+        return Solution(_nearest(weight, grid, bits).to(torch.int8), grid, problem.bias, problem.kept)
     ridge = options.get("damping", 0.01) * float(gram.diagonal().mean())
-    codes, _ = quantize_in_sequence(weight.double(), features, grid, bits, gram, ridge)
-    return Solution(codes, grid, problem.bias)
+    codes, moved = quantize_in_sequence(problem.joint(), features, grid, bits, gram, ridge)
+    return Solution(codes, grid, problem.bias, None if problem.kept is None else moved[:, features:].float())
 
 
 def search(weight: Tensor, problem: Problem, division: Division, gram: Tensor) -> WeightGrid:

@@ -29,7 +29,7 @@ def erq(problem: Problem) -> Solution:
     Raises ValueError on NaN or infinity.
     """
     options, gram, features, bits = problem.options, problem.gram, problem.weight.shape[1], problem.spec.bits
-    joint = problem.weight.double() if problem.bias is None else torch.cat((problem.weight, problem.bias[:, None]), 1).double()
+    joint = problem.joint(bias=True)
     quantized, cross = (m[: joint.shape[1], : joint.shape[1]] for m in (gram.quantized, gram.cross))
     unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean()) / max(gram.rows, 1)
     if options.get("reduce_inputs", True):
@@ -44,7 +44,8 @@ def erq(problem: Problem) -> Solution:
         codes, moved = quantize_in_sequence(joint, features, grid, bits, quantized, ridge)
         if rounding == "descent":
             codes, moved = descend_all(joint, codes, grid, bits, quantized, gram.rows, ridge)
-    return Solution(codes, grid, None if problem.bias is None else moved[:, -1].float())
+    kept = None if problem.kept is None else moved[:, features : features + problem.kept.shape[1]].float()
+    return Solution(codes, grid, None if problem.bias is None else moved[:, -1].float(), kept)
 
 
 def reduce_input_error(joint: Tensor, quantized: Tensor, cross: Tensor, ridge: float) -> Tensor:
@@ -83,18 +84,19 @@ def quantize_by_halves(joint: Tensor, features: int, grid: WeightGrid, bits: int
 
 
 def descend_all(joint: Tensor, codes: Tensor, grid: WeightGrid, bits: int, quantized: Tensor, rows: int, ridge: float) -> tuple[Tensor, Tensor]:
-    """Descent over all columns of codes int8 [N, K] towards joint [N, D], with the ridge on the inputs; a bias is always at its best. As
+    """Descent over all columns of codes int8 [N, K] towards joint [N, D], with the ridge on the inputs; what comes after them is always at its best. As
     `quantize_by_halves` returns."""
     features = codes.shape[1]
     step, zero = (t.double().expand(codes.shape) for t in (grid.columns(), grid.zero_points()))
     inner, along = quantized[:features, :features], quantized[:features, features:]
-    if along.shape[1]:
-        inner = inner - along @ along.T / quantized[-1, -1]
+    if along.shape[1]:  # kept columns and a bias, which are always at their best
+        answer = solve_ridge(quantized[features:, features:], along.T, ridge if along.shape[1] > 1 else 0.0)
+        inner = inner - along @ answer
     inner = inner + ridge * torch.eye(features, dtype=inner.dtype, device=inner.device)
     codes = descend(joint[:, :features] / step + zero, codes.double(), step, inner / max(rows, 1), *grid.limits(bits))
     moved = torch.cat(((codes - zero) * step, joint[:, features:]), 1)
     if along.shape[1]:
-        moved[:, features:] -= (moved[:, :features] - joint[:, :features]) @ along / quantized[-1, -1]
+        moved[:, features:] -= (moved[:, :features] - joint[:, :features]) @ answer.T
     return codes.to(torch.int8), moved
 
 

@@ -13,22 +13,22 @@ BLOCK = 128
 
 
 def gptq(problem: Problem) -> Solution:
-    """Options: damping (0.01), a part of the Gram matrix's mean diagonal; act_order (true), columns with large inputs first.
+    """Options: damping (0.01), a part of the Gram matrix's mean diagonal; act_order (true), columns with large inputs first. Kept columns come
+    last and make up for all others, as QUIK has it.
 
     Raises ValueError on NaN or infinity.
     """
     options, gram, features = problem.options, problem.gram.quantized[:-1, :-1], problem.weight.shape[1]
     grid = weight_grid(problem.weight, problem.spec, problem.weight_only)
     ridge = options.get("damping", 0.01) * float(gram.diagonal().mean())
-    codes, _ = quantize_in_sequence(problem.weight.double(), features, grid, problem.spec.bits, gram, ridge,
-                                    act_order=options.get("act_order", True))
-    return Solution(codes, grid, problem.bias)
+    codes, moved = quantize_in_sequence(problem.joint(), features, grid, problem.spec.bits, gram, ridge, act_order=options.get("act_order", True))
+    return Solution(codes, grid, problem.bias, None if problem.kept is None else moved[:, features:].float())
 
 
 def quantize_in_sequence(joint: Tensor, features: int, grid: WeightGrid, bits: int, gram: Tensor, ridge: float, *,
                          act_order: bool = True) -> tuple[Tensor, Tensor]:
     """joint [N, D], whose first K = features columns have the grid, for inputs of this Gram matrix [D, D]. Returns codes int8 [N, K], and
-    joint with these on the grid and the rest (a bias) moved to make up for them."""
+    joint with these on the grid and the rest (kept columns, a bias) moved to make up for them."""
     scale, zero, low, high = (t.double().expand(len(joint), features) for t in (grid.columns(), grid.zero_points(), *grid.limits(bits)))
     gram = gram.clone()
     dead = gram.diagonal() == 0  # whatever such a column holds is multiplied by 0

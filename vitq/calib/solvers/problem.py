@@ -17,7 +17,8 @@ from vitq.recipe import QuantSpec
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One linear layer. weight float32 [N, K], bias float32 [N] or None; gram: of its inputs, None for a solver that needs none;
-    options: the recipe's `solver_options`; weight_only: the layer reads floats."""
+    options: the recipe's `solver_options`; weight_only: the layer reads floats; kept: float32 [N, F], the columns of input features that
+    stay in floating point, which in the Gram matrix come after those of the weight."""
 
     weight: Tensor
     bias: Tensor | None
@@ -25,15 +26,22 @@ class Problem:
     gram: Gram | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     weight_only: bool = False
+    kept: Tensor | None = None
+
+    def joint(self, bias: bool = False) -> Tensor:
+        """[weight, kept], or [weight, kept, bias], float64 [N, D]: a solver moves what comes after the weight to make up for the codes."""
+        parts = (self.weight, self.kept, self.bias[:, None] if bias and self.bias is not None else None)
+        return torch.cat([part for part in parts if part is not None], 1).double()
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """codes int8 [N, K] on the grid, and the bias that goes with them, float32 [N] or None."""
+    """codes int8 [N, K] on the grid, and the bias and the kept columns that go with them, float32 [N] and [N, F], or None."""
 
     codes: Tensor
     grid: WeightGrid
     bias: Tensor | None
+    kept: Tensor | None = None
 
 
 def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:

@@ -14,4 +14,4 @@ def rtn(problem: Problem) -> Solution:
     grid = weight_grid(problem.weight, problem.spec, problem.weight_only)
     codes = quantize(problem.weight, grid.columns(), grid.zero_points(), problem.spec.bits)
     low, high = grid.limits(problem.spec.bits)
-    return Solution(codes.clamp(low.to(torch.int8), high.to(torch.int8)), grid, problem.bias)
+    return Solution(codes.clamp(low.to(torch.int8), high.to(torch.int8)), grid, problem.bias, problem.kept)

@@ -68,6 +68,24 @@ __device__ __forceinline__ float static_code(float x, const StaticCodes& c) {
 // The code of x where |x| <= qmax · scale already, so that nothing needs a clamp.
 __device__ __forceinline__ float symmetric_code(float x, const Scale& s) { return __fadd_rn(divide(x, s), MAGIC); }
 
+// What a dynamic asymmetric quantizer needs of a row: its least value and how far the largest is from it.
+struct RowRange {
+  Scale s;
+  float lo, span, zero;  // zero: the code of lo
+};
+
+__device__ __forceinline__ RowRange make_range(float lo, float hi, float qmin, float qmax) {
+  const float span = __fsub_rn(hi, lo);
+  return {make_scale(__fdiv_rn(fmaxf(span, RANGE_MIN), qmax - qmin)), lo, span, qmin};
+}
+
+// What is added to code · scale: scale · -qmin is exact, -qmin being a power of 2.
+__device__ __forceinline__ float shift_of(const RowRange& r) { return fmaf(-r.zero, r.s.scale, r.lo); }
+
+__device__ __forceinline__ float ranged_code(float x, const RowRange& r) {
+  return __fadd_rn(__fadd_rn(divide(fminf(fmaxf(__fsub_rn(x, r.lo), 0.0f), r.span), r.s), MAGIC), r.zero);
+}
+
 // The code of a value that is already divided and shifted.
 __device__ __forceinline__ float folded_code(float y, float qmin, float qmax) {
   return __fadd_rn(fminf(fmaxf(y, qmin), qmax), MAGIC);

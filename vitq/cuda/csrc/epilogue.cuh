@@ -215,7 +215,7 @@ __device__ __forceinline__ void store_codes8(const VitqLinear& p, const RowAt& a
     if (column + i < p.n) at.out[column + i] = static_cast<char>((i < 4 ? v.x >> (8 * i) : v.y >> (8 * (i - 4))) & 255u);
 }
 
-// y: bias, scales, zero points and float segments are in it. `prefetched` holds the residual if `has_prefetched`.
+// y: bias, scales, shifts and float segments are in it. `prefetched` holds the residual if `has_prefetched`.
 template <int EPILOGUE>
 __device__ __forceinline__ void finish8(const VitqLinear& p, const RowAt& at, int column, bool vectors, float (&y)[COLUMNS],
                                         uint4 prefetched = {}, bool has_prefetched = false) {
@@ -234,8 +234,7 @@ __device__ __forceinline__ void finish8(const VitqLinear& p, const RowAt& at, in
   }
 }
 
-// One row's part of a segment: y = fma(acc·r, scale, y), and the zero point's share. Plain multiplication by the row's
-// scale first, as the reference has it; with a static input r is 1 and changes nothing.
+// One row's part of a segment: y = fma(acc·r, scale, y). Plain multiplication by the row's scale first, as the reference has it; with a static input r is 1 and changes nothing.
 __device__ __forceinline__ void accumulate8(const int (&acc)[COLUMNS], float row_scale, bool has_row_scale,
                                             const float (&scale)[COLUMNS], float (&y)[COLUMNS]) {
 #pragma unroll
@@ -246,10 +245,10 @@ __device__ __forceinline__ void accumulate8(const int (&acc)[COLUMNS], float row
   }
 }
 
-__device__ __forceinline__ void subtract_zero8(int row_sum, float row_scale, const float (&zero)[COLUMNS], float (&y)[COLUMNS]) {
-  float value = -__fmul_rn(__int2float_rn(row_sum), row_scale);
+// The share of what is added to all numbers of a row, before any segment.
+__device__ __forceinline__ void shift8(float row_shift, const float (&column_sums)[COLUMNS], float (&y)[COLUMNS]) {
 #pragma unroll
-  for (int i = 0; i < COLUMNS; ++i) y[i] = fmaf(value, zero[i], y[i]);
+  for (int i = 0; i < COLUMNS; ++i) y[i] = fmaf(row_shift, column_sums[i], y[i]);
 }
 
 }  // namespace vitq

@@ -73,7 +73,7 @@ extern "C" int vitq_linear_sm80(const VitqLinear* args, void* stream_) {
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   Gpu device;
   if (int error = gpu(device)) return error;
-  bool segments = p.segments > 1 || p.zero != nullptr || p.a_fp != nullptr;
+  bool segments = p.segments > 1 || p.column_sums != nullptr || p.a_fp != nullptr;
   int tile = p.config;
   bool native = device.major == 8;
   if (p.a_bits == 4 && tile >= FORCE_NATIVE_INT4) native = true, tile -= FORCE_NATIVE_INT4;

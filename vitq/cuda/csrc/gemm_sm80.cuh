@@ -2,7 +2,7 @@
 // VitqLinear describes runs here, on every GPU from sm_80 on; gemm_sm80.cu checks arguments and picks a tile, the
 // gemm_sm80_*.cu hold the instances.
 //
-// Order of the float sums: bias, integer segments ascending (each product, then its zero point), the fp16 segment last.
+// Order of the float sums: bias, the shift of the row, integer segments ascending, the fp16 segment last.
 //
 // 4-bit inputs and weights are both packed in plain order, low nibble first (layout.py's plain = True); 4-bit weights for
 // 8-bit inputs in its 64-blocks.
@@ -115,7 +115,7 @@ struct Sizes {
   static constexpr int B_BYTES = T.bn * (SEGMENTS ? A_ROW : B_ROW);  // the fp16 segment has rows of A_ROW bytes
   static constexpr int STAGE = A_BYTES + B_BYTES;
   // bias, then scale (and zero) of each segment
-  static constexpr int CONSTANT_ROWS = SEGMENTS ? 1 + 2 * VITQ_MAX_SEGMENTS : 2;
+  static constexpr int CONSTANT_ROWS = SEGMENTS ? 2 + VITQ_MAX_SEGMENTS : 2;
   static constexpr int BYTES = T.stages * STAGE + CONSTANT_ROWS * T.bn * 4;
   static constexpr int MI = T.wm / 16, NJ = T.wn / 8, GROUPS = T.wn / 32;
   static constexpr int WARP_TILES = T.warps_m() * T.warps_n();
@@ -323,11 +323,11 @@ __global__ void __launch_bounds__(TILES[CONFIG].threads(), Sizes<CONFIG, FORMAT,
 
   {  // constants come with the first stage
     constexpr int CHUNKS = T.bn / 4;
-    const int count = SEGMENTS ? 1 + (p.zero != nullptr ? 2 : 1) * p.segments : 2;
+    const int count = SEGMENTS ? 1 + p.segments + (p.column_sums != nullptr) : 2;
     for (int i = thread; i < count * CHUNKS; i += THREADS) {
       int which = i / CHUNKS, column = i % CHUNKS * 4;
       const float* from = which == 0 ? p.bias : which <= p.segments ? p.scale + int64_t(which - 1) * n_pad
-                                                                    : p.zero + int64_t(which - 1 - p.segments) * n_pad;
+                                                                    : p.column_sums;
       bool exists = from != nullptr && n0 + column < n_pad;
       copy_async(shared_address(constants + which * T.bn + column), exists ? from + n0 + column : p.scale, exists ? 16 : 0);
     }
@@ -416,7 +416,8 @@ __global__ void __launch_bounds__(TILES[CONFIG].threads(), Sizes<CONFIG, FORMAT,
     for (int r = 0; r < ROW_PAIRS; ++r) {
       int row = m0 + warp_m + r * 8 + lane / 4, safe = row < p.m ? row : 0;
       float row_scale = p.row_scale == nullptr ? 1.0f : __ldg(p.row_scale + safe);
-      int row_sum = p.zero == nullptr || segment == p.segments ? 0 : __ldg(p.row_sums + int64_t(safe) * p.segments + segment);
+      const bool shifted = segment == 0 && p.column_sums != nullptr;
+      const float row_shift = shifted ? __ldg(p.row_shift + safe) : 0.0f;
 #pragma unroll
       for (int g = 0; g < S::GROUPS; ++g) {
         const float* at = constants + warp_n + g * 32 + lane % 4 * COLUMNS;
@@ -435,14 +436,14 @@ __global__ void __launch_bounds__(TILES[CONFIG].threads(), Sizes<CONFIG, FORMAT,
           continue;
         }
         float scale[COLUMNS];
+        if (shifted) {
+          read8(at + (1 + p.segments) * T.bn, scale);
+          shift8(row_shift, scale, y);
+        }
         read8(at + (1 + segment) * T.bn, scale);
 #pragma unroll
         for (int i = 0; i < COLUMNS; ++i) whole[i] = exact<FORMAT>(whole[i]);
         accumulate8(whole, row_scale, p.row_scale != nullptr, scale, y);
-        if (p.zero != nullptr) {
-          read8(at + (1 + p.segments + segment) * T.bn, scale);
-          subtract_zero8(row_sum, row_scale, scale, y);
-        }
       }
     }
   };

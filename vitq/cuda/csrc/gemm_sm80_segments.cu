@@ -1,4 +1,4 @@
-// Instances with segments of k, weight zero points or an fp16 segment.
+// Instances with segments of k, shifted rows or an fp16 segment.
 #include "gemm_sm80.cuh"
 
 namespace vitq {

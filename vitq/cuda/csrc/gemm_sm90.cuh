@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         // if no warpgroup runs ahead of another.
         if (i > 0) named_sync(1 + warpgroup, 256);
       }
-      if constexpr (SEGMENTS == ANY) work.start_total(first_column);
+      if constexpr (SEGMENTS == ANY) work.start_total(first_row, first_column);
       // Waits for the next piece of K; where it lies.
       auto next_piece = [&](int kt, const char*& a, const char*& b) {
         if (T::RESIDENT && i < T::GROUPS) barrier_wait(&bars->weights[kt], 0);
@@ -177,7 +177,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
       auto rest = [&](int kt) {
         for (; kt < problem.k_tiles; ++kt) product(kt, [&] { work.multiply(a, b, true); });
       };
-      if constexpr (SEGMENTS == ONE) {
+      if constexpr (SEGMENTS == ONE || SEGMENTS == MIXED) {
         next_piece(0, a, b);
         work.fence();
         cute::warpgroup_arrive();
@@ -185,6 +185,23 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         cute::warpgroup_commit_batch();
         at.next(stages);
         rest(1);
+        if constexpr (SEGMENTS == MIXED) {
+          cute::warpgroup_wait<0>();
+          work.fence();
+          release(previous);
+          work.to_total(tile_constants, first_row);
+          work.fence_total();
+          for (int kt = problem.k_tiles; kt < all_k_tiles; ++kt) {
+            next_piece(kt, a, b);
+            cute::warpgroup_arrive();
+            work.multiply_halves(a, b);
+            cute::warpgroup_commit_batch();
+            cute::warpgroup_wait<1>();
+            if (kt > problem.k_tiles) release(previous);
+            previous = at.slot;
+            at.next(stages);
+          }
+        }
       } else if constexpr (SEGMENTS == PAIR) {
         // Pieces of the first segment, one that both share, and those of the second.
         const int whole = problem.p.segment_ends[0] / 128, steps = problem.p.segment_ends[0] / 32 % 4;
@@ -238,7 +255,11 @@ __global__ void __launch_bounds__(T::THREADS, 1)
         if (i + 1 < count) named_arrive(1 + (warpgroup + 1) % T::GROUPS, 256);
         at.skip((T::GROUPS - 1) * all_k_tiles, stages);
       }
-      if constexpr (SEGMENTS != ANY) {
+      if constexpr (SEGMENTS == MIXED) {
+        cute::warpgroup_wait<0>();
+        work.fence_total();
+        if (problem.k_tiles_fp) release(previous);
+      } else if constexpr (SEGMENTS != ANY) {
         work.prefetch(first_row, first_column);
         cute::warpgroup_wait<0>();
         work.fence();
@@ -331,6 +352,7 @@ int launch_codes(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_act_codes(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_act_float(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_segments(const VitqLinear& p, int config, cudaStream_t stream);
+int launch_mixed(const VitqLinear& p, int config, cudaStream_t stream);
 
 template <int EPILOGUE>
 int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {

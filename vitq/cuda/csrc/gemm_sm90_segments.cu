@@ -1,5 +1,5 @@
-// Several segments. Two sets of accumulators leave registers for 192 columns; float sums beside one, and what they are made of, for
-// 128: there a call that was to have 192 takes those.
+// Several segments, with fp16 columns or shifted rows or without. Two sets of accumulators leave registers for 192 columns; float sums beside one, and what
+// they are made of, for 128: there a call that was to have 192 takes those.
 #include <type_traits>
 
 #include "gemm_sm90.cuh"
@@ -21,7 +21,7 @@ int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {
 
 int launch_segments(const VitqLinear& p, int config, cudaStream_t stream) {
   const int epilogue = epilogue_of(p);
-  if (p.segments == 2 && p.zero == nullptr && p.a_fp == nullptr && plain_epilogue(p)) {
+  if (p.segments == 2 && p.column_sums == nullptr && p.a_fp == nullptr && plain_epilogue(p)) {
     switch (epilogue) {
       case FLOAT_OUT: return launch_config<FLOAT_OUT, PAIR>(p, config, stream);
       case CODES_OUT: return launch_config<CODES_OUT, PAIR>(p, config, stream);

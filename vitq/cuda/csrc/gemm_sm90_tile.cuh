@@ -42,12 +42,13 @@ inline bool plain_epilogue(const VitqLinear& p) {
 }
 
 // How K is divided. PAIR: two integer segments with symmetric weights and a plain epilogue, each with accumulators of its own.
-// ANY: up to VITQ_MAX_SEGMENTS, weight zero points, fp16 columns; one segment's integers after the other's go to float sums.
-enum Segments { ONE, PAIR, ANY };
+// MIXED: one integer segment, whose sums become floats in their own registers, before fp16 columns are added there; shifted rows.
+// ANY: up to VITQ_MAX_SEGMENTS, fp16 columns, shifted rows; one segment's integers after the other's go to float sums.
+enum Segments { ONE, PAIR, MIXED, ANY };
 
-// Floats of a tile's constants in shared memory: scales of each segment, then biases.
+// Floats of a tile's constants in shared memory: scales of each segment, of MIXED the weight's column sums, then biases.
 template <class T, Segments SEGMENTS>
-constexpr int CONSTANTS = T::N * (SEGMENTS == PAIR ? 3 : 2);
+constexpr int CONSTANTS = T::N * (SEGMENTS == PAIR || SEGMENTS == MIXED ? 3 : 2);
 
 template <class T, int EPILOGUE, Segments SEGMENTS>
 struct Consumer {
@@ -56,7 +57,8 @@ struct Consumer {
   int thread, c;  // of the warpgroup; lane % 4
   uint32_t acc[T::PIECES][T::N / 2];
   uint32_t first[SEGMENTS == PAIR ? T::PIECES : 1][SEGMENTS == PAIR ? T::N / 2 : 1];  // the first segment's
-  float total[SEGMENTS == ANY ? T::PIECES : 1][SEGMENTS == ANY ? T::N / 2 : 1];
+  static constexpr bool TOTAL = SEGMENTS == ANY || SEGMENTS == MIXED;
+  float total[TOTAL ? T::PIECES : 1][TOTAL ? T::N / 2 : 1];
 
   __device__ Consumer(const Problem& problem, int thread) : problem(problem), p(problem.p), thread(thread), c(thread % 4) {}
 
@@ -111,10 +113,12 @@ struct Consumer {
 #pragma unroll
       for (int i = 0; i < T::PIECES; ++i) pin(first[i]);
     }
-    if constexpr (SEGMENTS == ANY) {
+    if constexpr (SEGMENTS == ANY) fence_total();
+  }
+
+  __device__ __forceinline__ void fence_total() {
 #pragma unroll
-      for (int i = 0; i < T::PIECES; ++i) pin(total[i]);
-    }
+    for (int i = 0; i < T::PIECES; ++i) pin(total[i]);
   }
 
   // The eight neighbouring columns of a thread.
@@ -129,16 +133,57 @@ struct Consumer {
     return v;
   }
 
-  __device__ __forceinline__ void start_total(int first_column) {
+  // The scale, 1 without any, and the shift of a thread's two rows in each piece.
+  __device__ __forceinline__ void row_constants(int first_row, float (&scale)[T::PIECES][2], float (&shift)[T::PIECES][2]) const {
+#pragma unroll
+    for (int i = 0; i < T::PIECES; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = min(row_of(first_row, i, h), p.m - 1);
+        scale[i][h] = p.row_scale == nullptr ? 1.0f : __ldg(p.row_scale + row);
+        shift[i][h] = p.column_sums == nullptr ? 0.0f : __ldg(p.row_shift + row);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void start_total(int first_row, int first_column) {
+    float row_scale[T::PIECES][2], row_shift[T::PIECES][2];
+    row_constants(first_row, row_scale, row_shift);
 #pragma unroll
     for (int g = 0; g < T::N / 32; ++g) {
-      int column = first_column + 32 * g + COLUMNS * c;
-      float bias[COLUMNS] = {};
+      const int column = first_column + 32 * g + COLUMNS * c;
+      float bias[COLUMNS] = {}, sums[COLUMNS] = {};
       if (p.bias != nullptr && column < p.n) load8(p.bias + column, bias);
+      if (p.column_sums != nullptr && column < p.n) load8(p.column_sums + column, sums);
 #pragma unroll
       for (int i = 0; i < T::PIECES; ++i) {
 #pragma unroll
-        for (int x = 0; x < 16; ++x) total[i][16 * g + x] = bias[2 * (x / 4) + x % 2];
+        for (int x = 0; x < 16; ++x) {
+          const int at = 2 * (x / 4) + x % 2;
+          total[i][16 * g + x] = fmaf(row_shift[i][x / 2 % 2], sums[at], bias[at]);
+        }
+      }
+    }
+  }
+
+  // The integer sums, scaled, with bias and shift, as floats in the registers where they are.
+  __device__ __forceinline__ void to_total(const float* constants, int first_row) {
+    float row_scale[T::PIECES][2], row_shift[T::PIECES][2];
+    row_constants(first_row, row_scale, row_shift);
+#pragma unroll
+    for (int g = 0; g < T::N / 32; ++g) {
+      const float* from = constants + 32 * g + COLUMNS * c;
+      float scale[COLUMNS], sums[COLUMNS], bias[COLUMNS];
+      shared8(from, scale), shared8(from + T::N, sums), shared8(from + 2 * T::N, bias);
+#pragma unroll
+      for (int i = 0; i < T::PIECES; ++i) {
+#pragma unroll
+        for (int x = 0; x < 16; ++x) {
+          const int at = 2 * (x / 4) + x % 2, h = x / 2 % 2;
+          const float start = fmaf(row_shift[i][h], sums[at], bias[at]);
+          const float product = __fmul_rn(__int2float_rn(static_cast<int>(acc[i][16 * g + x])), row_scale[i][h]);
+          total[i][16 * g + x] = fmaf(product, scale[at], start);
+        }
       }
     }
   }
@@ -146,25 +191,15 @@ struct Consumer {
   // Adds the integer product of segment s, scaled, to the float totals.
   __device__ __forceinline__ void flush(int s, int first_row, int first_column) {
     int64_t n_pad = (p.n + 31) / 32 * 32;
-    const float *scales = p.scale + s * n_pad, *zeros = p.zero == nullptr ? nullptr : p.zero + s * n_pad;
-    float row_scale[T::PIECES][2];
-    int row_sum[T::PIECES][2];
-#pragma unroll
-    for (int i = 0; i < T::PIECES; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int64_t row = min(row_of(first_row, i, h), p.m - 1);
-        row_scale[i][h] = p.row_scale == nullptr ? 1.0f : __ldg(p.row_scale + row);
-        row_sum[i][h] = zeros == nullptr ? 0 : __ldg(p.row_sums + row * p.segments + s);
-      }
-    }
+    const float* scales = p.scale + s * n_pad;
+    float row_scale[T::PIECES][2], row_shift[T::PIECES][2];
+    row_constants(first_row, row_scale, row_shift);
 #pragma unroll
     for (int g = 0; g < T::N / 32; ++g) {
       int column = first_column + 32 * g + COLUMNS * c;
       if (column >= p.n) continue;
-      float scale[COLUMNS], zero[COLUMNS];
+      float scale[COLUMNS];
       load8(scales + column, scale);
-      if (zeros != nullptr) load8(zeros + column, zero);
 #pragma unroll
       for (int i = 0; i < T::PIECES; ++i) {
 #pragma unroll
@@ -174,7 +209,6 @@ struct Consumer {
 #pragma unroll
           for (int x = 0; x < COLUMNS; ++x) y[x] = total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2];
           accumulate8(codes8(acc, i, g, h, v), row_scale[i][h], p.row_scale != nullptr, scale, y);
-          if (zeros != nullptr) subtract_zero8(row_sum[i][h], row_scale[i][h], zero, y);
 #pragma unroll
           for (int x = 0; x < COLUMNS; ++x) total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2] = y[x];
         }
@@ -289,7 +323,7 @@ struct Consumer {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           float y[COLUMNS];
-          if constexpr (SEGMENTS == ANY) {
+          if constexpr (TOTAL) {
 #pragma unroll
             for (int x = 0; x < COLUMNS; ++x) y[x] = total[i][16 * g + 4 * (x / 2) + 2 * h + x % 2];
           } else {
@@ -306,7 +340,7 @@ struct Consumer {
 
   // constants: scales and biases of the tile's columns, in shared memory.
   __device__ __forceinline__ void finish(const float* constants, int first_row, int first_column) {
-    if constexpr (EPILOGUE != ACT_FLOAT_OUT && SEGMENTS != ANY) {
+    if constexpr (EPILOGUE != ACT_FLOAT_OUT && !TOTAL) {
       if (SEGMENTS == PAIR || problem.plain) {
         if constexpr (EPILOGUE == CODES_OUT) {
           if (problem.spare_bits) finish_plain<VITQ_S8, false, false, true>(constants, first_row, first_column);
@@ -342,13 +376,14 @@ struct Consumer {
 // Scales and biases of a tile's columns into shared memory, by `threads` threads; in GELU's units where it follows.
 template <class T, int EPILOGUE, Segments SEGMENTS>
 __device__ __forceinline__ void load_constants(const VitqLinear& p, float* to, int first_column, int thread, int threads) {
-  constexpr float UNIT = EPILOGUE == ACT_CODES_OUT ? 1.0f / GELU_UNIT : 1.0f;
+  constexpr float UNIT = EPILOGUE == ACT_CODES_OUT && SEGMENTS != MIXED ? 1.0f / GELU_UNIT : 1.0f;
   const int64_t n_pad = (p.n + 31) / 32 * 32;
   for (int i = thread; i < T::N; i += threads) {
     const int column = first_column + i;
     const bool inside = column < p.n;
     to[i] = inside ? __ldg(p.scale + column) * UNIT : 0.0f;
     if (SEGMENTS == PAIR) to[T::N + i] = inside ? __ldg(p.scale + n_pad + column) * UNIT : 0.0f;
+    if (SEGMENTS == MIXED) to[T::N + i] = inside && p.column_sums != nullptr ? __ldg(p.column_sums + column) : 0.0f;
     to[CONSTANTS<T, SEGMENTS> - T::N + i] = inside && p.bias != nullptr ? __ldg(p.bias + column) * UNIT : 0.0f;
   }
 }

@@ -29,12 +29,12 @@ inline int check_linear(const VitqLinear& p) {
   if (p.k % (p.weight_bits == 4 ? 64 : 32) != 0) return VITQ_BAD_ARGUMENT;
   if (p.weight == nullptr || p.scale == nullptr || p.out.data == nullptr || p.a == nullptr) return VITQ_BAD_ARGUMENT;
   if (p.lda % 16 != 0 || !aligned16(p.a) || !aligned16(p.weight)) return VITQ_BAD_ARGUMENT;
-  if (!aligned16(p.scale) || !aligned16(p.zero) || !aligned16(p.bias)) return VITQ_BAD_ARGUMENT;
+  if (!aligned16(p.scale) || !aligned16(p.column_sums) || !aligned16(p.bias)) return VITQ_BAD_ARGUMENT;
   if (p.segments < 1 || p.segments > VITQ_MAX_SEGMENTS) return VITQ_BAD_ARGUMENT;
   for (int s = 0, before = 0; s < p.segments; before = p.segment_ends[s++])
     if (p.segment_ends[s] <= before || p.segment_ends[s] % 32 != 0) return VITQ_BAD_ARGUMENT;
   if (p.segment_ends[p.segments - 1] != p.k) return VITQ_BAD_ARGUMENT;
-  if (p.zero != nullptr && p.row_sums == nullptr) return VITQ_BAD_ARGUMENT;
+  if (p.column_sums != nullptr && p.row_shift == nullptr) return VITQ_BAD_ARGUMENT;
   if (p.a_fp != nullptr) {
     if (p.weight_fp == nullptr || p.k_fp < 16 || p.k_fp % 16 != 0 || p.lda_fp % 8 != 0) return VITQ_BAD_ARGUMENT;
     if (!aligned16(p.a_fp) || !aligned16(p.weight_fp)) return VITQ_BAD_ARGUMENT;

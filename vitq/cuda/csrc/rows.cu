@@ -40,7 +40,7 @@ constexpr int resident(int vectors, Mode mode, bool staged) {
 }
 
 // T: float type of x, residual and sum. V: vectors of 8 neighbouring columns a lane. STAGED: codes go through shared memory to
-// be reordered, summed, or stored unaligned.
+// be reordered or stored unaligned.
 template <typename T, int V, Lanes LANES, Mode MODE, bool STAGED>
 __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
   extern __shared__ __align__(16) uint8_t shared[];
@@ -55,7 +55,7 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
   const unsigned together = ALL ? 1 : blockDim.x >> p.lane_shift, stride = gridDim.x * together;
   int first = lane * W, step = p.lanes * W;
   const bool floats = !EXACT && a.out_dtype != VITQ_S8 && a.out_dtype != VITQ_S4;
-  const bool dynamic = MODE == NORMED || (EXACT && a.row_scale);
+  const bool dynamic = MODE == NORMED || (EXACT && a.row_scale), ranged = EXACT && a.row_shift;
   const int norm = MODE == DIVIDED ? VITQ_NO_NORM : a.norm;
   RowReduce<ALL> reduce{p.lanes, meeting, 0};
 
@@ -108,12 +108,10 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
     for (int i = 0; i < STAGES; i++) fetch(start + group + i * stride, ring + i * stage_bytes);
   }
 
-  uint8_t* codes = shared + p.slots + group * p.slot_bytes;
+  uint8_t* codes = shared + group * p.slot_bytes;
   auto* halves = reinterpret_cast<__half*>(codes + p.halves);
   if (STAGED && TOGETHER == 4 && lane == 0) reinterpret_cast<uint32_t*>(codes)[a.columns] = p.fill * 0x01010101u;
-  // A dynamic scale is that of the columns in `order` alone.
-  const bool chosen = STAGED && dynamic && a.order;
-  if (chosen) mark_ordered(a, reinterpret_cast<uint32_t*>(shared));
+  const bool chosen = STAGED && dynamic && a.order;  // a dynamic scale is that of the columns in `order` alone
 
   const float shift = EXACT || floats ? 0.0f : p.code.zero;
   float weight[HOIST ? V : 1][W], bias[HOIST ? V : 1][W];
@@ -276,21 +274,37 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
           for (int w = 0; w < W; w++) y[w] = EXACT ? x[v][w] : (x[v][w] - p.code.zero) * a.scale;
           store_eight<__half>(halves, column(v), y);
         }
-        if constexpr (ALL) __syncthreads(); else __syncwarp();
-        if (inside) gather_fp(p, halves, row, lane);
-        if constexpr (ALL) __syncthreads(); else __syncwarp();
+        if constexpr (TOGETHER == 4) {
+          if constexpr (ALL) __syncthreads(); else __syncwarp();
+          if (inside) gather_fp(p, halves, row, lane);
+          if constexpr (ALL) __syncthreads(); else __syncwarp();
+        }
       }
     }
 
     Scale scale{};
+    RowRange range{};
     if constexpr (EXACT) {
-      if (dynamic) {
+      if (ranged) {
+        float lo = INFINITY, hi = -INFINITY;
+#pragma unroll
+        for (int v = 0; v < V; v++) {
+          if (!used(v)) continue;
+          const uint32_t bits = chosen ? __ldg(a.counted + column(v) / 8) : 0xFF;
+#pragma unroll
+          for (int w = 0; w < W; w++)
+            if (bits >> w & 1) lo = fminf(lo, x[v][w]), hi = fmaxf(hi, x[v][w]);
+        }
+        lo = reduce(lo, Least());
+        range = make_range(lo, reduce(hi, Largest()), p.qmin, p.qmax);
+        if (inside && lane == 0) a.row_scale[row] = range.s.scale, a.row_shift[row] = shift_of(range);
+      } else if (dynamic) {
         float largest = 0.0f;
 #pragma unroll
         for (int v = 0; v < V; v++) {
           if (chosen) {
             if (!used(v)) continue;
-            const uint32_t bits = shared[column(v) / 8];
+            const uint32_t bits = __ldg(a.counted + column(v) / 8);
 #pragma unroll
             for (int w = 0; w < W; w++) largest = fmaxf(largest, bits >> w & 1 ? fabsf(x[v][w]) : 0.0f);
           } else {
@@ -311,6 +325,9 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
       if constexpr (!EXACT) {
 #pragma unroll
         for (int w = 0; w < W; w++) code[w] = folded_code(x[v][w], p.qmin, p.qmax);
+      } else if (ranged) {
+#pragma unroll
+        for (int w = 0; w < W; w++) code[w] = ranged_code(x[v][w], range);
       } else if (dynamic) {
 #pragma unroll
         for (int w = 0; w < W; w++) code[w] = symmetric_code(x[v][w], scale);
@@ -351,10 +368,11 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
       if constexpr (ALL) __syncthreads(); else __syncwarp();
       const unsigned oldest = row - (count - 1) * stride;
       if constexpr (TOGETHER == 4) {
-        if (known) gather_known(p, places_of_codes, codes, oldest, stride, count, lane, reduce);
-        else gather<TOGETHER, ALL>(p, codes, oldest, stride, count, lane, reduce);
+        if (known) gather_known(p, places_of_codes, codes, oldest, stride, count, lane);
+        else gather<TOGETHER>(p, codes, oldest, stride, count, lane);
       } else {
-        gather<TOGETHER, ALL>(p, codes, oldest, stride, count, lane, reduce);
+        gather<TOGETHER>(p, codes, oldest, stride, count, lane);
+        if (a.fp_out && inside) gather_fp(p, halves, row, lane);
       }
       if constexpr (ALL) __syncthreads(); else __syncwarp();
       count = 0;
@@ -421,9 +439,10 @@ int check(const VitqRows& a) {
   if (a.sum.data && !is_float(a.sum.dtype)) return VITQ_BAD_ARGUMENT;
   if (a.merge_width < 0 || (a.merge_width > 0 && (a.merge_height < 1 || a.columns % 4))) return VITQ_BAD_ARGUMENT;
   if (a.merge_width > 0 && (a.residual.data || a.sum.data)) return VITQ_UNSUPPORTED;
-  if (a.row_sums && (a.segments < 1 || a.segments > VITQ_MAX_SEGMENTS)) return VITQ_BAD_ARGUMENT;
+  if (codes && a.order && a.row_scale && !a.counted) return VITQ_BAD_ARGUMENT;
+  if (a.row_shift && (!a.row_scale || !a.out_columns || a.qmin >= 0 || a.qmax != -a.qmin - 1 || a.qmin & a.qmax)) return VITQ_BAD_ARGUMENT;
   if (a.fp_out && (a.fp_columns < 0 || (a.fp_columns && !a.fp_order))) return VITQ_BAD_ARGUMENT;
-  if (!codes && (a.order || a.row_sums || a.fp_out || a.row_scale)) return VITQ_UNSUPPORTED;
+  if (!codes && (a.order || a.fp_out || a.row_scale)) return VITQ_UNSUPPORTED;
   if (codes) {
     const int limit = a.out_dtype == VITQ_S4 ? 8 : 128;
     if (a.qmin < -limit || a.qmax >= limit || a.qmin > a.qmax || (a.row_scale && a.qmax < 1)) return VITQ_BAD_ARGUMENT;
@@ -473,7 +492,7 @@ extern "C" int vitq_rows(const VitqRows* args, void* stream_) {
   bool eights = a.columns % (merged ? 32 : 8) == 0 && (merged ? aligned(a.x.data, 16) : vectors_of(a.x, p.flat)) &&
                 same(a.residual) && same(a.sum) && aligned(a.weight, 16) && aligned(a.bias, 16);
   eights &= a.columns <= (merged ? MOST_MERGED : 32 * wide_threads(width(a.x.dtype)));
-  bool staged = a.order || a.row_sums || a.fp_out;
+  bool staged = a.order || a.fp_out;
   if (codes) {
     const int whole = packed ? 4 : 8;  // bytes of eight codes
     p.aligned_out = aligned(a.out, whole / 2) && a.out_stride % (whole / 2) == 0;
@@ -515,10 +534,9 @@ extern "C" int vitq_rows(const VitqRows* args, void* stream_) {
   const auto round = [](int bytes) { return (bytes + 15) / 16 * 16; };
   int shared = 0;
   if (staged && codes) {
-    p.slots = dynamic && a.order ? round((a.columns + 31) / 32 * 4) : 0;
     p.halves = round(eights && kind != WIDE ? 4 * a.columns + 4 : a.columns + 4);
     p.slot_bytes = p.halves + (a.fp_out ? round(2 * a.columns) : 0);
-    shared = p.slots + threads / p.lanes * p.slot_bytes;
+    shared = threads / p.lanes * p.slot_bytes;
   }
   if (!eights) {
     void (*kernel)(RowsLaunch) = kind == WIDE ? rows_any_kernel

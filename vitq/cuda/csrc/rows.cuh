@@ -19,9 +19,8 @@ struct RowsLaunch {
   int32_t lanes, lane_shift;  // threads of a row; below a warp a power of 2, and its logarithm
   int32_t fill;            // the code of an order of -1: that of the value 0
   Divisor by_group, by_merge_width, by_merge_height;  // rows_per_group, and merged rows of a line and lines of an image
-  // Shared memory: the columns in `order`, a bit each; from `slots` on codes and then halves for fp_order, of each row that a
-  // block works on; from `ring` on the rows to come.
-  int32_t slots, slot_bytes, halves, ring;
+  // Shared memory: codes and then halves for fp_order, of each row that a block works on; from `ring` on the rows to come.
+  int32_t slot_bytes, halves, ring;
   bool direct;             // no shared memory for rows to come
   bool flat;               // rows_per_group does not matter
   bool aligned_order, aligned_out;  // order by 16 bytes; rows of codes by 4 (2 for packed int4)
@@ -188,6 +187,10 @@ struct Sum {
   __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
 };
 
+struct Least {
+  __device__ __forceinline__ float operator()(float a, float b) const { return fminf(a, b); }
+};
+
 struct Largest {
   __device__ __forceinline__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
@@ -258,45 +261,14 @@ __device__ __forceinline__ void transpose_bytes(const uint4& four, uint32_t (&wo
   word[3] = __byte_perm(high0, high1, 0x7632);
 }
 
-// Adds the codes of four columns to the sums of their segments.
-template <int ROWS>
-__device__ __forceinline__ void add_sums(const VitqRows& a, int column, const uint32_t (&word)[ROWS],
-                                         int32_t (&sums)[VITQ_MAX_SEGMENTS][ROWS]) {
-  int start = 0;
-#pragma unroll
-  for (int s = 0; s < VITQ_MAX_SEGMENTS; s++) {
-    if (s >= a.segments) break;
-    const uint32_t mask = first_bytes(a.segment_ends[s] - column) & ~first_bytes(start - column);
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) sums[s][r] = __dp4a(int(word[r] & mask), 0x01010101, sums[s][r]);
-    start = a.segment_ends[s];
-  }
-}
-
-template <int ROWS, bool ALL>
-__device__ __forceinline__ void store_sums(const RowsLaunch& p, const int32_t (&sums)[VITQ_MAX_SEGMENTS][ROWS], unsigned row,
-                                           unsigned stride, int count, int lane, RowReduce<ALL>& reduce) {
-#pragma unroll
-  for (int s = 0; s < VITQ_MAX_SEGMENTS; s++) {
-    if (s >= p.a.segments) break;
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      const int32_t total = reduce(sums[s][r], Sum());
-      if (r < count && row + r * stride < unsigned(p.a.m) && lane == 0)
-        p.a.row_sums[int64_t(row + r * stride) * p.a.segments + s] = total;
-    }
-  }
-}
-
 // The codes of ROWS rows from shared memory to their places, four columns at a time: those of `row` and of each `stride`-th
 // row after it. ROWS 1: `codes` are bytes. ROWS 4: they are words, a byte of each row, so that a column is looked for once.
-template <int ROWS, bool ALL>
+template <int ROWS>
 __device__ __forceinline__ void gather(const RowsLaunch& p, const uint8_t* codes, unsigned row, unsigned stride, int count,
-                                       int lane, RowReduce<ALL>& reduce) {
+                                       int lane) {
   static_assert(ROWS == 1 || ROWS == 4);
   const VitqRows& a = p.a;
   const auto* words = reinterpret_cast<const uint32_t*>(codes);
-  int32_t sums[VITQ_MAX_SEGMENTS][ROWS] = {};
   const auto inside = [&](int r) { return r < count && row + r * stride < unsigned(a.m); };
   for (int column = 4 * lane; column < a.out_columns; column += 4 * p.lanes) {
     const int left = a.out_columns - column;
@@ -325,12 +297,10 @@ __device__ __forceinline__ void gather(const RowsLaunch& p, const uint8_t* codes
 #pragma unroll
       for (int r = 0; r < ROWS; r++) word[r] &= first_bytes(left);
     }
-    if (a.row_sums) add_sums(a, column, word, sums);
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
       if (inside(r)) store_codes(p, row + r * stride, column, word[r], left);
   }
-  if (a.row_sums) store_sums<ROWS, ALL>(p, sums, row, stride, count, lane, reduce);
 }
 
 // Where a lane's code columns come from: words of shared memory, two to a register. Column 4 (lane + i lanes) + j is its
@@ -354,11 +324,10 @@ struct Places {
 // `gather` of four rows whose places wait in registers, whole words at a time: nothing but shared memory is read, all of it
 // at once. LayerNorm of 39400 x 384 on an H100: 26 us with reordered codes, 17.6 without. It waits for latencies, 3 warps a scheduler;
 // weights in shared memory in place of registers, and 4 warps, took 28 us.
-template <int PIECES, bool ALL>
+template <int PIECES>
 __device__ __forceinline__ void gather_known(const RowsLaunch& p, const Places<PIECES>& places, const uint8_t* codes, unsigned row,
-                                             unsigned stride, int count, int lane, RowReduce<ALL>& reduce) {
+                                             unsigned stride, int count, int lane) {
   const auto* words = reinterpret_cast<const uint32_t*>(codes);
-  int32_t sums[VITQ_MAX_SEGMENTS][4] = {};
 #pragma unroll
   for (int i = 0; i < PIECES; i++) {
     const int column = 4 * (lane + i * p.lanes);
@@ -367,14 +336,12 @@ __device__ __forceinline__ void gather_known(const RowsLaunch& p, const Places<P
     uint32_t word[4];
     transpose_bytes(four, word);
     if (column < p.a.out_columns) {
-      if (p.a.row_sums) add_sums(p.a, column, word, sums);
 #pragma unroll
       for (int r = 0; r < 4; r++)
         if (r < count && row + r * stride < unsigned(p.a.m))
           *reinterpret_cast<uint32_t*>(static_cast<uint8_t*>(p.a.out) + (row + r * stride) * p.a.out_stride + column) = word[r];
     }
   }
-  if (p.a.row_sums) store_sums<4, ALL>(p, sums, row, stride, count, lane, reduce);
 }
 
 // The features that stay in float, of one row.
@@ -384,17 +351,6 @@ __device__ __forceinline__ void gather_fp(const RowsLaunch& p, const __half* hal
     const int feature = __ldg(p.a.fp_order + i);
     to[i] = feature < 0 ? __half() : halves[feature];
   }
-}
-
-// Marks the columns in `order`, a bit each, for a dynamic scale that is theirs alone.
-__device__ __forceinline__ void mark_ordered(const VitqRows& a, uint32_t* bits) {
-  for (int i = threadIdx.x; i < (a.columns + 31) / 32; i += blockDim.x) bits[i] = 0;
-  __syncthreads();
-  for (int i = threadIdx.x; i < a.out_columns; i += blockDim.x) {
-    const int feature = __ldg(a.order + i);
-    if (feature >= 0) atomicOr(bits + feature / 32, 1u << (feature % 32));
-  }
-  __syncthreads();
 }
 
 }  // namespace vitq

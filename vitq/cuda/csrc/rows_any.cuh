@@ -11,11 +11,12 @@ constexpr int ANY_COLUMNS = 1024;  // up to which a row lies in the registers of
 
 // What a kernel here makes of a row.
 struct AnyRow {
-  bool floats, dynamic, folded, chosen;
+  bool floats, dynamic, ranged, folded, chosen;
 
   __device__ explicit AnyRow(const VitqRows& a)
       : floats(a.out_dtype != VITQ_S8 && a.out_dtype != VITQ_S4),
         dynamic(!floats && a.row_scale),
+        ranged(!floats && a.row_shift),
         folded(!floats && !dynamic && a.norm != VITQ_NO_NORM),
         chosen(dynamic && a.order) {}
 
@@ -26,8 +27,8 @@ struct AnyRow {
     return fmaf((x - mean) * rstd, weight, bias);
   }
 
-  __device__ __forceinline__ uint8_t code(const RowsLaunch& p, float y, const Scale& scale) const {
-    const float code = dynamic ? symmetric_code(y, scale)
+  __device__ __forceinline__ uint8_t code(const RowsLaunch& p, float y, const Scale& scale, const RowRange& range) const {
+    const float code = ranged ? ranged_code(y, range) : dynamic ? symmetric_code(y, scale)
                        : folded ? folded_code(fmaf(y, p.factor, p.code.zero), p.qmin, p.qmax) : static_code(y, p.code);
     return uint8_t(__float_as_uint(code));
   }
@@ -48,9 +49,8 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_cons
   const AnyRow kind(a);
   const int lane = threadIdx.x;
   RowReduce<true> reduce{p.lanes, meeting, 0};
-  uint8_t* codes = shared + p.slots;
+  uint8_t* codes = shared;
   auto* halves = reinterpret_cast<__half*>(codes + p.halves);
-  if (kind.chosen) mark_ordered(a, reinterpret_cast<uint32_t*>(shared));
 
   for (unsigned row = blockIdx.x; row < unsigned(a.m); row += gridDim.x) {
     const Place at = place(p, row);
@@ -81,10 +81,21 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_cons
     }
 
     Scale scale{};
-    if (kind.dynamic) {
+    RowRange range{};
+    if (kind.ranged) {
+      float lo = INFINITY, hi = -INFINITY;
+      for (int c = lane; c < a.columns; c += p.lanes) {
+        if (kind.chosen && !(__ldg(a.counted + c / 8) >> (c % 8) & 1)) continue;
+        const float y = kind.result(a, value(c), c, mean, rstd);
+        lo = fminf(lo, y), hi = fmaxf(hi, y);
+      }
+      lo = reduce(lo, Least());
+      range = make_range(lo, reduce(hi, Largest()), p.qmin, p.qmax);
+      if (lane == 0) a.row_scale[row] = range.s.scale, a.row_shift[row] = shift_of(range);
+    } else if (kind.dynamic) {
       float largest = 0.0f;
       for (int c = lane; c < a.columns; c += p.lanes)
-        if (!kind.chosen || shared[c / 8] >> (c % 8) & 1)
+        if (!kind.chosen || __ldg(a.counted + c / 8) >> (c % 8) & 1)
           largest = fmaxf(largest, fabsf(kind.result(a, value(c), c, mean, rstd)));
       scale = make_scale(__fdiv_rn(fmaxf(reduce(largest, Largest()), RANGE_MIN), p.qmax));
       if (lane == 0) a.row_scale[row] = scale.scale;
@@ -98,11 +109,11 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_cons
         continue;
       }
       if (a.fp_out) halves[c] = __float2half_rn(y);
-      codes[c] = kind.code(p, y, scale);
+      codes[c] = kind.code(p, y, scale, range);
     }
     if (kind.floats) continue;
     __syncthreads();
-    gather<1, true>(p, codes, row, 0, 1, lane, reduce);
+    gather<1>(p, codes, row, 0, 1, lane);
     if (a.fp_out) gather_fp(p, halves, row, lane);
     __syncthreads();
   }
@@ -116,10 +127,9 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid
   const AnyRow kind(a);
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32;
   RowReduce<false> reduce{32, nullptr, 0};
-  uint8_t* codes = shared + p.slots + group * p.slot_bytes;
+  uint8_t* codes = shared + group * p.slot_bytes;
   auto* halves = reinterpret_cast<__half*>(codes + p.halves);
-  if (kind.chosen) mark_ordered(a, reinterpret_cast<uint32_t*>(shared));
-  const bool plain = !a.order && !a.row_sums && a.out_dtype == VITQ_S8;  // codes leave as they lie
+  const bool plain = !a.order && a.out_dtype == VITQ_S8;  // codes leave as they lie
   const auto used = [&](int v) { return lane + 32 * v < a.columns; };
   const auto done = [&](int v) { return 32 * v >= a.columns; };  // for all lanes
 
@@ -169,12 +179,23 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid
       if (!done(v) && used(v)) x[v] = kind.result(a, x[v], lane + 32 * v, mean, rstd);
 
     Scale scale{};
-    if (kind.dynamic) {
+    RowRange range{};
+    if (kind.ranged) {
+      float lo = INFINITY, hi = -INFINITY;
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        const int c = lane + 32 * v;
+        if (!done(v) && used(v) && (!kind.chosen || __ldg(a.counted + c / 8) >> (c % 8) & 1)) lo = fminf(lo, x[v]), hi = fmaxf(hi, x[v]);
+      }
+      lo = reduce(lo, Least());
+      range = make_range(lo, reduce(hi, Largest()), p.qmin, p.qmax);
+      if (lane == 0) a.row_scale[row] = range.s.scale, a.row_shift[row] = shift_of(range);
+    } else if (kind.dynamic) {
       float largest = 0.0f;
 #pragma unroll
       for (int v = 0; v < V; v++) {
         const int c = lane + 32 * v;
-        if (!done(v) && used(v) && (!kind.chosen || shared[c / 8] >> (c % 8) & 1)) largest = fmaxf(largest, fabsf(x[v]));
+        if (!done(v) && used(v) && (!kind.chosen || __ldg(a.counted + c / 8) >> (c % 8) & 1)) largest = fmaxf(largest, fabsf(x[v]));
       }
       scale = make_scale(__fdiv_rn(fmaxf(reduce(largest, Largest()), RANGE_MIN), p.qmax));
       if (lane == 0) a.row_scale[row] = scale.scale;
@@ -192,7 +213,7 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid
     for (int v = 0; v < V; v++) {
       if (done(v) || !used(v)) continue;
       if (a.fp_out) halves[lane + 32 * v] = __float2half_rn(x[v]);
-      codes[beyond + lane + 32 * v] = kind.code(p, x[v], scale);
+      codes[beyond + lane + 32 * v] = kind.code(p, x[v], scale, range);
     }
     __syncwarp();
     if (plain) {
@@ -205,7 +226,7 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid
         }
       }
     } else {
-      gather<1, false>(p, codes, row, 0, 1, lane, reduce);
+      gather<1>(p, codes, row, 0, 1, lane);
     }
     if (a.fp_out) gather_fp(p, halves, row, lane);
     __syncwarp();

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 5  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 6  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -27,7 +27,7 @@ typedef struct {
   int32_t dtype;
 } VitqMatrix;
 
-// y = act(Σ_s r·acc_s·scale_s[n] − r·row_sums_s·zero_s[n] + fp[m, n] + bias[n]) + residual, cast or requantized.
+// y = act(Σ_s r·acc_s·scale_s[n] + row_shift·column_sums[n] + fp[m, n] + bias[n]) + residual, cast or requantized.
 // acc_s is the exact int32 of segment s; r the row's scale, or 1.
 typedef struct {
   const void* a;         // int8 [m, >= a_columns] codes, rows 16-byte aligned; a_bits = 4: two codes a byte
@@ -39,8 +39,8 @@ typedef struct {
   int32_t segments;      // 1 .. VITQ_MAX_SEGMENTS
   int32_t segment_ends[VITQ_MAX_SEGMENTS];  // in k, multiples of 32, the last one k
   const float* scale;    // [segments, n_pad]
-  const float* zero;     // [segments, n_pad]: weight scale times weight zero point; or null
-  const int32_t* row_sums;  // [m, segments] sums of a's codes; given with zero
+  const float* column_sums;  // [n_pad], sums of the weight's columns; or null
+  const float* row_shift;   // [m], what is added to all numbers of a row of a; given with column_sums
   const float* bias;     // [n_pad]
   const float* row_scale;   // [m] or null
   const void* a_fp;      // fp16 [m, k_fp], or null
@@ -110,15 +110,16 @@ typedef struct {
   float eps;
   const int32_t* order;          // [out_columns] which feature each code column holds, -1: zero; or null: in order
   int32_t out_columns;
+  const uint8_t* counted;        // [(columns + 7) / 8], a bit for each feature in `order`: given with it and row_scale
   void* out;                     // int8 [m, out_stride]; VITQ_S4: packed, low nibble first; or float: the norm's result
   int64_t out_stride;            // bytes for codes, elements for floats
   int32_t out_dtype;
   float scale;                   // static: code = clamp(rint(y / scale) + zero); unused if row_scale is given
   int32_t zero, qmin, qmax;
   float* row_scale;              // [m]: dynamic, scale = max(amax, 1e-12) / qmax of the columns in `order`
-  int32_t* row_sums;             // [m, segments] sums of the codes, or null
-  int32_t segments;
-  int32_t segment_ends[VITQ_MAX_SEGMENTS];  // in out_columns
+  // [m], or null: dynamic and asymmetric, of the least and the largest of these columns. Then scale = max(hi - lo, 1e-12) /
+  // (qmax - qmin), code = clamp(rint((y - lo) / scale) + qmin), and a number is code · scale + shift.
+  float* row_shift;
   const int32_t* fp_order;       // [fp_columns] features that stay in float
   int32_t fp_columns;
   void* fp_out;                  // fp16 [m, fp_columns] or null

@@ -1,0 +1,25 @@
+"""Input features that stay in float16 because their values are large (QUIK, Ashkboos et al., arXiv 2310.09259)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vitq.formats import Columns
+from vitq.recipe import QuantSpec
+
+MULTIPLE = 16  # of a step of the float16 multiplication
+
+
+def outlier_count(spec: QuantSpec, features: int) -> int:
+    """How many of a layer's input features stay in float16: as many as `spec` asks for, at most its part of all, to the nearest 16."""
+    return int(min(spec.outliers, spec.outlier_limit * features) / MULTIPLE + 0.5) * MULTIPLE
+
+
+def outlier_columns(largest: Tensor, count: int) -> Columns:
+    """The columns of an input whose features have these largest absolute values [K]: the `count` largest in float16, ties to the first, the
+    others as codes; both in the order of the features."""
+    chosen = torch.zeros(len(largest), dtype=torch.bool)
+    chosen[torch.argsort(largest.cpu().double(), descending=True, stable=True)[:count]] = True
+    order, fp = ((~chosen).nonzero()[:, 0].to(torch.int32), chosen.nonzero()[:, 0].to(torch.int32))
+    return Columns(order, fp=fp)
