@@ -72,9 +72,9 @@ def prefill_and_decode(models: Mapping[str, nn.Module], tokens: torch.Tensor, re
 
 
 def add_blocks(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--stream", choices=("float", "quantized"), help="calibrate block by block, on what the float blocks before give, or the quantized ones")
-    p.add_argument("--calib-device", metavar="DEVICE", help="with --stream: where one block at a time is calibrated, while the float model is on the CPU")
-    p.add_argument("--resume", type=Path, metavar="DIR", help="with --stream: keep finished blocks there (DIR/RECIPE for each of several) and go on after them")
+    p.add_argument("--stream", choices=("float", "quantized"), help="calibrate block by block, on what float blocks give, or quantized ones")
+    p.add_argument("--calib-device", metavar="DEVICE", help="with --stream: where each block is calibrated; the float model is on the CPU")
+    p.add_argument("--resume", type=Path, metavar="DIR", help="with --stream: keep finished blocks there (DIR/RECIPE of several), go on after them")
 
 
 def check_blocks(args: argparse.Namespace) -> None:

@@ -115,7 +115,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     device = _calibration_device(stream, device, resume)
     if (recipe.is_static and statistics is None or recipe.needs_inputs) and calib is None:
         what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}"
-        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of preprocessed image batches, or the "
+        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
         raise ValueError(f"memory must be a number of bytes above 0; got {memory}")

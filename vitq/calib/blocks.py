@@ -1,21 +1,18 @@
-"""Calibration block by block: one block is on the device at a time, and what goes from one to the next waits on the CPU, in float32.
+"""Calibration block by block: the parts of a `Chain` are measured and solved one after another, while one of them is on the device.
 
-The model is a stem, which makes the first hidden states, `Prepared.stages` one after another, and a tail. Each of these is a part: its inputs
-are streamed through it to measure and to solve, then once more, or in the same pass, to get those of the next part.
+A part's inputs are streamed through it to measure and to solve, then once more, or in the same pass, for those of the next part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from vitq.calib.chain import Chain, Hidden, Part, targets
 from vitq.calib.choose import attention_params, check_statistics, check_transformed, input_formats, solved, static_format
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
 from vitq.calib.resume import Done, Folder, fingerprint_of, on_cpu
@@ -23,202 +20,13 @@ from vitq.calib.runner import Operand, check_sample_count, checked, exact_float3
 from vitq.calib.simulate import fake_operands, fake_weight
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat
-from vitq.models.adapter import replace
 from vitq.models.sites import AttentionSite, LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
 from vitq.recipe import Recipe
 
 STREAMS = ("float", "quantized")
 STATISTICS = "statistics.safetensors"  # in the folder of a finished run
-_Hidden = list[Tensor | None]  # hidden states, one tensor a batch; before the stem there are none
 _Formats = dict[str, ActivationFormat | None]
-
-
-@dataclass
-class Part:
-    """The stem, a block or the tail: what of the model's sites lies in it, and the operands to observe there, by key."""
-
-    name: str
-    groups: list[list[LinearSite]] = field(default_factory=list)
-    attentions: list[AttentionSite] = field(default_factory=list)
-    wanted: dict[str, Operand] = field(default_factory=dict)
-
-
-class _Seen(Exception):
-    """All that a pass was to see has been seen."""
-
-
-class _Stop(Exception):
-    """The first hidden states are there."""
-
-
-class _Stub(nn.Module):
-    """In the place of a block: `met(hidden, args, kwargs)` says what it returns. Attributes that a model looks at are the block's."""
-
-    def __init__(self, block: nn.Module, met: Callable[[Tensor, tuple, dict], Any]) -> None:
-        super().__init__()
-        self.__dict__.update(block=block, met=met)  # the block is not to be its child
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["block"], name)
-
-    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return self.met(hidden, args, kwargs)
-
-
-@contextmanager
-def placed(module: nn.Module, device: torch.device, home: torch.device) -> Iterator[None]:
-    """The module on `device` inside, back at `home` afterwards."""
-    module.to(device)
-    try:
-        yield
-    finally:
-        module.to(home)
-
-
-class Chain:
-    """A prepared model as its parts, and the batches that go through it. parts[0] is the stem, parts[-1] the tail."""
-
-    def __init__(self, prepared: Prepared, device: torch.device | None, batches: list[Tensor]) -> None:
-        self.prepared, self.model, self.batches = prepared, prepared.model, batches
-        self.home = next(self.model.parameters()).device
-        self.device = self.home if device is None else device
-        self.blocks = [self.model.get_submodule(name) for name in prepared.stages]
-        self.parts = [Part("what lies before the blocks"), *map(Part, prepared.stages), Part("what lies after the blocks")]
-        # What each block is given beside hidden states (masks, positions), of each batch; equal tensors are kept once.
-        self._given: list[list[tuple[tuple, dict]]] = []
-        self._tensors: list[Tensor] = []
-        self._in_tuple, self._at, self._hidden = False, 0, None
-        self._early = self._found_early()
-        for sites in prepared.input_groups():
-            self.parts[self._place(sites[0].name)].groups.append(sites)
-        for site in prepared.attentions:
-            self.parts[self._place(site.name)].attentions.append(site)
-
-    def observe(self, wanted: Mapping[str, Operand]) -> None:
-        """Give each part its operands of these."""
-        for part in self.parts:
-            layers = {site.name for sites in part.groups for site in sites} | {name for site in part.attentions for name in (site.qk, site.pv)}
-            part.wanted = {key: operand for key, operand in wanted.items() if key.rpartition(":")[0] in layers}
-
-    def _place(self, name: str) -> int:
-        for i, stage in enumerate(self.prepared.stages):
-            if name.startswith(f"{stage}."):
-                return i + 1
-        return 0 if name in self._early else len(self.parts) - 1
-
-    @torch.no_grad()
-    def _found_early(self) -> set[str]:
-        """The linear layers that run before the first block. Without data nobody asks."""
-        found: set[str] = set()
-        modules = {site.name: self.model.get_submodule(site.name) for site in self.prepared.linears}
-        handles = [module.register_forward_pre_hook(lambda module, args, name=name: found.add(name)) for name, module in modules.items()]
-        try:
-            if self.batches:
-                with self.at(0):
-                    self.step(0, 0, None)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
-
-    @contextmanager
-    def at(self, index: int) -> Iterator[None]:
-        """The part on the device, ready to run; nothing else of the model is there."""
-        if 0 < index <= len(self.blocks):
-            with placed(self.blocks[index - 1], self.device, self.home):
-                yield
-            return
-        for i, (name, block) in enumerate(zip(self.prepared.stages, self.blocks)):
-            replace(self.model, name, _Stub(block, partial(self._met, i)))
-        try:
-            with placed(self.model, self.device, self.home):
-                yield
-        finally:
-            for name, block in zip(self.prepared.stages, self.blocks):
-                replace(self.model, name, block)
-
-    def step(self, index: int, batch: int, hidden: Tensor | None, until: Sequence[tuple[nn.Module, bool]] = ()) -> Tensor | None:
-        """One batch through the part, within `at`: hidden states in and out, on the CPU. None where all of `until`, modules whose inputs (or
-        outputs) are to be seen, were, or from the tail."""
-        with _stopping(until):
-            try:
-                if 0 < index <= len(self.blocks):
-                    args, kwargs = _moved(self._given[batch][index - 1], lambda t: t.to(self.device))
-                    out = self.blocks[index - 1](hidden.to(self.device), *args, **kwargs)
-                    self._in_tuple = isinstance(out, tuple)
-                    return (out[0] if self._in_tuple else out).to("cpu")
-                self._at, self._hidden = index, hidden
-                record = [] if index == 0 and len(self._given) == batch else None
-                self._record = record
-                self.prepared.run(self.batches[batch])
-                return None  # of the tail
-            except _Seen:
-                return None
-            except _Stop:
-                if record is not None:
-                    self._given.append(record)
-                return self._hidden
-
-    def _met(self, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
-        """What stands for block `index` returns."""
-        if self._at == 0:
-            if index == 0:
-                self._hidden = hidden.to("cpu")
-            if self._record is not None:
-                self._record.append(_moved((args, kwargs), self._kept))
-            if self._record is None or index == len(self.blocks) - 1:
-                raise _Stop
-            return hidden
-        if index == len(self.blocks) - 1:
-            hidden = self._hidden.to(self.device)
-        return (hidden,) if self._in_tuple else hidden
-
-    def _kept(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to("cpu")
-        same = next((t for t in self._tensors if t is tensor or t.dtype == tensor.dtype and torch.equal(t, tensor)), None)
-        if same is None:
-            self._tensors.append(tensor)
-        return tensor if same is None else same
-
-    def run(self, index: int, inputs: _Hidden, until: Sequence[tuple[nn.Module, bool]], onward: bool) -> _Hidden:
-        """All batches through the part, as far as `until`, or with `onward` to the end; its outputs."""
-        if not onward and not until:
-            return inputs
-        return [self.step(index, i, hidden, () if onward else until) for i, hidden in enumerate(inputs)]
-
-
-@contextmanager
-def _stopping(until: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Inside, a forward ends with `_Seen` once all of these modules were given an input (True) or gave an output (False)."""
-    left, handles = set(range(len(until))), []
-
-    def seen(i: int, *of: Any) -> None:
-        left.discard(i)
-        if not left:
-            raise _Seen
-
-    try:
-        for i, (module, at_input) in enumerate(until):
-            hook = module.register_forward_pre_hook if at_input else module.register_forward_hook
-            handles.append(hook(partial(seen, i)))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments of a block with their tensors moved."""
-    if isinstance(value, Tensor):
-        return move(value)
-    if type(value) in (tuple, list):
-        return type(value)(_moved(v, move) for v in value)
-    return {k: _moved(v, move) for k, v in value.items()} if type(value) is dict else value
-
-
-def _targets(wanted: Mapping[str, Operand]) -> list[tuple[nn.Module, bool]]:
-    return [(operand.module, operand.at_input) for operand in wanted.values()]
 
 
 class FloatStream:
@@ -228,8 +36,8 @@ class FloatStream:
     def __init__(self, chain: Chain, plan: Plan, memory: float, statistics: Statistics | None) -> None:
         self.chain, self.plan, self.memory, self.given = chain, plan, memory, statistics
         recipe, start = plan.recipe, [None] * len(chain.batches)
-        self.plain: _Hidden | None = start if statistics is None and any(part.wanted for part in chain.parts) else None
-        self.folded: _Hidden | None = start if recipe.needs_inputs and (recipe.transforms or self.plain is None) else None
+        self.plain: Hidden | None = start if statistics is None and any(part.wanted for part in chain.parts) else None
+        self.folded: Hidden | None = start if recipe.needs_inputs and (recipe.transforms or self.plain is None) else None
 
     def part(self, index: int, done: Done | None, onward: bool) -> Done:
         """Calibrate and solve a part, or apply what was done; with `onward`, the hidden states after it are made."""
@@ -239,7 +47,7 @@ class FloatStream:
         if self.plain is not None:
             wanted = part.wanted if done is None else {}
             with observing(wanted, stats):
-                self.plain = chain.run(index, self.plain, _targets(wanted), onward)
+                self.plain = chain.run(index, self.plain, targets(wanted), onward)
         formats: _Formats = {}
         for sites in part.groups:
             formats.update(input_formats(model, sites, recipe, stats if self.given is None else self.given, plan))
@@ -294,8 +102,8 @@ class QuantizedStream:
 
     def __init__(self, chain: Chain, plan: Plan, memory: float) -> None:
         self.chain, self.plan, self.memory = chain, plan, memory
-        self.quantized: _Hidden = [None] * len(chain.batches)
-        self.floats: _Hidden | None = [None] * len(chain.batches) if plan.recipe.needs_inputs else None
+        self.quantized: Hidden = [None] * len(chain.batches)
+        self.floats: Hidden | None = [None] * len(chain.batches) if plan.recipe.needs_inputs else None
 
     def part(self, index: int, done: Done | None, onward: bool) -> Done:
         """As `FloatStream.part`."""
@@ -351,7 +159,7 @@ class QuantizedStream:
 
     def _observe(self, index: int, wanted: Mapping[str, Operand], stats: Statistics) -> None:
         with observing(wanted, stats):
-            self.chain.run(index, self.quantized, _targets(wanted), False)
+            self.chain.run(index, self.quantized, targets(wanted), False)
 
     def _attention(self, index: int, site: AttentionSite) -> dict[str, AttentionParams]:
         if self.plan.specs[site.qk].is_float:
@@ -420,14 +228,14 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
     samples = sum(map(len, batches))
     if data is not None:
         check_sample_count(samples, recipe, prepared)
-    chain = Chain(prepared, device, batches)
-    wanted = operands_of(prepared, [recipe])
-    chain.observe(wanted)
+    chain, wanted = Chain(prepared, device, batches), operands_of(prepared, [recipe])
     plan = Plan(recipe, specs(prepared, recipe))
     of_model = fingerprint(prepared.model)
     folder = None if resume is None else Folder(resume, {
         "model": of_model, "recipe": recipe.to_dict(), "data": fingerprint_of(batches), "stream": stream, "blocks": prepared.stages,
         "statistics": None if statistics is None else statistics.fingerprint()})
+    with _memory_errors(chain, chain.parts[0], folder, memory), exact_float32():
+        chain.assign(wanted)
     # What was done is read first: a damaged file is an error before any work.
     filled = [bool(part.groups or part.attentions) for part in chain.parts]
     done = [folder.load(i, part.name) if folder is not None and filled[i] else None for i, part in enumerate(chain.parts)]
@@ -461,12 +269,13 @@ def collect_blocks(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable
     stats = Statistics(fingerprint(prepared.model), sum(map(len, batches)))
     check_sample_count(stats.samples, most, prepared)
     chain = Chain(prepared, device, batches)
-    chain.observe(operands_of(prepared, recipes))
-    hidden: _Hidden = [None] * len(batches)
+    with _memory_errors(chain, chain.parts[0], None, None), exact_float32():
+        chain.assign(operands_of(prepared, recipes))
+    hidden: Hidden = [None] * len(batches)
     last = max((i for i, part in enumerate(chain.parts) if part.wanted), default=-1)
     for i, part in enumerate(chain.parts[: last + 1]):
         with _memory_errors(chain, part, None, None), chain.at(i), exact_float32(), observing(part.wanted, stats):
-            hidden = chain.run(i, hidden, _targets(part.wanted), i < last)
+            hidden = chain.run(i, hidden, targets(part.wanted), i < last)
         if progress is not None and 0 < i <= len(chain.blocks):
             progress(stats.samples)
     return stats
@@ -485,5 +294,5 @@ def _memory_errors(chain: Chain, part: Part, folder: Folder | None, memory: floa
             message = f"nothing is kept; call again with {lower}" + ("" if memory is None else ", and with resume=FOLDER, to keep what is finished")
         else:
             kept = sum(folder.file(i + 1).exists() for i in range(len(chain.blocks)))
-            message = f"{kept} of {len(chain.blocks)} blocks are kept in {folder.path}; call again with the same resume= and {lower}, and it goes on after them"
+            message = f"{kept} of {len(chain.blocks)} blocks are kept in {folder.path}; call again with the same resume= and {lower}"
         raise torch.OutOfMemoryError(f"out of memory on {chain.device} in {part.name!r}: {message}") from error

@@ -122,7 +122,7 @@ class Folder:
                 statistics[key] = Histogram.from_state(state, operand["channels"], operand["dim"])
             return Done(statistics, {layer: _unpack(stored, f"layers/{layer}", tensors) for layer, stored in header["layers"].items()})
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"resume: {path} is damaged or not of this run ({error}); delete this file, and its block is calibrated again") from error
+            raise ValueError(f"resume: {path} is damaged or not of this run ({error}); delete this file to calibrate its block again") from error
 
 
 def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:

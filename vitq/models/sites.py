@@ -107,7 +107,7 @@ class Prepared:
     stem: StemSite | None = None
     exact: list[str] = field(default_factory=list)  # modules whose numbers stay in float32
     tokens: bool = False  # the model reads token ids [B, T], not images
-    stages: list[str] = field(default_factory=list)  # modules that follow one another: each reads what the one before it returned, and nothing else does
+    stages: list[str] = field(default_factory=list)  # the blocks: each reads what the one before it returned, and nothing else does
 
     @property
     def samples(self) -> str:
