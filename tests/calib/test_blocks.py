@@ -202,6 +202,7 @@ class Evicted:
 
     def __init__(self) -> None:
         self.here: list[nn.Module] = []
+        self.blocks: list[nn.Module] = []
         self.most, self.away = 0, {}
 
     def evict(self, module: nn.Module) -> None:
@@ -215,7 +216,7 @@ class Evicted:
         for p in module.parameters():
             p.data = self.away.pop(id(p), p.data)
         self.here.append(module)
-        self.most = max(self.most, len(self.here))
+        self.most = max(self.most, sum(any(part is block for part in placed.modules()) for placed in self.here for block in self.blocks))
         yield
         self.here.remove(module)
         self.evict(module)
@@ -232,8 +233,8 @@ def test_one_block_at_a_time_is_on_the_device(kind: str, stream: str, request: p
     init, chains = chain.Chain.__init__, []
 
     def prepared_chain(self: chain.Chain, *args: object) -> None:
-        for name in args[0].stages:
-            evicted.evict(args[0].model.get_submodule(name))
+        evicted.blocks = [args[0].model.get_submodule(name) for name in args[0].stages]
+        evicted.evict(args[0].model)
         init(self, *args)
         chains.append(self)
 
