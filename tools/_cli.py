@@ -26,8 +26,8 @@ def exit_code(tool: str, job: Callable[[], int], out_of_memory: str) -> int:
     code = 2
     try:
         return job()
-    except torch.OutOfMemoryError:
-        message = out_of_memory
+    except torch.OutOfMemoryError as error:  # one of vitq's own has another as its cause, and says what is kept
+        message = f"{out_of_memory}; {error}" if isinstance(error.__cause__, torch.OutOfMemoryError) else out_of_memory
     except (ValueError, TypeError, OSError, ImportError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
     except KeyboardInterrupt:

@@ -1,10 +1,12 @@
-"""What tools/quantize_llm.py measures beside perplexity: zero-shot tasks by lm-eval, and the times of prefill and decode."""
+"""What tools/quantize_llm.py does beside perplexity: zero-shot tasks by lm-eval, the times of prefill and decode, calibration block by block."""
 from __future__ import annotations
 
+import argparse
+import contextlib
 import copy
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +69,40 @@ def prefill_and_decode(models: Mapping[str, nn.Module], tokens: torch.Tensor, re
         decode[name] = one_more, tokens[:, -1:].clone()
     times = {what: vitq.timing.time_models(cases, repeats=repeats) for what, cases in (("prefill", prefill), ("decode", decode))}
     return {name: {what: of[name] for what, of in times.items()} for name in models}
+
+
+def add_blocks(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--stream", choices=("float", "quantized"), help="calibrate block by block, on what float blocks give, or quantized ones")
+    p.add_argument("--calib-device", metavar="DEVICE", help="with --stream: where each block is calibrated; the float model is on the CPU")
+    p.add_argument("--resume", type=Path, metavar="DIR", help="with --stream: keep finished blocks there (DIR/RECIPE of several), go on after them")
+
+
+def check_blocks(args: argparse.Namespace) -> None:
+    """Raises ValueError for options that do not go together, and a device that cannot be used."""
+    if args.stream is None and (args.calib_device or args.resume):
+        raise ValueError("--calib-device and --resume are for calibration block by block: give --stream float or --stream quantized")
+    if args.stream == "quantized" and args.stats:
+        raise ValueError("--stream quantized measures what its quantized blocks give: leave out --stats")
+    if args.calib_device:
+        vitq.pick_device(args.calib_device)
+
+
+def block_options(args: argparse.Namespace, recipe: vitq.Recipe, several: bool) -> dict[str, Any]:
+    """Keyword arguments of vitq.convert and vitq.simulate."""
+    if args.stream is None:
+        return {}
+    return {"stream": args.stream, "device": args.calib_device, "resume": args.resume / recipe.name if args.resume and several else args.resume}
+
+
+@contextlib.contextmanager
+def on_cpu(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """The model is on the CPU inside, if wanted."""
+    home = model.device
+    model.to("cpu" if wanted else home)
+    try:
+        yield
+    finally:
+        model.to(home)
 
 
 def half_of(model: nn.Module) -> tuple[str, nn.Module]:

@@ -20,7 +20,7 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import half_of, prefill_and_decode, tasks_of, zero_shot
+from _language import add_blocks, block_options, check_blocks, half_of, on_cpu, prefill_and_decode, tasks_of, zero_shot
 from _memory import measured
 
 
@@ -43,6 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--save", type=Path, metavar="DIR", help="write the checkpoint there (DIR/RECIPE for each of several), and reload it")
     p.add_argument("--load", type=Path, metavar="DIR", help="measure this checkpoint instead of quantizing")
     p.add_argument("--output", type=Path, metavar="DIR", help="folder for report.json and table.md")
+    add_blocks(p)
     add_common(p)
     return p.parse_args(argv)
 
@@ -57,8 +58,9 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
     check_least(args, nsamples=1, seqlen=2, limit=1, batch_size=1, memory=1e-3)
-    if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats):
-        raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save and --stats")
+    if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats or args.stream):
+        raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save, --stats and --stream")
+    check_blocks(args)
     if not (args.model or args.load):
         raise ValueError("give --model, or --load with a checkpoint")
     torch.manual_seed(args.seed)
@@ -128,8 +130,9 @@ def collected(args, recipes: list, loaded, text, console: Console):
     if not recipes:
         return None
     console.step(f"calibrating for {', '.join(recipe.name for recipe in recipes)}")
-    with console.bar("calibrate", len(text.calib), "windows") as bar:
-        stats = vitq.calibrate(loaded.model, recipes, text.calib.split(args.batch_size), progress=bar.update)
+    blocks = {"stream": "float", "device": args.calib_device} if args.stream else {}
+    with console.bar("calibrate", None if blocks else len(text.calib), "windows") as bar, on_cpu(loaded.model, args.calib_device):
+        stats = vitq.calibrate(loaded.model, recipes, text.calib.split(args.batch_size), progress=bar.update, **blocks)
     stats.save(args.stats)
     console.result(f"wrote {args.stats}")
     return stats
@@ -149,14 +152,19 @@ def scores(args, model, name: str, loaded, text, tasks: list, console: Console) 
 
 def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: dict, console: Console) -> dict:
     """Everything measured of one recipe, or of the checkpoint in its place."""
+    blocks, device = block_options(args, source, "," in (args.recipe or "")) if args.stream else {}, loaded.model.device
     if isinstance(source, vitq.Recipe):
         kept = stats if source.is_static else None
         calib = list(text.calib[:source.calib_size].split(args.batch_size)) if source.is_static and kept is None or source.needs_inputs else None
         console.step(f"quantizing with the recipe {source.name}")
         cost: list[tuple[float, float]] = []
-        with measured(loaded.model.device, cost), console.bar(source.name, source.calib_size if calib else None, "windows") as bar:
-            model = vitq.convert(loaded.model, source, calib, args.backend, dtype=dtype_of(args), statistics=kept, memory=args.memory * 1e9,
-                                 progress=bar.update)
+        total, away = source.calib_size if calib and not blocks else None, args.calib_device
+        backend, dtype = args.backend, dtype_of(args)
+        if away:  # what is made on the CPU is to run on the device
+            backend, dtype = "auto" if backend == device.type else backend, dtype or (torch.float16 if device.type == "cuda" else None)
+        with on_cpu(loaded.model, away), measured(torch.device(away or device), cost), console.bar(source.name, total, "windows") as bar:
+            model = vitq.convert(loaded.model, source, calib, backend, dtype=dtype, statistics=kept, memory=args.memory * 1e9, progress=bar.update,
+                                 **blocks).to(device)
         found = {"recipe": source.name, "calibration": {"windows": min(source.calib_size, len(text.calib)) if calib else 0, "seconds": cost[0][0], "memory_mb": cost[0][1]}}
         console.step(f"calibrated and converted in {cost[0][0]:.1f} s, with {cost[0][1]:.0f} MB at most beyond the model's")
     else:
@@ -165,7 +173,9 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
     if args.eval == "ppl":
         console.step(f"perplexity {found['perplexity']:.3f}")
     if args.simulate and args.eval == "ppl":
-        found["simulated"] = vitq.perplexity(vitq.simulate(loaded.model, source, calib, statistics=kept, memory=args.memory * 1e9), text.eval, batch_size=args.batch_size)
+        with on_cpu(loaded.model, args.calib_device):
+            simulated = vitq.simulate(loaded.model, source, calib, statistics=kept, memory=args.memory * 1e9, **blocks)
+        found["simulated"] = vitq.perplexity(simulated.to(device), text.eval, batch_size=args.batch_size)
     if args.eval == "ppl":
         found["ratio"] = found["perplexity"] / report["rows"][0]["perplexity"]
     layers = vitq.explain(model)

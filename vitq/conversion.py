@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from vitq.calib.blocks import STREAMS, collect_blocks, quantize_blocks
 from vitq.calib.choose import choose, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
 from vitq.calib.runner import check_calibration, collect, limited
@@ -33,7 +35,8 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None,
             backend: str = "auto", *, dtype: torch.dtype | None = None, statistics: Statistics | None = None, memory: float = GRAM_MEMORY,
-            progress: Callable[[int], None] | None = None) -> nn.Module:
+            progress: Callable[[int], None] | None = None, stream: str | None = None, device: str | torch.device | None = None,
+            resume: str | Path | None = None) -> nn.Module:
     """A new model that executes in integers; the given one is not touched.
 
     model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer; or a Llama, Mistral, Qwen2, Qwen3, OPT or Falcon
@@ -48,53 +51,71 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
     dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
         Logits of images are float32 always; those of text where the head is quantized.
-    progress: called with the number of images of each calibration batch.
+    progress: called with the number of images of each calibration batch, or with stream= once a block.
+    stream: None: the whole model is calibrated on its own device. Else one block at a time is on `device` while the rest of the float32
+        copy stays where the model is, and hidden states wait on the CPU, in float32. `float`: each block reads what the float model gives it,
+        and the result is that of None, bit for bit where the device is the same; `quantized`: what the quantized blocks before it give, and in a
+        block each group of layers that share an input what the quantized groups before it give.
+    device: with stream=, where blocks are calibrated, cpu or cuda (default: the model's device). The result is on the model's device all the same.
+    resume: with stream=, a folder in which each finished block is kept; the same call goes on after them. With stream='float' it holds
+        `statistics.safetensors` at the end, for `Statistics.load`.
 
     Raises ValueError (a static recipe without calib, unusable data, NaN weights, an unknown block, a bad recipe) or
-    TypeError, naming what was given and what to do.
+    TypeError, naming what was given and what to do; with stream=, torch.OutOfMemoryError that says what is kept.
     """
     recipe = _recipe(recipe, calib)
     if recipe.execution == "simulated":
         raise ValueError(f"recipe {recipe.name!r} is for simulation: integer kernels do not compute all that it holds; vitq.simulate runs it")
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     check_backend(backend, None if parameter is None else parameter.device)
-    prepared, plan = quantize(model, recipe, calib, statistics=statistics, memory=memory, progress=progress)
-    device = parameter.device
-    dtype = float_dtype(dtype, device)
+    prepared, plan = quantize(model, recipe, calib, statistics=statistics, memory=memory, progress=progress, stream=stream, device=device,
+                              resume=resume)
+    home = parameter.device
+    dtype = float_dtype(dtype, home)
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     for name, params in plan.layers.items():
         converted.get_submodule(name).set_params(params)
     converted.vitq.calibration = {"images": plan.samples}
-    converted = converted.to(device)  # which links the modules too
+    converted = converted.to(home)  # which links the modules too
     pack_all(converted)
     return converted
 
 
 def simulate(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None, *,
-             statistics: Statistics | None = None, memory: float = GRAM_MEMORY) -> nn.Module:
+             statistics: Statistics | None = None, memory: float = GRAM_MEMORY, stream: str | None = None,
+             device: str | torch.device | None = None, resume: str | Path | None = None) -> nn.Module:
     """The float32 model that `convert` with the same arguments must reproduce in integers, by fake quantization."""
-    prepared, plan = quantize(model, _recipe(recipe, calib), calib, statistics=statistics, memory=memory)
+    prepared, plan = quantize(model, _recipe(recipe, calib), calib, statistics=statistics, memory=memory, stream=stream, device=device, resume=resume)
     return _simulate(prepared, plan)
 
 
 def calibrate(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe] = "w8a8", calib: Iterable = (), *,
-              progress: Callable[[int], None] | None = None) -> Statistics:
+              progress: Callable[[int], None] | None = None, stream: str | None = None,
+              device: str | torch.device | None = None) -> Statistics:
     """Collect the statistics that `recipe` needs, or each of several, once; `convert` and `simulate` take them in place of images.
 
     Of several recipes what one needs by channel serves the others too, whose ranges may then differ in the last digits.
+    stream: 'float': with one block on `device` at a time, as `convert` does it; statistics are of the float model always.
     """
     several = [recipe] if isinstance(recipe, (str, Recipe)) else list(recipe)
     if not several:
         raise ValueError("no recipe to calibrate for: give one, or several")
-    return collect(prepare(model), [_recipe(one, calib) for one in several], calib, progress=progress)
+    recipes, device = [_recipe(one, calib) for one in several], _calibration_device(stream, device)
+    if stream == "quantized":
+        raise ValueError("statistics are of the float model: give stream='float', or None")
+    if stream is None:
+        return collect(prepare(model), recipes, calib, progress=progress)
+    return collect_blocks(prepare(model), recipes, calib, device=device, progress=progress)
 
 
 def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *, statistics: Statistics | None = None,
-             memory: float = GRAM_MEMORY, progress: Callable[[int], None] | None = None) -> tuple[Prepared, Plan]:
+             memory: float = GRAM_MEMORY, progress: Callable[[int], None] | None = None, stream: str | None = None,
+             device: str | torch.device | None = None, resume: str | Path | None = None) -> tuple[Prepared, Plan]:
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
+    device = _calibration_device(stream, device, resume)
     if (recipe.is_static and statistics is None or recipe.needs_inputs) and calib is None:
         what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}"
-        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of preprocessed image batches, or the "
+        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
         raise ValueError(f"memory must be a number of bytes above 0; got {memory}")
@@ -107,12 +128,23 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     stats, data = statistics, None
     if isinstance(calib, Statistics):
         stats = calib
+    elif stream is not None:
+        data = calib
     elif calib is not None:
         data = calib
         if recipe.needs_inputs:  # read more than once, and a loader may shuffle
             data = calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size, prepared.tokens))
             if stats is not None or not recipe.is_static:  # nothing else looks at them first
                 check_calibration(data, recipe, prepared)
+    if stream is not None:
+        if recipe.needs_inputs and data is None:
+            raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the calibration "
+                             f"{prepared.samples} themselves, not statistics of them")
+        if not (recipe.needs_inputs or recipe.is_static and stats is None):
+            data = None  # nobody looks at it
+        plan, _ = quantize_blocks(prepared, recipe, data, stream=stream, device=device, statistics=stats if recipe.is_static else None, memory=memory,
+                                  resume=resume, progress=progress)
+        return prepared, plan
     if stats is None and recipe.is_static:
         stats = collect(prepared, [recipe], data, progress=progress)
     return prepared, choose(prepared, recipe, stats, data, memory)
@@ -276,6 +308,16 @@ def _recipe(recipe: str | Recipe | None, calib: object) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     return Recipe.from_yaml(recipe)
+
+
+def _calibration_device(stream: str | None, device: str | torch.device | None, resume: str | Path | None = None) -> torch.device | None:
+    """Where blocks are calibrated, None for the model's own device. Raises ValueError for a stream or a device that there is not."""
+    if stream is None and (device is not None or resume is not None):
+        raise ValueError(f"{'device' if device is not None else 'resume'}= is for calibration block by block: give stream='float' or "
+                         "stream='quantized' too")
+    if stream is not None and stream not in STREAMS:
+        raise ValueError(f"stream must be None, {' or '.join(map(repr, STREAMS))}, got {stream!r}")
+    return None if device is None else dispatch.pick_device(str(device))
 
 
 def float_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

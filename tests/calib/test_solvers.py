@@ -161,7 +161,7 @@ def test_memory_bounds_the_layers_of_one_pass(monkeypatch) -> None:
     x = images(prepared.model, 6, seed=2)
     formats = {site.name: FORMAT for site in prepared.linears}
     passes = []
-    monkeypatch.setattr(grams, "_collect", lambda model, group, *a, real=grams._collect: (passes.append(len(group)), real(model, group, *a))[1])
+    monkeypatch.setattr(grams, "gathering", lambda model, group, real=grams.gathering: (passes.append(len(group)), real(model, group))[1])
     at_once = dict(collect_grams(prepared, formats, [x], 6))
     assert passes == [len(formats)] and list(at_once) == list(formats)
     passes.clear()

@@ -266,3 +266,47 @@ def test_the_tool_is_thin() -> None:
     source = Path(quantize_llm.__file__).read_text()
     assert len(source.splitlines()) < 250 and "from vitq" not in source and "import transformers" not in source
     assert torch.get_default_dtype() == torch.float32
+
+
+# Block by block ---------------------------------------------------------------------------------------------------------
+
+
+def test_block_by_block_gives_the_same_and_goes_on(folder, text, tmp_path, monkeypatch) -> None:
+    from vitq.calib.solvers import SOLVERS
+
+    common, blocks = [*SMALL, *QUICK, "--model", folder, "--data", text], ["--stream", "float", "--calib-device", "cpu", "--resume", tmp_path / "kept"]
+    recipes = ["--recipe", "w8a8,gptq-w4a16"]
+    code, out, err = run(*common, *recipes, "--json")
+    assert code == 0, err
+    wanted = [row["perplexity"] for row in json.loads(out)["rows"]]
+    solver, calls = SOLVERS["gptq"], []
+
+    def full(problem):
+        calls.append(problem)
+        if len(calls) == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return solver(problem)
+
+    monkeypatch.setitem(SOLVERS, "gptq", full)
+    code, out, err = run(*common, *recipes, *blocks)
+    assert code == 2 and "1 of 2 blocks are kept in" in err and f"{tmp_path / 'kept' / 'gptq-w4a16'}; call again with the same resume=" in err
+    assert "--batch-size (now 1)" in err
+    code, out, err = run(*common, *recipes, *blocks, "--simulate", "--json")
+    assert code == 0 and len(calls) == 6 + 4, err
+    rows = json.loads(out)["rows"]
+    assert [row["perplexity"] for row in rows] == wanted
+    assert [row["simulated"] for row in rows[1:]] == pytest.approx(wanted[1:], rel=0.02)
+    code, out, err = run(*common, "--recipe", "w8a8", *blocks[:4], "--stats", tmp_path / "stats", "--json")
+    assert code == 0 and json.loads(out)["rows"][1]["perplexity"] == wanted[1], err
+    assert len(vitq.Statistics.load(tmp_path / "stats")) == len(vitq.Statistics.load(tmp_path / "kept" / "w8a8" / "statistics.safetensors"))
+    code, out, err = run(*common, "--recipe", "gptq-w4a16", "--stream", "quantized", "--json")
+    assert code == 0 and json.loads(out)["rows"][1]["perplexity"] != wanted[2], err
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--resume", "kept"], "give --stream float or"), (["--calib-device", "cpu"], "give --stream float or"),
+    (["--stream", "float", "--calib-device", "cuda:77"], "device 'cuda:77' cannot be used"),
+    (["--stream", "quantized", "--stats", "stats"], "leave out --stats")])
+def test_mistakes_of_block_options(args: list, message: str, folder, text) -> None:
+    code, _, err = run(*SMALL, "--model", folder, "--data", text, *args)
+    assert code == 2 and re.search(message, err), err

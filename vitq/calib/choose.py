@@ -16,7 +16,7 @@ from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat, Columns
-from vitq.models.sites import LinearSite, Prepared
+from vitq.models.sites import AttentionSite, LinearSite, Prepared
 from vitq.plan import AttentionParams, LinearParams, Plan
 from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.outliers import outlier_columns, outlier_count
@@ -37,35 +37,66 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     at the inputs; memory: bytes that the Gram matrices may take at once. Raises ValueError naming the layer for NaN weights, and for
     statistics that were collected on another model or without an operand that this recipe needs.
     """
-    if stats is not None and stats.model != fingerprint(prepared.model):
-        raise ValueError(f"these statistics were collected on another model or other weights ({stats.model}, this one is "
-                         f"{fingerprint(prepared.model)}): calibrate again")
+    if stats is not None:
+        check_statistics(stats, prepared)
     plan = Plan(recipe, specs(prepared, recipe), samples=0 if stats is None else stats.samples)
     formats: dict[str, ActivationFormat | None] = {}
     for sites in prepared.input_groups():
-        formats.update(_input_formats(prepared.model, sites, recipe, stats, plan))
-    _record_thresholds(prepared, plan, formats)
-    if recipe.transforms and not plan.notes:
-        log.warning("recipe %r: the transform %s found no layer to change: none has an integer input behind a norm with a weight", recipe.name,
-                    recipe.transforms[0])
+        formats.update(input_formats(prepared.model, sites, recipe, stats, plan))
+    check_transformed(plan)
     if recipe.needs_inputs and data is None:
         raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
-                         "calibration images themselves, not statistics of them")
+                         f"calibration {prepared.samples} themselves, not statistics of them")
     grams = collect_grams(prepared, formats, data, recipe.calib_size, memory) if recipe.needs_inputs else ((name, None) for name in formats)
     for name, gram in grams:
-        try:
-            plan.layers[name] = linear_params(prepared.model.get_submodule(name), plan.specs[name], recipe, formats[name], gram)
-        except ValueError as error:
-            raise ValueError(f"weight of {name!r}: {error}") from error
+        plan.layers[name] = solved(prepared.model, name, plan, formats[name], gram)
     for site in prepared.attentions:
-        qk, pv = plan.specs[site.qk], plan.specs[site.pv]
-        if not qk.is_float:
-            log_scale = _log_scale(_histogram(stats, f"{site.pv}:input", None), pv.input.bits) if pv.input.levels == "log_sqrt2" else None
-            attention = prepared.model.get_submodule(site.name)
-            q, k, v = (_format(stats, key, spec, heads_of(attention, spec)) for key, spec in (
-                (f"{site.qk}:input", qk.input), (f"{site.qk}:other", qk.other), (f"{site.pv}:other", pv.other)))
-            plan.layers[site.name] = AttentionParams(q, k, v, p_bits=pv.input.bits, p_log_scale=log_scale)
+        if not plan.specs[site.qk].is_float:
+            plan.layers[site.name] = attention_params(prepared.model, site, plan, stats)
+    record_thresholds(prepared, plan)
     return plan
+
+
+def record_thresholds(prepared: Prepared, plan: Plan) -> None:
+    """Layers that were to have outliers and have none get a rule of their own, so that the recipe alone says what a model is."""
+    without = [name for name, params in plan.layers.items() if isinstance(params, LinearParams) and params.input is not None
+               and params.weight_fp is None
+               and outlier_count(plan.specs[name].input, prepared.model.get_submodule(name).weight[0].numel())]
+    if without:
+        plan.recipe = replace(plan.recipe, rules=(*plan.recipe.rules, Rule(names=tuple(without), input={"outliers": 0})))
+        for name in without:
+            plan.specs[name] = replace(plan.specs[name], input=replace(plan.specs[name].input, outliers=0))
+
+
+def check_statistics(stats: Statistics, prepared: Prepared) -> None:
+    """Raises ValueError for those of another model."""
+    if stats.model != fingerprint(prepared.model):
+        raise ValueError(f"these statistics were collected on another model or other weights ({stats.model}, this one is "
+                         f"{fingerprint(prepared.model)}): calibrate again")
+
+
+def check_transformed(plan: Plan) -> None:
+    """Warns where the recipe's transform changed nothing."""
+    if plan.recipe.transforms and not plan.notes:
+        log.warning("recipe %r: the transform %s found no layer to change: none has an integer input behind a norm with a weight", plan.recipe.name,
+                    plan.recipe.transforms[0])
+
+
+def solved(model: nn.Module, name: str, plan: Plan, fmt: ActivationFormat | None, gram: Gram | None) -> LinearParams:
+    """Codes of the linear layer `name`, whose inputs have this format. Raises ValueError that names it."""
+    try:
+        return linear_params(model.get_submodule(name), plan.specs[name], plan.recipe, fmt, gram)
+    except ValueError as error:
+        raise ValueError(f"weight of {name!r}: {error}") from error
+
+
+def attention_params(model: nn.Module, site: AttentionSite, plan: Plan, stats: Statistics | None) -> AttentionParams:
+    """The formats of an attention that is quantized."""
+    qk, pv, attention = plan.specs[site.qk], plan.specs[site.pv], model.get_submodule(site.name)
+    log_scale = _log_scale(_histogram(stats, f"{site.pv}:input", None), pv.input.bits) if pv.input.levels == "log_sqrt2" else None
+    q, k, v = (static_format(stats, key, spec, heads_of(attention, spec)) for key, spec in (
+        (f"{site.qk}:input", qk.input), (f"{site.qk}:other", qk.other), (f"{site.pv}:other", pv.other)))
+    return AttentionParams(q, k, v, p_bits=pv.input.bits, p_log_scale=log_scale)
 
 
 def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_format: ActivationFormat | None,
@@ -112,8 +143,8 @@ def observed_format(sample: Tensor | None, spec: QuantSpec) -> ActivationFormat:
     return _chosen_by_channel(histogram, torch.ones(sample.shape[-1]), spec)
 
 
-def _input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, stats: Statistics | None,
-                   plan: Plan) -> dict[str, ActivationFormat | None]:
+def input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, stats: Statistics | None,
+                  plan: Plan) -> dict[str, ActivationFormat | None]:
     """The formats of those of the sites, which share an input, that are quantized; None for an input in floating point. Applies the
     recipe's transform to the model."""
     linears = [model.get_submodule(site.name) for site in sites]
@@ -126,16 +157,10 @@ def _input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, st
         divisor = _smooth(model, sites, linears, recipe, stats, plan)
 
     def of(name: str, spec: QuantSpec) -> ActivationFormat:
-        if spec.dynamic and not spec.outliers:
-            return _dynamic(spec)
-        if folded is not None:
+        if folded is not None and not spec.dynamic:
             return folded
-        if divisor is None and not spec.outliers:
-            return _format(stats, f"{name}:input", spec)
         # The first site of those that share an input stands for all where nothing but the largest values are wanted.
-        key, bins = (sites[0].name, LEAST_BINS) if spec.dynamic else (name, LEAST_BINS + 1)
-        seen = _histogram(stats, f"{key}:input", linears[0].in_features, bins)
-        return _chosen_by_channel(seen, torch.ones(linears[0].in_features) if divisor is None else divisor, spec)
+        return layer_format(stats, sites[0].name if spec.dynamic else name, spec, linears[0].weight[0].numel(), divisor)
 
     return {name: of(name, integer[name]) if name in integer else None for name in quantized}
 
@@ -178,8 +203,19 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
     return scale
 
 
-def _format(stats: Statistics | None, key: str, spec: QuantSpec, channels: int | None = None) -> ActivationFormat:
+def static_format(stats: Statistics | None, key: str, spec: QuantSpec, channels: int | None = None) -> ActivationFormat:
+    """What `spec` chooses for an operand of which these statistics hold a histogram."""
     return _chosen(_histogram(stats, key, channels), spec)
+
+
+def layer_format(stats: Statistics | None, name: str, spec: QuantSpec, features: int, divisor: Tensor | None = None) -> ActivationFormat:
+    """What `spec` chooses for a layer's input, whose channels were divided by `divisor` [K] after these statistics of it were taken."""
+    if spec.dynamic and not spec.outliers:
+        return _dynamic(spec)
+    if divisor is None and not spec.outliers:
+        return static_format(stats, f"{name}:input", spec)
+    seen = _histogram(stats, f"{name}:input", features, LEAST_BINS if spec.dynamic else LEAST_BINS + 1)
+    return _chosen_by_channel(seen, torch.ones(features) if divisor is None else divisor, spec)
 
 
 def _dynamic(spec: QuantSpec, columns: Columns | None = None) -> ActivationFormat:
@@ -196,16 +232,6 @@ def _chosen_by_channel(histogram: Histogram, divisor: Tensor, spec: QuantSpec) -
     if spec.dynamic:
         return _dynamic(spec, columns)
     return replace(_chosen(histogram.merged(divisor, None if columns is None else columns.order.long()), spec), columns=columns)
-
-
-def _record_thresholds(prepared: Prepared, plan: Plan, formats: dict[str, ActivationFormat | None]) -> None:
-    """Layers that were to have outliers and have none get a rule of their own, so that the recipe alone says what a model is."""
-    without = [name for name, fmt in formats.items() if fmt is not None and fmt.columns is None
-               and outlier_count(plan.specs[name].input, prepared.model.get_submodule(name).weight[0].numel())]
-    if without:
-        plan.recipe = replace(plan.recipe, rules=(*plan.recipe.rules, Rule(names=tuple(without), input={"outliers": 0})))
-        for name in without:
-            plan.specs[name] = replace(plan.specs[name], input=replace(plan.specs[name].input, outliers=0))
 
 
 def _chosen(histogram: Histogram, spec: QuantSpec) -> ActivationFormat:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -61,42 +62,52 @@ def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat | N
     The float model runs once for as many layers as have room in `memory` bytes; their matrices are the caller's to drop before the
     next ones are made. data must give the same images each time it is iterated.
     """
+    for layers in divided(prepared.model, formats, memory):
+        with gathering(prepared.model, layers) as grams, torch.no_grad(), exact_float32():
+            for batch in limited(data, limit, prepared.tokens):
+                prepared.run(batch)
+        while grams:
+            name = next(iter(grams))
+            yield name, grams.pop(name)
+
+
+def divided(model: nn.Module, formats: Mapping[str, ActivationFormat | None], memory: float) -> list[dict[str, ActivationFormat | None]]:
+    """The layers in order, as many together as have Gram matrices of `memory` bytes, one at least."""
     passes, room = [], 0.0
     for name, fmt in formats.items():
-        needed = 16.0 * (_features(prepared.model.get_submodule(name)) + 1) ** 2
+        needed = 16.0 * (_features(model.get_submodule(name)) + 1) ** 2
         if not passes or needed > room:
             passes.append({})
             room = memory
         passes[-1][name] = fmt
         room -= needed
-    for layers in passes:
-        yield from _collect(prepared, layers, data, limit)
+    return passes
 
 
-def _collect(prepared: Prepared, formats: Mapping[str, ActivationFormat | None], data: Iterable, limit: int) -> Iterator[tuple[str, Gram]]:
-    model, grams, handles = prepared.model, {}, []
-    device = next(model.parameters()).device
+@contextmanager
+def gathering(model: nn.Module, formats: Mapping[str, ActivationFormat | None], paired: bool = False) -> Iterator[dict[str, Gram]]:
+    """Gram matrices of these layers, by name, to which their inputs are added inside. paired: each layer is given what it reads in the float
+    model first, and then, of the same images, what it reads where the layers before it are quantized."""
+    grams, handles = {}, []
     try:
         for name, fmt in formats.items():
             module = model.get_submodule(name)
-            grams[name] = Gram(_features(module), device)
-            handles.append(module.register_forward_pre_hook(partial(_on_input, grams[name], fmt)))
-        with torch.no_grad(), exact_float32():
-            for batch in limited(data, limit, prepared.tokens):
-                prepared.run(batch)
+            grams[name] = Gram(_features(module), module.weight.device)
+            handles.append(module.register_forward_pre_hook(partial(_on_input, grams[name], fmt, [] if paired else None)))
+        yield grams
     finally:
         for handle in handles:
             handle.remove()
-    while grams:
-        name = next(iter(grams))
-        yield name, grams.pop(name)
 
 
-def _on_input(gram: Gram, fmt: ActivationFormat | None, module: nn.Module, args: tuple) -> None:
-    x = args[0]
+def _on_input(gram: Gram, fmt: ActivationFormat | None, first: list[Tensor] | None, module: nn.Module, args: tuple) -> None:
+    if first == []:
+        first.append(args[0])
+        return
+    x, float_x = args[0], first.pop() if first else args[0]
     if isinstance(module, nn.Conv2d):  # a patch embedding: its kernel is its stride
-        x = F.unfold(x, module.kernel_size, stride=module.stride).transpose(1, 2)
-    gram.update(x, fake_activation(x, fmt))
+        x, float_x = (F.unfold(t, module.kernel_size, stride=module.stride).transpose(1, 2) for t in (x, float_x))
+    gram.update(float_x, fake_activation(x, fmt))
 
 
 def _features(module: nn.Module) -> int:

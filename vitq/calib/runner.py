@@ -181,6 +181,20 @@ def collect(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable, *,
     images of each batch. Memory does not grow with the number of images.
     Raises ValueError for an empty or too small set, a wrong size, NaN or infinity in images or activations.
     """
+    stats = Statistics(model=fingerprint(prepared.model))
+    most = max(recipes, key=lambda recipe: recipe.calib_size)
+    with observing(operands_of(prepared, recipes), stats), torch.inference_mode(), exact_float32():
+        for images in checked(data, most.calib_size, prepared):
+            prepared.run(images)
+            stats.samples += len(images)
+            if progress is not None:
+                progress(len(images))
+    check_sample_count(stats.samples, most, prepared)
+    return stats
+
+
+def operands_of(prepared: Prepared, recipes: Sequence[Recipe]) -> dict[str, Operand]:
+    """Every operand whose statistics one of the recipes needs, by its key, as fine as any of them needs it."""
     wanted: dict[str, Operand] = {}
     for recipe in recipes:
         for key, operand in operands(prepared, recipe).items():
@@ -189,8 +203,13 @@ def collect(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable, *,
                 bins = operand.bins if operand.bins == other.bins else None
                 operand = operand._replace(channels=operand.channels or other.channels, bins=bins)
             wanted[key] = operand
-    stats, handles = Statistics(model=fingerprint(prepared.model)), []
-    most = max(recipes, key=lambda recipe: recipe.calib_size)
+    return wanted
+
+
+@contextmanager
+def observing(wanted: Mapping[str, Operand], stats: Statistics) -> Iterator[None]:
+    """Inside, what passes through each operand is added to a new histogram of `stats`."""
+    handles = []
     try:
         for key, operand in wanted.items():
             stats[key] = Histogram(operand.channels, operand.bins, operand.dim)
@@ -198,32 +217,25 @@ def collect(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable, *,
                 handles.append(operand.module.register_forward_pre_hook(partial(_on_input, key, stats[key])))
             else:
                 handles.append(operand.module.register_forward_hook(partial(_on_output, key, stats[key])))
-        with torch.inference_mode(), exact_float32():
-            for images in checked(data, most.calib_size, prepared):
-                prepared.run(images)
-                stats.samples += len(images)
-                if progress is not None:
-                    progress(len(images))
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    check_sample_count(stats.samples, most)
-    return stats
 
 
 def check_calibration(data: Iterable, recipe: Recipe, prepared: Prepared) -> None:
     """Raises as `collect` does for images that it would not take."""
-    check_sample_count(sum(map(len, checked(data, recipe.calib_size, prepared))), recipe)
+    check_sample_count(sum(map(len, checked(data, recipe.calib_size, prepared))), recipe, prepared)
 
 
-def check_sample_count(samples: int, recipe: Recipe) -> None:
+def check_sample_count(samples: int, recipe: Recipe, prepared: Prepared) -> None:
     """An empty or far too small set is an error; a small one a warning, since ranges from it are rough."""
-    least = max(1, recipe.calib_size // 16)
+    least, what = max(1, recipe.calib_size // 16), prepared.samples
     if samples < least:
-        raise ValueError(f"calibration data holds {samples} images: recipe {recipe.name!r} reads {recipe.calib_size} and "
-                         f"needs at least {least}; give more images, or lower calib_size")
+        raise ValueError(f"calibration data holds {samples} {what}: recipe {recipe.name!r} reads {recipe.calib_size} and "
+                         f"needs at least {least}; give more {what}, or lower calib_size")
     if samples < recipe.calib_size:
-        log.warning("calibration data held %d images, recipe %r reads up to %d", samples, recipe.name, recipe.calib_size)
+        log.warning("calibration data held %d %s, recipe %r reads up to %d", samples, what, recipe.name, recipe.calib_size)
 
 
 def fingerprint(model: nn.Module) -> str:

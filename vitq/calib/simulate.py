@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitq.formats import ActivationFormat
 from vitq.models.sites import Prepared
@@ -25,19 +26,29 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
     """Turn `prepared.model` (as `choose` left it) into its own simulation and return it. float32 throughout."""
     for name, params in plan.layers.items():
         module = prepared.model.get_submodule(name)
-        if isinstance(params, LinearParams):
-            module.weight.copy_(_weight(params).view_as(module.weight))
-            if params.bias is not None:
-                module.bias.copy_(params.bias)  # which a solver may have moved
-            if params.input is not None:
-                module.register_forward_pre_hook(partial(_fake_input, params.input))
-        elif isinstance(params, AttentionParams):
-            for tap, fmt in ((module.tap_q, params.q), (module.tap_k, params.k), (module.tap_v, params.v)):
-                tap.register_forward_hook(partial(_fake_output, fmt))
-            probabilities = partial(_fake_probabilities, params.p_bits) if params.p_log_scale is None else \
-                partial(_fake_log_probabilities, params.p_log_scale, params.p_bits)
-            module.tap_p.register_forward_hook(probabilities)
+        fake_weight(module, params)
+        fake_operands(module, params)
     return prepared.model
+
+
+@torch.no_grad()
+def fake_weight(module: nn.Module, params: LinearParams | AttentionParams) -> None:
+    """Give a linear layer the weight and bias that its codes stand for, in place; an attention has none."""
+    if isinstance(params, LinearParams):
+        module.weight.copy_(_weight(params).view_as(module.weight))
+        if params.bias is not None:
+            module.bias.copy_(params.bias)  # which a solver may have moved
+
+
+def fake_operands(module: nn.Module, params: LinearParams | AttentionParams) -> list[RemovableHandle]:
+    """Hooks that put what a layer reads, and an attention's operands, through quantize -> dequantize."""
+    if isinstance(params, LinearParams):
+        return [] if params.input is None else [module.register_forward_pre_hook(partial(_fake_input, params.input))]
+    handles = [tap.register_forward_hook(partial(_fake_output, fmt))
+               for tap, fmt in ((module.tap_q, params.q), (module.tap_k, params.k), (module.tap_v, params.v))]
+    probabilities = partial(_fake_probabilities, params.p_bits) if params.p_log_scale is None else \
+        partial(_fake_log_probabilities, params.p_log_scale, params.p_bits)
+    return [*handles, module.tap_p.register_forward_hook(probabilities)]
 
 
 def _weight(params: LinearParams) -> Tensor:

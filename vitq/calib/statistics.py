@@ -51,12 +51,17 @@ class Statistics:
             operands[key] = {"channels": histogram.channels, "dim": histogram.dim}
             tensors.update({f"{key}.{name}": tensor.contiguous() for name, tensor in histogram.state().items()})
         header = {"format": FORMAT, "schema": SCHEMA, "model": self.model, "samples": self.samples, "operands": operands}
-        header["sha256"] = _digest(header, tensors)
+        header["sha256"] = digest(header, tensors)
         try:
             with replacing(path) as temporary:
                 save_file(tensors, temporary, metadata={"vitq": json.dumps(header)})
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from error
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all of it."""
+        tensors = {f"{key}.{name}": tensor for key, histogram in self._histograms.items() for name, tensor in histogram.state().items()}
+        return digest({"model": self.model, "samples": self.samples}, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:
@@ -85,11 +90,11 @@ class Statistics:
             raise ValueError(f"holds {header['format']!r}, not {FORMAT!r}")
         if header["schema"] > SCHEMA:
             raise ValueError(f"schema {header['schema']}; this vitq knows up to {SCHEMA}: a newer file needs a newer vitq")
-        digest = header.pop("sha256")
+        said = header.pop("sha256")
         expected = {f"{key}.{name}" for key in header["operands"] for name in Histogram().state()}
         if set(tensors) != expected:
             raise ValueError(f"tensors missing: {sorted(expected - set(tensors))[:3]}, unknown: {sorted(set(tensors) - expected)[:3]}")
-        if _digest(header, tensors) != digest:
+        if digest(header, tensors) != said:
             raise ValueError("content does not match its hash: the file was changed or damaged")
         statistics = cls(header["model"], header["samples"])
         for key, operand in header["operands"].items():
@@ -98,10 +103,11 @@ class Statistics:
         return statistics
 
 
-def _digest(header: dict[str, object], tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+def digest(header: dict[str, object], tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of what a file holds."""
+    found = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return found.hexdigest()

@@ -60,6 +60,7 @@ def fill(prepared: Prepared) -> None:
     prepared.exact.append("model.rotary_emb")  # angles of thousands of positions do not fit 16 bits
     for i, layer in enumerate(model.model.layers):
         name = f"model.layers.{i}"
+        prepared.stages.append(name)
         check_children(name, layer, {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"})
         attention, mlp = layer.self_attn, layer.mlp
         check_module(f"{name}.self_attn", attention, [f"{family}Attention" for family in FAMILIES],

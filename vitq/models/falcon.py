@@ -22,6 +22,7 @@ def fill(prepared: Prepared) -> None:
     prepared.exact.append("transformer.rotary_emb")  # angles of thousands of positions do not fit 16 bits
     for i, layer in enumerate(model.transformer.h):
         name = f"transformer.h.{i}"
+        prepared.stages.append(name)
         check_module(name, layer, ["FalconDecoderLayer"],
                      {"self_attention", "mlp", "input_layernorm", "post_attention_layernorm", "ln_attn", "ln_mlp"})
         if type(layer.self_attention).__name__ == "FalconFlashAttention2":

@@ -46,6 +46,7 @@ def fill(prepared: Prepared) -> None:
             float_part(prepared, f"model.decoder.{name}", reason)
     for i, layer in enumerate(decoder.layers):
         name = f"model.decoder.layers.{i}"
+        prepared.stages.append(name)
         check_module(name, layer, ["OPTDecoderLayer"], {"self_attn", "self_attn_layer_norm", "fc1", "activation_fn", "fc2", "final_layer_norm"})
         check_module(f"{name}.self_attn", layer.self_attn, ["OPTAttention"], {"q_proj", "k_proj", "v_proj", "out_proj"})
         layer.self_attn = OptAttention(layer.self_attn)

@@ -107,6 +107,12 @@ class Prepared:
     stem: StemSite | None = None
     exact: list[str] = field(default_factory=list)  # modules whose numbers stay in float32
     tokens: bool = False  # the model reads token ids [B, T], not images
+    stages: list[str] = field(default_factory=list)  # the blocks: each reads what the one before it returned, and nothing else does
+
+    @property
+    def samples(self) -> str:
+        """What the model reads, in a message."""
+        return "sequences" if self.tokens else "images"
 
     def input_groups(self) -> list[list[LinearSite]]:
         """The linear sites in order, those that share a norm together."""

@@ -19,12 +19,14 @@ def fill(prepared: Prepared) -> None:
     for i, stage in enumerate(model.layers):
         if hasattr(stage.downsample, "reduction"):
             at = f"layers.{i}.downsample"
+            prepared.stages.append(at)
             norm = f"{at}.norm" if is_plain_layer_norm(stage.downsample.norm) else None
             prepared.linears.append(LinearSite(f"{at}.reduction", "reduction", norm))
             if norm is not None and kind(stage.downsample) == "PatchMerging":
                 prepared.merges.append(MergeSite(at))
         for j, block in enumerate(stage.blocks):
             _block(prepared, f"layers.{i}.blocks.{j}", block, strict=model.patch_embed.strict_img_size)
+            prepared.stages.append(f"layers.{i}.blocks.{j}")
     if isinstance(getattr(model.head, "fc", None), nn.Linear):
         prepared.linears.append(LinearSite("head.fc", "head"))
 

@@ -18,6 +18,7 @@ def fill(prepared: Prepared) -> None:
     float_part(prepared, "", "tokens and position embeddings")
     for i, block in enumerate(model.blocks):
         _block(prepared, f"blocks.{i}", block)
+        prepared.stages.append(f"blocks.{i}")
     if getattr(model, "attn_pool", None) is not None:
         plain_linears(prepared, "attn_pool", "pool")
         float_part(prepared, "attn_pool", "attention pooling: its matmuls and latent query")

@@ -50,7 +50,7 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
     ValueError for a gram matrix that is not finite.
     """
     if not bool(torch.isfinite(gram).all()):
-        raise ValueError("the inputs' Gram matrix is not finite; check the calibration images and the model's activations")
+        raise ValueError("the inputs' Gram matrix is not finite; check the calibration data and the model's activations")
     ridge = max(ridge, 1e-12 * float(gram.diagonal().mean()), torch.finfo(torch.float64).tiny)
     while True:
         factor, failed = torch.linalg.cholesky_ex(gram + ridge * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
@@ -58,4 +58,4 @@ def solve_ridge(gram: Tensor, right: Tensor, ridge: float) -> Tensor:
             return torch.cholesky_solve(right, factor)
         ridge *= 10.0
         if not ridge < float("inf"):
-            raise ValueError("the inputs' Gram matrix cannot be solved with any ridge; check the calibration images")
+            raise ValueError("the inputs' Gram matrix cannot be solved with any ridge; check the calibration data")

@@ -1,0 +1,154 @@
+"""What a calibration block by block has finished, kept in a folder so that one that was cut off goes on: a file for each block."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vitq.cache import replacing
+from vitq.calib.histogram import Histogram
+from vitq.calib.statistics import Statistics, digest
+from vitq.formats import ActivationFormat, Columns
+from vitq.plan import AttentionParams, LinearParams
+
+SCHEMA = 1
+FORMAT = "vitq-blocks"
+HEADER = "run.json"
+# What a fingerprint is made of, and how a message calls it.
+PARTS = {"model": "another model or other weights", "recipe": "another recipe", "data": "other calibration data", "stream": "the other stream",
+         "statistics": "other statistics", "blocks": "other blocks"}
+_STORED = {cls.__name__: cls for cls in (LinearParams, AttentionParams, ActivationFormat, Columns)}
+
+
+class Done(NamedTuple):
+    """Of one block: what was seen of its operands, and what was chosen for its layers, by name, on the CPU."""
+
+    statistics: Statistics
+    layers: dict[str, LinearParams | AttentionParams]
+
+
+def fingerprint_of(batches: Iterable[Tensor]) -> str:
+    """Of calibration data: of each image or sequence, whatever the batches they come in."""
+    found = hashlib.sha256()
+    for batch in batches:
+        for sample in batch:
+            found.update(f"{sample.dtype}{tuple(sample.shape)}".encode())
+            found.update(sample.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
+
+
+class Folder:
+    """The folder of one run. `run` says which: a mapping with the keys of PARTS, of JSON values.
+
+    Raises ValueError for a folder of another run or of other files, which is left alone, and for a damaged one; OSError where it cannot be
+    read or written.
+    """
+
+    def __init__(self, path: str | Path, run: Mapping[str, Any]) -> None:
+        self.path, run = Path(path), json.loads(json.dumps(run))
+        self.run = hashlib.sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"resume: {self.path} is no folder; give another, or one that does not exist yet")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / HEADER).exists():
+                self._check(run)
+            elif any(self.path.iterdir()):
+                raise ValueError(f"resume: {self.path} holds other files and no {HEADER}: it is no folder of a calibration; give another")
+            else:
+                with replacing(self.path / HEADER) as temporary:
+                    temporary.write_text(json.dumps({"format": FORMAT, "schema": SCHEMA, "run": run}, indent=1), encoding="utf-8")
+        except OSError as error:
+            raise OSError(f"resume: {self.path} cannot be read and written ({error.strerror or error}); give a folder that can") from error
+
+    def _check(self, run: Mapping[str, Any]) -> None:
+        try:
+            header = json.loads((self.path / HEADER).read_text(encoding="utf-8"))
+            known, there = (header["format"], header["schema"]) == (FORMAT, SCHEMA), dict(header["run"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"resume: {self.path / HEADER} is damaged ({error}); delete the folder to start again, or give another") from error
+        if not known:
+            raise ValueError(f"resume: {self.path} was written by another version of vitq; delete it to start again, or give another folder")
+        other = [said for part, said in PARTS.items() if there.get(part) != run[part]]
+        if other:
+            raise ValueError(f"resume: {self.path} holds a run of {' and '.join(other)}; give another folder, or delete it to start again")
+
+    def file(self, index: int) -> Path:
+        return self.path / f"{index:04d}.safetensors"
+
+    def save(self, index: int, name: str, done: Done) -> None:
+        """Write one block, whole or not at all."""
+        tensors: dict[str, Tensor] = {}
+        for key, histogram in ((key, done.statistics[key]) for key in done.statistics):
+            tensors.update({f"statistics/{key}.{part}": tensor for part, tensor in histogram.state().items()})
+        layers = {layer: _pack(params, f"layers/{layer}", tensors) for layer, params in done.layers.items()}
+        operands = {key: {"channels": done.statistics[key].channels, "dim": done.statistics[key].dim} for key in done.statistics}
+        header = {"format": FORMAT, "schema": SCHEMA, "run": self.run, "index": index, "name": name, "operands": operands, "layers": layers}
+        # safetensors takes no two tensors that share memory
+        tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+        header["sha256"] = digest(header, tensors)
+        try:
+            with replacing(self.file(index)) as temporary:
+                save_file(tensors, temporary, metadata={"vitq": json.dumps(header)})
+        except (SafetensorError, OSError) as error:
+            raise OSError(f"resume: {self.file(index)} cannot be written ({error}); the blocks before it are kept") from error
+
+    def load(self, index: int, name: str) -> Done | None:
+        """What :meth:`save` wrote of a block, None where there is nothing. Raises ValueError for a damaged file."""
+        path = self.file(index)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["vitq"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            said = header.pop("sha256")
+            if digest(header, tensors) != said:
+                raise ValueError("its content does not match its hash")
+            if (header["run"], header["index"], header["name"]) != (self.run, index, name):
+                raise ValueError(f"it holds {header['name']!r} of another run")
+            statistics = Statistics()
+            for key, operand in header["operands"].items():
+                state = {part: tensors[f"statistics/{key}.{part}"] for part in Histogram().state()}
+                statistics[key] = Histogram.from_state(state, operand["channels"], operand["dim"])
+            return Done(statistics, {layer: _unpack(stored, f"layers/{layer}", tensors) for layer, stored in header["layers"].items()})
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"resume: {path} is damaged or not of this run ({error}); delete this file to calibrate its block again") from error
+
+
+def _pack(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON of a dataclass whose fields are tensors, which go into `tensors`, other dataclasses, or JSON values."""
+    if isinstance(value, Tensor):
+        tensors[key] = value
+        return {"tensor": True}
+    if dataclasses.is_dataclass(value):
+        return {"class": type(value).__name__, "fields": {f.name: _pack(getattr(value, f.name), f"{key}.{f.name}", tensors)
+                                                          for f in dataclasses.fields(value)}}
+    return {"value": value}
+
+
+def _unpack(stored: dict[str, Any], key: str, tensors: Mapping[str, Tensor]) -> Any:
+    if "tensor" in stored:
+        return tensors[key]
+    if "class" in stored:
+        return _STORED[stored["class"]](**{name: _unpack(of, f"{key}.{name}", tensors) for name, of in stored["fields"].items()})
+    value = stored["value"]
+    return tuple(value) if isinstance(value, list) else value
+
+
+def on_cpu(value: Any) -> Any:
+    """The same parameters with their tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{f.name: on_cpu(getattr(value, f.name)) for f in dataclasses.fields(value)})
+    return value
