@@ -17,9 +17,9 @@ from torch import Tensor
 import vitq.cuda
 from vitq.cuda import loader
 
-NAMES = ("linear", "attention", "rows", "patches", "widen_int4")
-OUTPUTS = {"linear": ("out",), "attention": ("out",), "rows": ("out", "sum", "row_scale", "row_sums", "fp_out"),
-           "patches": ("out",), "widen_int4": ("out",)}
+NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "patches", "widen_int4")
+OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
+           "rows": ("out", "sum", "row_scale", "row_sums", "fp_out"), "patches": ("out",), "widen_int4": ("out",)}
 
 
 # running them ----------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def hopper() -> bool:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+@pytest.mark.parametrize("kernel", ["sm80", "sm90", "few"])
 @pytest.mark.parametrize("name", some("linear", 7))
 def test_every_configuration(name: str, kernel: str) -> None:
     """A configuration either refuses the case or is exact."""
@@ -139,8 +139,27 @@ def test_every_configuration(name: str, kernel: str) -> None:
             assert not (wrong := differences(op, got, want, share, error)), (name, index, wrong)
             got["out"].zero_()
     sizes = want["out"].numel()
-    hopper_refuses = kernel == "sm90" and (want["weight_bits"] == 4 or want["input_bits"] == 4)
-    assert ran or not sizes or hopper_refuses
+    plain = want.get("zero") is None and len(want["segment_ends"]) < 2
+    refuses = {"sm90": want["weight_bits"] == 4 or want["input_bits"] == 4 or want.get("multiplier") is not None,
+               "sm80": want.get("multiplier") is not None, "few": len(want["codes"]) > loader.FEW_ROWS or not plain}[kernel]
+    assert (ran > 0) != refuses or not sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", some("weight_only", 5))
+def test_every_configuration_of_weight_only(name: str) -> None:
+    op, make, share, error = CASES[name]
+    want = make()
+    got = on("cuda", want)
+    call(op, want)
+    for index in range(loader.library().vitq_linear_few_configs()):
+        try:
+            call(op, {**got, "config": f"few:{index}"})
+        except RuntimeError as refused:
+            assert "code -2" in str(refused), refused
+            continue
+        assert not (wrong := differences(op, got, want, share, error)), (name, index, wrong)
+        got["out"].zero_()
 
 
 @pytest.mark.gpu
