@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows
+from vitq.cuda.layout import exchange_bytes, pack_weight, pad_columns, permute_rows
 from vitq.formats import int_range, pack_int4
 
 
@@ -372,7 +372,8 @@ def weight_only(m: int, n: int, k: int, *, bits: int = 4, group: int = 128, zero
     lo, hi = int_range(bits)
     shape = -(-k // group), -(-n // 32) * 32
     return dict(
-        out=torch.zeros(m, n, dtype=out or dtype), x=strided(randn(m, k, seed=1).to(dtype)), weight=pack_weight(codes(n, k, bits=bits, seed=2), 4 if bits <= 4 else 8),
+        out=torch.zeros(m, n, dtype=out or dtype), x=strided(randn(m, k, seed=1).to(dtype)),
+        weight=exchange_bytes(pack_weight(codes(n, k, bits=bits, seed=2), 4)) if bits <= 4 else pack_weight(codes(n, k, bits=bits, seed=2), 8),
         scale=(torch.rand(shape, generator=generator(3)) + 0.5) / (hi * k**0.5),
         zero=torch.randint(lo, hi + 1, shape, dtype=torch.int8, generator=generator(4)) if zero else None, bias=pad_columns(randn(n, seed=5)) if bias else None,
         weight_bits=4 if bits <= 4 else 8, group_columns=group)

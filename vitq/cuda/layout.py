@@ -8,6 +8,9 @@ Columns (input features k) are padded with zeros to a multiple of 32 (int8) or 6
 = i in its low and k = i + 32 in its high nibble: `w << 4` and `w`, each masked with 0xF0, are then the codes of two steps of k,
 times 16.
 
+Where inputs are floats (`weight_only`) the middle two of each four int4 bytes are exchanged: `w & 0x000F000F` then holds codes of two
+neighbouring k, the halves of one operand of the MMA.
+
 What goes with a row (scales, biases) stays in logical order, padded to the same n.
 """
 
@@ -58,6 +61,11 @@ def widen(packed: Tensor) -> Tensor:
     blocks = packed.shape[0], packed.shape[1] // 32, 32
     nibbles = torch.stack((low.view(blocks), high.view(blocks)), dim=2)
     return ((nibbles ^ 8) - 8).view(torch.int8).reshape(packed.shape[0], packed.shape[1] * 2)
+
+
+def exchange_bytes(packed: Tensor) -> Tensor:
+    """Packed int4 uint8 [N', K'/2] between the order of `pack_weight` and that for float inputs; its own inverse."""
+    return packed.view(packed.shape[0], packed.shape[1] // 4, 4)[..., [0, 2, 1, 3]].reshape(packed.shape)
 
 
 def permute_rows(weight: Tensor) -> Tensor:

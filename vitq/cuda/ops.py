@@ -34,8 +34,8 @@ SCHEMAS = {
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
               "int out_bits=8, Tensor? multiplier=None, Tensor? group_zero=None, int group_columns=0, str config='') -> ()",
     # y = Σ_k x·(code - zero)·scale + bias, summed in float32. out float [M, N], M up to FEW_ROWS; x fp16 or bf16 [M, K], rows of 16-byte
-    # multiples; weight as layout.pack_weight makes it; scale float32 and zero int8 [G, N'], of each row, permuted as weight's, and its group of
-    # group_columns columns; bias float32 [N'].
+    # multiples; weight as layout.pack_weight makes it, 4-bit ones by exchange_bytes; scale float32 and zero int8 [G, N'], within the codes' range,
+    # of each row, permuted as weight's, and its group of group_columns columns; bias float32 [N'].
     "weight_only": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, *, Tensor? zero=None, Tensor? bias=None, int weight_bits=4, "
                    "int group_columns, str config='') -> ()",
     # The weights of weight_only in logical order, out float [N, K] contiguous.

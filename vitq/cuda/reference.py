@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.cuda import checks
-from vitq.cuda.layout import permute_rows, unpack_weight, widen
+from vitq.cuda.layout import exchange_bytes, permute_rows, unpack_weight, widen
 from vitq.formats import RANGE_MIN, int_range, pack_int4, unpack_int4
 from vitq.ops.common import activate, fma32
 from vitq.ops.linear import int_matmul
@@ -76,7 +76,7 @@ def dequantize(out: Tensor, weight: Tensor, scale: Tensor, *, zero: Tensor | Non
 
 
 def _floats(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_columns: int, n: int, k: int) -> Tensor:
-    codes = unpack_weight(weight, bits, n, k).float()
+    codes = unpack_weight(exchange_bytes(weight) if bits == 4 else weight, bits, n, k).float()
     return (codes if zero is None else codes - _of_columns(zero, n, k, group_columns)) * _of_columns(scale, n, k, group_columns)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows
+from vitq.cuda.layout import exchange_bytes, pack_weight, pad_columns, permute_rows
 from vitq.ops.common import even_groups
 from vitq.ops.dispatch import register
 from vitq.ops.weight_only import DequantizedLinear
@@ -22,7 +22,7 @@ SCRATCH = 1 << 29
 
 @dataclass(frozen=True, eq=False)
 class PackedWeightOnly:
-    """weight: `layout.pack_weight`; scale float32 and zero int8 [G, N'] in the rows' order, each group of group_columns columns; bias float32
+    """weight: `layout.pack_weight`, 4 bits by `exchange_bytes`; scale float32 and zero int8 [G, N'] in the rows' order, each group of group_columns columns; bias float32
     [N'], 0 where there is none."""
 
     weight: Tensor
@@ -47,10 +47,11 @@ class CudaWeightOnly:
     def pack(self, spec: LinearParams, device: torch.device) -> PackedWeightOnly:
         n, k = spec.codes.shape
         bits = 4 if spec.weight_bits <= 4 else 8
+        weight = pack_weight(spec.codes.detach(), bits)
         scale, zero = (None if t is None else permute_rows(t.reshape(-1, n).T).T.contiguous() for t in (spec.weight_scale.float(), spec.weight_zero))
         bias = torch.zeros(n) if spec.bias is None else spec.bias
         return PackedWeightOnly(
-            weight=pack_weight(spec.codes.detach(), bits).to(device), bits=bits, n=n, k=k, scale=scale.to(device),
+            weight=(exchange_bytes(weight) if bits == 4 else weight).to(device), bits=bits, n=n, k=k, scale=scale.to(device),
             zero=None if zero is None else zero.to(torch.int8).to(device), bias=pad_columns(bias).to(device),
             group_columns=even_groups(spec.column_group, k))
 
@@ -86,8 +87,8 @@ def why_not(spec: LinearParams) -> str | None:
         return f"the weight is empty ({n} x {k})"
     if even_groups(spec.column_group, k) is None:
         return "groups of columns that are not neighbours, as many in each, in multiples of 32"
-    if spec.weight_zero is not None and not bool((spec.weight_zero == spec.weight_zero.to(torch.int8)).all()):
-        return "zero points that are not int8"
+    if spec.weight_zero is not None and not bool((spec.weight_zero.abs() <= 1 << spec.weight_bits - 1).all()):
+        return "zero points beyond the codes"
     return None
 
 

@@ -14,7 +14,7 @@ int check(const VitqWeightOnly& p) {
   if (p.weight == nullptr || p.scale == nullptr || p.out == nullptr || !aligned16(p.weight) || !aligned16(p.scale)) return VITQ_BAD_ARGUMENT;
   if (uintptr_t(p.zero) % 4 != 0 || p.scale_stride % 4 != 0 || !aligned16(p.bias)) return VITQ_BAD_ARGUMENT;
   if (p.out_dtype < VITQ_F32 || p.out_dtype > VITQ_BF16) return VITQ_BAD_ARGUMENT;
-  return p.k >= 1 << 28 || p.n > INT32_MAX - 256 ? VITQ_UNSUPPORTED : 0;
+  return p.k >= 1 << 25 || p.n > INT32_MAX - 256 ? VITQ_UNSUPPORTED : 0;
 }
 
 constexpr int THREADS = 256;
@@ -59,11 +59,13 @@ __global__ void __launch_bounds__(THREADS) dequantize_kernel(const __grid_consta
   const int physical = static_cast<int>(i / row_pieces), piece = static_cast<int>(i - int64_t(physical) * row_pieces);
   const int row = (physical & ~31) + physical % 8 / 2 * 8 + physical % 32 / 8 * 2 + physical % 2;
   if (row >= p.n) return;
-  const uint4 codes = __ldg(static_cast<const uint4*>(p.weight) + i);
+  uint4 codes = __ldg(static_cast<const uint4*>(p.weight) + i);
   if constexpr (WIDE) {
     write16<T, true>(p, codes, 0, piece * 16, row, physical, vectors);
   } else {
     const int column = piece / 2 * 64 + piece % 2 * 16;
+    const auto in_order = [](uint32_t w) { return __byte_perm(w, 0, 0x3120); };
+    codes = make_uint4(in_order(codes.x), in_order(codes.y), in_order(codes.z), in_order(codes.w));
     write16<T, false>(p, codes, 0, column, row, physical, vectors);
     write16<T, false>(p, codes, 4, column + 32, row, physical, vectors);
   }
@@ -96,7 +98,7 @@ extern "C" int vitq_weight_only(const VitqWeightOnly* args, void* stream_) {
   o.weight = static_cast<const char*>(p.weight), o.row_bytes = p.k / 8 * p.weight_bits, o.rows = (p.n + 31) / 32 * 32;
   o.m = p.m, o.steps = (p.x_columns + 31) / 32;
   o.multiplier = reinterpret_cast<const char*>(p.scale), o.zero = reinterpret_cast<const char*>(p.zero);
-  o.group_stride = p.scale_stride, o.group_steps = p.group_columns / 32;
+  o.group_stride = p.scale_stride, o.group_steps = p.group_columns / 32, o.group_inverse = 1.0f / o.group_steps;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   return p.x_dtype == VITQ_F16 ? weight_only_f16(o, p, stream) : weight_only_bf16(o, p, stream);
 }

@@ -1,4 +1,6 @@
 // vitq_linear_few: integers; the kernel is in few.cuh.
+#include <algorithm>
+
 #include "few.cuh"
 
 namespace vitq {
@@ -8,8 +10,10 @@ namespace {
 template <int FORMAT, bool GROUPED>
 int launch_linear(const Operands& o, const VitqLinear& p, cudaStream_t stream) {
   const bool vectors = vectors_fit(p.out, p.n) && vectors_fit(p.residual, p.n), fp = p.a_fp != nullptr;
-  if (p.m <= 8) return launch<Traits<FORMAT, GROUPED, 1>>(linear_kernel<FORMAT, GROUPED, 1>, p.config, fp, stream, o, o, p, vectors);
-  return launch<Traits<FORMAT, GROUPED, 2>>(linear_kernel<FORMAT, GROUPED, 2>, p.config, fp, stream, o, o, p, vectors);
+  return with_traits<FORMAT, GROUPED>(o, [&](auto traits) {
+    using T = decltype(traits);
+    return launch<T>(linear_kernel<T>, p.config, fp, stream, o, o, p, vectors);
+  });
 }
 
 }  // namespace
@@ -32,7 +36,7 @@ extern "C" int vitq_linear_few(const VitqLinear* args, void* stream_) {
   o.weight = static_cast<const char*>(p.weight), o.row_bytes = p.k / 8 * p.weight_bits, o.rows = (p.n + 31) / 32 * 32;
   o.m = p.m, o.steps = (p.a_columns + 31) / 32;
   o.multiplier = reinterpret_cast<const char*>(p.multiplier), o.zero = reinterpret_cast<const char*>(p.group_zero);
-  o.group_stride = o.rows, o.group_steps = p.group_columns / 32;
+  o.group_stride = o.rows, o.group_steps = std::max(p.group_columns / 32, 1), o.group_inverse = 1.0f / o.group_steps;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   if (p.multiplier != nullptr) return launch_linear<W4A8, true>(o, p, stream);
   if (p.a_bits == 4) return launch_linear<W4A4, false>(o, p, stream);

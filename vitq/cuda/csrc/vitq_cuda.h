@@ -77,10 +77,10 @@ typedef struct {
   const void* x;         // fp16 or bf16 [m, x_columns], rows 16-byte aligned; the rest of k is read as zero
   int64_t ldx;           // elements
   int32_t x_dtype, x_columns;
-  const void* weight;    // layout.py, as in VitqLinear
+  const void* weight;    // layout.py, as in VitqLinear, but of each four bytes of 4-bit codes the middle two exchanged
   int32_t m, n, k, weight_bits;
   const float* scale;
-  const int8_t* zero;    // or null
+  const int8_t* zero;    // within the codes' range; or null
   int64_t scale_stride;  // elements between groups, of zero too
   int32_t group_columns; // a multiple of 32
   const float* bias;     // [n_pad] or null
