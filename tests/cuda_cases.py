@@ -171,6 +171,8 @@ for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128
         for zero in (False, True):
             case(f"linear few {m}x{n}x{k} in groups of {group}, zero {zero}", "linear", lambda m=m, n=n, k=k, g=group, z=zero: linear(
                 m, n, k, bits=4, out=torch.float16, dynamic=True, residual=torch.float16, group=g, group_zero=z))
+for m in (8, 16):  # an input that shared memory does not hold
+    case(f"linear few {m} long rows in groups", "linear", lambda m=m: linear(m, 64, 9000, bits=4, out=torch.float16, dynamic=True, group=128, group_zero=True))
 case("linear few, gelu codes", "linear", lambda: linear(5, 200, 300, bits=4, out=torch.int8, activation="gelu", group=128), 1e-3)
 case("linear few, groups of rows", "linear", lambda: linear(12, 72, 192, bits=4, out=torch.float16, residual=torch.float16, grouped=4, group=64))
 for bits, input_bits in ((8, 8), (4, 8), (4, 4)):
@@ -390,6 +392,10 @@ for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128
             for out in (torch.float16, torch.bfloat16):
                 case(f"weight_only {m}x{n}x{k} w{bits} {dtype} to {out}", "weight_only", lambda m=m, n=n, k=k, b=bits, d=dtype, o=out: weight_only(
                     m, n, k, bits=b, dtype=d, zero=False, out=o, bias=m % 2 == 0), 0, ROUNDED[out])
+for bits in (4, 8):
+    for dtype in (torch.float16, torch.bfloat16):
+        case(f"weight_only long rows w{bits} {dtype}", "weight_only", lambda b=bits, d=dtype: weight_only(
+            8, 64, 5000, bits=b, dtype=d, out=torch.float32), 0, ROUNDED[torch.float32])
 for n, k in ((96, 640), (37, 70), (1, 33), (0, 64), (4128, 96)):
     for bits in (2, 4, 8):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitq.cuda import loader, tuning
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows, round_up, unit_columns
+from vitq.cuda.layout import even_first, pack_weight, pad_columns, permute_rows, round_up, unit_columns
 from vitq.formats import QTensor
 from vitq.ops.attention import AttentionSpec, why_not_static_int8
 from vitq.ops.common import OutputFormat, even_groups, signed
@@ -34,7 +34,7 @@ LARGEST_VALUE = 2.0**22
 class PackedLinear:
     """weight: `layout.pack_weight`; scale and zero float32 [S, N'], bias [N'], weight_fp fp16 [N', F']: see
     `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers and zero points if it has
-    any: int8 [G, N'] in the rows' order, and uint8 [K'], which group a column is in; group_columns: where all are as wide."""
+    any: int8 [G, N'] by `layout.even_first`, and uint8 [K'], which group a column is in; group_columns: where all are as wide."""
 
     weight: Tensor
     bits: int
@@ -83,8 +83,7 @@ class CutlassLinear:
         group_columns = 0
         if bits == 4 and params.weight_multiplier is not None:
             levels = params.weight_multiplier, None if params.weight_zero is None else params.weight_zero.to(torch.int8)
-            multiplier, group_zero = (None if t is None else permute_rows((t.expand(2, n) if len(t) == 1 else t).T).T.contiguous().to(device)
-                                      for t in levels)
+            multiplier, group_zero = (None if t is None else even_first(t.expand(2, n) if len(t) == 1 else t).to(device) for t in levels)
             group = F.pad(params.column_group, (0, 2 * packed.shape[1] - k)).to(device)
             group_columns = even_groups(params.column_group, k) or 0
         ends = params.segment_ends

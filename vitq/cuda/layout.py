@@ -11,7 +11,8 @@ times 16.
 Where inputs are floats (`weight_only`) the middle two of each four int4 bytes are exchanged: `w & 0x000F000F` then holds codes of two
 neighbouring k, the halves of one operand of the MMA.
 
-What goes with a row (scales, biases) stays in logical order, padded to the same n.
+What goes with a row (scales, biases) stays in logical order, padded to the same n. Constants of groups of columns are [G, N'], of each eight
+neighbouring rows the even ones first: a lane of the MMA then has those of its four rows side by side.
 """
 
 from __future__ import annotations
@@ -75,6 +76,17 @@ def permute_rows(weight: Tensor) -> Tensor:
         weight = torch.cat((weight, weight.new_zeros((-n % ROWS, *weight.shape[1:]))))
     groups = weight.reshape(weight.shape[0] // ROWS, 4, 4, 2, *weight.shape[1:])
     return groups.transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def even_first(constants: Tensor) -> Tensor:
+    """Constants of groups of columns [G, N] -> [G, N'] in the kernels' order, contiguous."""
+    padded = F.pad(constants, (0, -constants.shape[-1] % ROWS))
+    return padded.view(len(padded), padded.shape[1] // 8, 4, 2).transpose(2, 3).reshape(padded.shape).contiguous()
+
+
+def even_first_undone(constants: Tensor) -> Tensor:
+    """[G, N'] in the kernels' order -> logical order."""
+    return constants.reshape(len(constants), constants.shape[1] // 8, 2, 4).transpose(2, 3).reshape(constants.shape)
 
 
 def pad_columns(values: Tensor) -> Tensor:

@@ -27,15 +27,15 @@ SCHEMAS = {
     # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale, zero float32 [N']
     # or [S, N'], bias [N'], N' the next multiple of 32 of N; row_scale float32 [M]; row_sums int32 [M, S]; codes_fp fp16 [M, F],
     # weight_fp fp16 [N', F]. int8 out: without an activation scale, zero and bias hold 1/out_scale and the zero point already.
-    # multiplier, group_zero int8 [G, N'], up to FEW_ROWS rows and 4-bit weights: (code - group_zero)·multiplier, an int8, of each row, permuted
-    # as weight's, and its group of group_columns columns, in place of the code.
+    # multiplier, group_zero int8 [G, N'], up to FEW_ROWS rows and 4-bit weights: (code - group_zero)·multiplier, an int8, of each row, in the
+    # order of layout.even_first, and its group of group_columns columns, in place of the code.
     "linear": "(Tensor(a!) out, Tensor codes, Tensor weight, Tensor scale, Tensor? bias, *, int weight_bits=8, int input_bits=8, "
               "Tensor? row_scale=None, Tensor? residual=None, Tensor? zero=None, Tensor? row_sums=None, int[] segment_ends=[], "
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
               "int out_bits=8, Tensor? multiplier=None, Tensor? group_zero=None, int group_columns=0, str config='') -> ()",
     # y = Σ_k x·(code - zero)·scale + bias, summed in float32. out float [M, N], M up to FEW_ROWS; x fp16 or bf16 [M, K], rows of 16-byte
     # multiples; weight as layout.pack_weight makes it, 4-bit ones by exchange_bytes; scale float32 and zero int8 [G, N'], within the codes' range,
-    # of each row, permuted as weight's, and its group of group_columns columns; bias float32 [N'].
+    # of each row, in the order of layout.even_first, and its group of group_columns columns; bias float32 [N'].
     "weight_only": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, *, Tensor? zero=None, Tensor? bias=None, int weight_bits=4, "
                    "int group_columns, str config='') -> ()",
     # The weights of weight_only in logical order, out float [N, K] contiguous.
@@ -57,8 +57,8 @@ SCHEMAS = {
             "Tensor(e!)? fp_out=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
-    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [2, N'] and group uint8 [K] (0 or 1): each
-    # code, less the zero point, times the multiplier that its row has for its column's group.
+    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [2, N'] (even_first) and group uint8 [K] (0
+    # or 1): each code, less the zero point, times the multiplier that its row has for its column's group.
     "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? zero=None, Tensor? group=None) -> ()",
 }
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.cuda import checks
-from vitq.cuda.layout import exchange_bytes, permute_rows, unpack_weight, widen
+from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, unpack_weight, widen
 from vitq.formats import RANGE_MIN, int_range, pack_int4, unpack_int4
 from vitq.ops.common import activate, fma32
 from vitq.ops.linear import int_matmul
@@ -59,8 +59,8 @@ def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tens
 
 
 def _of_columns(constants: Tensor, n: int, k: int, group_columns: int) -> Tensor:
-    """[G, N'] in the rows' order -> [N, K] in logical order."""
-    return permute_rows(constants.T.contiguous())[:n].repeat_interleave(group_columns, 1)[:, :k]
+    """[G, N'] in the kernels' order -> [N, K] in logical order."""
+    return even_first_undone(constants).T[:n].repeat_interleave(group_columns, 1)[:, :k]
 
 
 def weight_only(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, zero: Tensor | None = None, bias: Tensor | None = None,
@@ -195,5 +195,6 @@ def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, ze
     checks.widen_int4(out, packed, multiplier, zero, group)
     codes = widen(packed)
     if multiplier is not None:
-        codes = (codes if zero is None else codes - zero[group.long()].T) * multiplier[group.long()].T
+        times, less = (0 if t is None else permute_rows(even_first_undone(t).T)[:, group.long()] for t in (multiplier, zero))
+        codes = (codes - less) * times
     out.copy_(codes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import exchange_bytes, pack_weight, pad_columns, permute_rows
+from vitq.cuda.layout import even_first, exchange_bytes, pack_weight, pad_columns
 from vitq.ops.common import even_groups
 from vitq.ops.dispatch import register
 from vitq.ops.weight_only import DequantizedLinear
@@ -22,7 +22,8 @@ SCRATCH = 1 << 29
 
 @dataclass(frozen=True, eq=False)
 class PackedWeightOnly:
-    """weight: `layout.pack_weight`, 4 bits by `exchange_bytes`; scale float32 and zero int8 [G, N'] in the rows' order, each group of group_columns columns; bias float32
+    """weight: `layout.pack_weight`, 4 bits by `exchange_bytes`; scale float32 and zero int8 [G, N'] by
+    `even_first`, each group of group_columns columns; bias float32
     [N'], 0 where there is none."""
 
     weight: Tensor
@@ -48,7 +49,7 @@ class CudaWeightOnly:
         n, k = spec.codes.shape
         bits = 4 if spec.weight_bits <= 4 else 8
         weight = pack_weight(spec.codes.detach(), bits)
-        scale, zero = (None if t is None else permute_rows(t.reshape(-1, n).T).T.contiguous() for t in (spec.weight_scale.float(), spec.weight_zero))
+        scale, zero = (None if t is None else even_first(t.reshape(-1, n)) for t in (spec.weight_scale.float(), spec.weight_zero))
         bias = torch.zeros(n) if spec.bias is None else spec.bias
         return PackedWeightOnly(
             weight=(exchange_bytes(weight) if bits == 4 else weight).to(device), bits=bits, n=n, k=k, scale=scale.to(device),

@@ -17,8 +17,6 @@ int check(const VitqWeightOnly& p) {
   return p.k >= 1 << 25 || p.n > INT32_MAX - 256 ? VITQ_UNSUPPORTED : 0;
 }
 
-constexpr int THREADS = 256;
-
 template <class T>
 __device__ __forceinline__ T cast(float v) {
   if constexpr (std::is_same_v<T, float>) return v;
@@ -26,58 +24,55 @@ __device__ __forceinline__ T cast(float v) {
   else return __float2bfloat16_rn(v);
 }
 
-// Columns first .. first + 15 of a row, from 16 codes in words of bytes; SHIFT: in the low or high nibbles of 16 bytes.
+// Eight columns of a row, from the bytes of `codes`, or from their nibbles that start at bit `shift`. They share a group.
 template <class T, bool WIDE>
-__device__ __forceinline__ void write16(const VitqWeightOnly& p, uint4 codes, int shift, int column, int row, int physical, bool vectors) {
+__device__ __forceinline__ void write8(const VitqWeightOnly& p, uint2 codes, int shift, int column, int row, int physical, bool vectors) {
   if (column >= p.x_columns) return;
-  const int64_t at = column / p.group_columns * p.scale_stride + physical;  // 16 neighbours share a group
+  const int64_t at = column / p.group_columns * p.scale_stride + (physical & ~31) + physical % 8 * 4 + physical % 32 / 8;
   const float scale = __ldg(p.scale + at), zero = p.zero == nullptr ? 0.0f : static_cast<float>(__ldg(p.zero + at));
-  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
   T* const to = static_cast<T*>(p.out) + row * p.out_stride + column;
-  alignas(16) T values[16];
+  alignas(16) T values[8];
 #pragma unroll
-  for (int i = 0; i < 16; ++i) {
-    const int byte = static_cast<int>(words[i / 4] >> (i % 4 * 8) >> (WIDE ? 0 : shift));
+  for (int i = 0; i < 8; ++i) {
+    const int byte = static_cast<int>((i < 4 ? codes.x : codes.y) >> (i % 4 * 8) >> (WIDE ? 0 : shift));
     const int code = WIDE ? static_cast<int8_t>(byte) : ((byte & 15) ^ 8) - 8;
     values[i] = cast<T>((static_cast<float>(code) - zero) * scale);
   }
-  if (vectors && column + 16 <= p.x_columns) {
+  if (vectors && column + 8 <= p.x_columns) {
 #pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof(T)); ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(values)[i];
+    for (int i = 0; i < static_cast<int>(sizeof(T)) / 2; ++i) reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(values)[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
+    for (int i = 0; i < 8; ++i)
       if (column + i < p.x_columns) to[i] = values[i];
   }
 }
 
 template <class T, bool WIDE>
-__global__ void __launch_bounds__(THREADS) dequantize_kernel(const __grid_constant__ VitqWeightOnly p, const int64_t pieces, const bool vectors) {
-  const int row_pieces = p.k / (WIDE ? 16 : 32);
-  const int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
+__global__ void __launch_bounds__(THREADS) dequantize_kernel(const __grid_constant__ VitqWeightOnly p, const unsigned pieces, const bool vectors) {
+  const unsigned row_pieces = p.k / (WIDE ? 8 : 16), i = blockIdx.x * THREADS + threadIdx.x;
   if (i >= pieces) return;
-  const int physical = static_cast<int>(i / row_pieces), piece = static_cast<int>(i - int64_t(physical) * row_pieces);
+  const int physical = static_cast<int>(i / row_pieces), piece = static_cast<int>(i - physical * row_pieces);
   const int row = (physical & ~31) + physical % 8 / 2 * 8 + physical % 32 / 8 * 2 + physical % 2;
   if (row >= p.n) return;
-  uint4 codes = __ldg(static_cast<const uint4*>(p.weight) + i);
+  const uint2 codes = __ldg(static_cast<const uint2*>(p.weight) + i);
   if constexpr (WIDE) {
-    write16<T, true>(p, codes, 0, piece * 16, row, physical, vectors);
+    write8<T, true>(p, codes, 0, piece * 8, row, physical, vectors);
   } else {
-    const int column = piece / 2 * 64 + piece % 2 * 16;
-    const auto in_order = [](uint32_t w) { return __byte_perm(w, 0, 0x3120); };
-    codes = make_uint4(in_order(codes.x), in_order(codes.y), in_order(codes.z), in_order(codes.w));
-    write16<T, false>(p, codes, 0, column, row, physical, vectors);
-    write16<T, false>(p, codes, 4, column + 32, row, physical, vectors);
+    const uint2 in_order = make_uint2(__byte_perm(codes.x, 0, 0x3120), __byte_perm(codes.y, 0, 0x3120));
+    const int column = piece / 4 * 64 + piece % 4 * 8;
+    write8<T, false>(p, in_order, 0, column, row, physical, vectors);
+    write8<T, false>(p, in_order, 4, column + 32, row, physical, vectors);
   }
 }
 
 template <class T>
 int dequantize(const VitqWeightOnly& p, cudaStream_t stream) {
-  const int64_t pieces = int64_t((p.n + 31) / 32 * 32) * (p.k / 32) * (p.weight_bits == 8 ? 2 : 1), blocks = (pieces + THREADS - 1) / THREADS;
-  if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
+  const int64_t pieces = int64_t((p.n + 31) / 32 * 32) * (p.k / (p.weight_bits == 8 ? 8 : 16)), blocks = (pieces + THREADS - 1) / THREADS;
+  if (pieces > UINT32_MAX - THREADS) return VITQ_UNSUPPORTED;
   const bool vectors = aligned16(p.out) && p.out_stride * sizeof(T) % 16 == 0;
   const auto kernel = p.weight_bits == 8 ? dequantize_kernel<T, true> : dequantize_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(p, pieces, vectors);
+  kernel<<<static_cast<unsigned>(blocks), THREADS, 0, stream>>>(p, static_cast<unsigned>(pieces), vectors);
   return cudaGetLastError();
 }
 

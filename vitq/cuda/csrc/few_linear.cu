@@ -12,7 +12,7 @@ int launch_linear(const Operands& o, const VitqLinear& p, cudaStream_t stream) {
   const bool vectors = vectors_fit(p.out, p.n) && vectors_fit(p.residual, p.n), fp = p.a_fp != nullptr;
   return with_traits<FORMAT, GROUPED>(o, [&](auto traits) {
     using T = decltype(traits);
-    return launch<T>(linear_kernel<T>, p.config, fp, stream, o, o, p, vectors);
+    return launch<T>(linear_kernel<T>, p.config, fp, stream, o, p, vectors);
   });
 }
 

@@ -57,7 +57,7 @@ typedef struct {
   int32_t qmin, qmax;
   // Two levels of scales, vitq_linear_few and weight_bits = 4 only: (code - group_zero)·multiplier of the row and its group of group_columns
   // neighbouring columns, a multiple of 32, is multiplied in place of the code, and must be an int8. A row of n_pad for each group of the
-  // a_columns, rows permuted as weight's; group_zero may be null. multiplier null: none.
+  // a_columns, in the order of layout.py's even_first; group_zero may be null. multiplier null: none.
   const int8_t *multiplier, *group_zero;
   int32_t group_columns;
   int32_t config;        // tile configuration, an index of the kernel's own table
@@ -72,7 +72,7 @@ int vitq_linear_sm80_configs(void);
 int vitq_linear_few_configs(void);   // of vitq_weight_only too; both choose themselves where config is -1
 
 // y = Σ_k x·(code - zero)·scale + bias, the sums in float32. Scales and zero points are those of the row and of the column's group of
-// group_columns neighbours: a row of n_pad for each group of the x_columns, rows permuted as weight's.
+// group_columns neighbours: a row of n_pad for each group of the x_columns, in the order of layout.py's even_first.
 typedef struct {
   const void* x;         // fp16 or bf16 [m, x_columns], rows 16-byte aligned; the rest of k is read as zero
   int64_t ldx;           // elements
@@ -170,7 +170,7 @@ typedef struct {
 
 int vitq_patches(const VitqPatches* args, void* stream);
 
-// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] and group uint8 [k]: each code,
+// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] (even_first) and group uint8 [k]: each code,
 // less the zero point int8 [groups, rows] if that is given too, times the multiplier that its row has for its column's group, modulo 256. More
 // than two groups change at multiples of 32 columns alone.
 int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* zero, const uint8_t* group, int64_t groups, int8_t* out,

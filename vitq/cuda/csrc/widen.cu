@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict_
     const uint4 v = packed[i];
     uint4* to = out + int64_t(i >> 1) * 4 + (i & 1);
     if constexpr (MULTIPLIED) {
-      const unsigned row = i / row_vectors, j = i - row * row_vectors;
+      const unsigned line = i / row_vectors, j = i - line * row_vectors, row = (line & ~31u) + line % 8 * 4 + line % 32 / 8;  // where its constants are
       const uint4* groups = group + (j >> 1) * 4 + (j & 1);
       const uint4 low = __ldg(groups), high = __ldg(groups + 2);
       const auto levels = [&](unsigned a, unsigned b) {
