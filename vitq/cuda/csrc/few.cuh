@@ -557,7 +557,7 @@ __global__ void __launch_bounds__(THREADS) weight_only_kernel(const __grid_const
 // --- launch ---
 
 constexpr int CONFIGS = 6;  // 4, 8 or 16 warps; from 3 on the kernel may start before the one before it ends
-constexpr int SHARED_X = 64 * 1024;  // the most of x that a block copies
+constexpr int SHARED_X = 58 * 1024;  // the most of x that a block copies: all fits the 99 KB of sm_86 and sm_89
 
 // As many warps as take the fewest rounds: of pieces, and of blocks, each of which costs about as much as three pieces. 16 warps of a multiprocessor
 // find registers.
