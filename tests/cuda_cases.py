@@ -182,11 +182,13 @@ for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128
             m, n, k, bits=b, shift=True, dynamic=True, fp=48, out=torch.float16, residual=torch.float16), 0, 1e-3)
         case(f"linear few {m}x{n}x{k} w{bits} shift", "linear", lambda m=m, n=n, k=k, b=bits: linear(m, n, k, bits=b, shift=True, dynamic=True))
 for m in (8, 16):  # an input that shared memory does not hold
-    case(f"linear few {m} long rows in groups", "linear", lambda m=m: linear(m, 64, 9000, bits=4, out=torch.float16, dynamic=True, group=128, group_zero=True))
+    case(f"linear few {m} long rows in groups", "linear", lambda m=m: linear(
+        m, 64, 9000, bits=4, out=torch.float16, dynamic=True, group=128, group_zero=True))
 case("linear few, gelu codes", "linear", lambda: linear(5, 200, 300, bits=4, out=torch.int8, activation="gelu", group=128), 1e-3)
 case("linear few, groups of rows", "linear", lambda: linear(12, 72, 192, bits=4, out=torch.float16, residual=torch.float16, grouped=4, group=64))
 for bits, input_bits in ((8, 8), (4, 8), (4, 4)):
-    case(f"linear few w{bits}a{input_bits} extremes", "linear", lambda b=bits, a=input_bits: linear(16, 64, 8192, bits=b, input_bits=a, extremes=a == 8))
+    case(f"linear few w{bits}a{input_bits} extremes", "linear", lambda b=bits, a=input_bits: linear(
+        16, 64, 8192, bits=b, input_bits=a, extremes=a == 8))
 case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out=torch.int8))
 
 
@@ -386,8 +388,14 @@ def weight_only(m: int, n: int, k: int, *, bits: int = 4, group: int = 128, zero
         out=torch.zeros(m, n, dtype=out or dtype), x=strided(randn(m, k, seed=1).to(dtype)),
         weight=exchange_bytes(pack_weight(codes(n, k, bits=bits, seed=2), 4)) if bits <= 4 else pack_weight(codes(n, k, bits=bits, seed=2), 8),
         scale=(torch.rand(shape, generator=generator(3)) + 0.5) / (hi * k**0.5),
-        zero=torch.randint(lo, hi + 1, shape, dtype=torch.int8, generator=generator(4)) if zero else None, bias=pad_columns(randn(n, seed=5)) if bias else None,
+        zero=torch.randint(lo, hi + 1, shape, dtype=torch.int8, generator=generator(4)) if zero else None,
+        bias=pad_columns(randn(n, seed=5)) if bias else None,
         weight_bits=4 if bits <= 4 else 8, group_columns=group)
+
+
+def dequantize(n: int, k: int, *, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+    arguments = weight_only(1, n, k, **options) | {"out": torch.zeros(n, k, dtype=dtype)}
+    return {name: value for name, value in arguments.items() if name not in ("x", "bias")}
 
 
 # A sum in float32 that is rounded to out's dtype; what it may be off is of its norm.
@@ -396,8 +404,9 @@ for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128
     for bits in (4, 8):
         for dtype in (torch.float16, torch.bfloat16):
             for group in (32, 96, 128, 5024):
-                case(f"weight_only {m}x{n}x{k} w{bits} {dtype} in groups of {group}", "weight_only", lambda m=m, n=n, k=k, b=bits, d=dtype, g=group: weight_only(
-                    m, n, k, bits=b, dtype=d, group=g, out=torch.float32), 0, ROUNDED[torch.float32])
+                case(f"weight_only {m}x{n}x{k} w{bits} {dtype} in groups of {group}", "weight_only",
+                     lambda m=m, n=n, k=k, b=bits, d=dtype, g=group: weight_only(
+                         m, n, k, bits=b, dtype=d, group=g, out=torch.float32), 0, ROUNDED[torch.float32])
             for out in (torch.float16, torch.bfloat16):
                 case(f"weight_only {m}x{n}x{k} w{bits} {dtype} to {out}", "weight_only", lambda m=m, n=n, k=k, b=bits, d=dtype, o=out: weight_only(
                     m, n, k, bits=b, dtype=d, zero=False, out=o, bias=m % 2 == 0), 0, ROUNDED[out])
@@ -408,5 +417,5 @@ for bits in (4, 8):
 for n, k in ((96, 640), (37, 70), (1, 33), (0, 64), (4128, 96)):
     for bits in (2, 4, 8):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
-            case(f"dequantize {n}x{k} w{bits} {dtype}", "dequantize", lambda n=n, k=k, b=bits, d=dtype: {
-                name: value for name, value in (weight_only(1, n, k, bits=b, group=64, zero=b != 2) | {"out": torch.zeros(n, k, dtype=d)}).items() if name not in ("x", "bias")})
+            case(f"dequantize {n}x{k} w{bits} {dtype}", "dequantize",
+                 lambda n=n, k=k, b=bits, d=dtype: dequantize(n, k, bits=b, group=64, zero=b != 2, dtype=d))

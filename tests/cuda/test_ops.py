@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import CASES, attention, linear, rows, weight_only
+from cuda_cases import CASES, attention, dequantize, linear, rows, weight_only
 from torch import Tensor
 
 import vitq.cuda
@@ -290,7 +290,8 @@ REFUSED = {
         ({"group_columns": 16}, "group_columns is 16"), (weight_only(17, 40, 70), "x is of 17 rows")],
     "dequantize": [
         ({"out": torch.zeros(70, 40).T}, "out is torch.float32 [40, 70]"), ({"weight": torch.zeros(32, 64, dtype=torch.uint8)}, "layout.pack_weight"),
-        ({"scale": torch.ones(3, 128)[:, ::2]}, "scale is torch.float32 [3, 64]"), ({"zero": torch.ones(3, 128, dtype=torch.int8)[:, :64]}, "zero is of row stride 128")],
+        ({"scale": torch.ones(3, 128)[:, ::2]}, "scale is torch.float32 [3, 64]"),
+        ({"zero": torch.ones(3, 128, dtype=torch.int8)[:, :64]}, "zero is of row stride 128")],
     "attention": [
         ({"q": torch.zeros(2, 5, 2, 16)}, "q is torch.float32"), ({"k": torch.zeros(2, 5, 2, 8, dtype=torch.int8)}, "k, v is"),
         ({"out": torch.zeros(2, 5, 31)}, "out is [2, 5, 31]"), ({"p_bits": 9}, "p_bits is 9"),
@@ -319,8 +320,7 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
                             scale=1.0, zero_point=0, bits=8),
     "widen_int4": lambda: dict(out=torch.zeros(32, 64, dtype=torch.int8), packed=torch.zeros(32, 32, dtype=torch.uint8)),
     "weight_only": lambda: weight_only(3, 40, 70, group=32),
-    "dequantize": lambda: {name: value for name, value in (weight_only(1, 40, 70, group=32) | {"out": torch.zeros(40, 70)}).items()
-                           if name not in ("x", "bias")}}
+    "dequantize": lambda: dequantize(40, 70, group=32)}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -21,15 +21,16 @@ ROUNDING = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5}
 def params(n: int, k: int, bits: int, group: int, symmetric: bool, bias: bool = True) -> LinearParams:
     lo, hi = -(1 << bits - 1), 1 << bits - 1
     shape = (-(-k // group), n) if group else (n,)
-    return LinearParams(torch.randint(lo, hi, (n, k), dtype=torch.int8), bits, (torch.rand(shape) + 0.5) / (hi * k**0.5), torch.randn(n) if bias else None, None,
+    return LinearParams(torch.randint(lo, hi, (n, k), dtype=torch.int8), bits, (torch.rand(shape) + 0.5) / (hi * k**0.5),
+                        torch.randn(n) if bias else None, None,
                         weight_zero=None if symmetric else torch.randint(lo, hi, shape, dtype=torch.int32),
                         column_group=(torch.arange(k) // group).to(torch.uint8) if group else None)
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
-@pytest.mark.parametrize("n, k, bits, group, symmetric", [(37, 70, 4, 32, False), (96, 640, 4, 128, True), (33, 300, 3, 0, False), (64, 200, 8, 64, False),
-                                                          (40, 129, 2, 96, True), (128, 256, 6, 0, True)])
+@pytest.mark.parametrize("n, k, bits, group, symmetric", [(37, 70, 4, 32, False), (96, 640, 4, 128, True), (33, 300, 3, 0, False),
+                                                          (64, 200, 8, 64, False), (40, 129, 2, 96, True), (128, 256, 6, 0, True)])
 def test_the_product(n: int, k: int, bits: int, group: int, symmetric: bool, dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
     kernel, spec = weight_only.CudaWeightOnly(), params(n, k, bits, group, symmetric, bias=n != 40)

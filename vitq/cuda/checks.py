@@ -101,7 +101,8 @@ def _groups(op: str, columns: int, n_pad: int, group_columns: int, *constants: t
     for name, tensor, dtype in constants:
         if tensor is None:
             continue
-        if tensor.dtype != dtype or tensor.ndim != 2 or tensor.shape[0] * group_columns < columns or tensor.shape[1] != n_pad or tensor.stride(1) != 1:
+        if tensor.dtype != dtype or tensor.ndim != 2 or tensor.stride(1) != 1 or (
+                tensor.shape[0] * group_columns < columns or tensor.shape[1] != n_pad):
             refuse(op, name, f"{tensor.dtype} {list(tensor.shape)}",
                    f"{dtype} [{-(-columns // group_columns)} or more, {n_pad}] with contiguous columns")
         if len(tensor) > 1 and (tensor.stride(0) % 32 or tensor.stride(0) != (n_pad if op == "linear" else stride)):

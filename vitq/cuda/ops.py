@@ -137,7 +137,8 @@ def _weight_arguments(out: Tensor, weight: Tensor, scale: Tensor, zero: Tensor |
                       n: int, k: int) -> loader.WeightOnly:
     return loader.WeightOnly(
         x_columns=k, weight=weight.data_ptr(), n=n, k=weight.shape[1] * (8 // weight_bits),
-        weight_bits=weight_bits, scale=scale.data_ptr(), zero=_pointer(zero), scale_stride=scale.stride(0) if len(scale) > 1 else 0, group_columns=group_columns,
+        weight_bits=weight_bits, scale=scale.data_ptr(), zero=_pointer(zero), scale_stride=scale.stride(0) if len(scale) > 1 else 0,
+        group_columns=group_columns,
         out=out.data_ptr(), out_stride=out.stride(0), out_dtype=loader.DTYPES[out.dtype], config=-1)
 
 

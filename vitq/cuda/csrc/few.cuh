@@ -499,7 +499,8 @@ __device__ __forceinline__ typename T::Sum* accumulate(const Operands& o, char* 
 constexpr int THREADS = 512;  // the most of a block
 
 template <class T>
-__global__ void __launch_bounds__(THREADS) linear_kernel(const __grid_constant__ Operands o, const __grid_constant__ VitqLinear p, const bool vectors) {
+__global__ void __launch_bounds__(THREADS)
+    linear_kernel(const __grid_constant__ Operands o, const __grid_constant__ VitqLinear p, const bool vectors) {
   extern __shared__ __align__(128) char shared[];
   const int row0 = blockIdx.x * 32, warps = blockDim.x / 32;
   float* const constants = reinterpret_cast<float*>(shared + T::constants_at(warps));

@@ -171,9 +171,9 @@ typedef struct {
 
 int vitq_patches(const VitqPatches* args, void* stream);
 
-// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] (even_first) and group uint8 [k]: each code,
-// less the zero point int8 [groups, rows] if that is given too, times the multiplier that its row has for its column's group, modulo 256. More
-// than two groups change at multiples of 32 columns alone.
+// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] (even_first) and group uint8 [k]:
+// each code, less the zero point int8 [groups, rows] if that is given too, times the multiplier that its row has for its column's group, modulo
+// 256. More than two groups change at multiples of 32 columns alone.
 int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* zero, const uint8_t* group, int64_t groups, int8_t* out,
                     int64_t rows, int64_t k, void* stream);
 

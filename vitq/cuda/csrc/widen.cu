@@ -36,14 +36,15 @@ struct Levels {
 // 16 packed bytes, half a block of 64 k: 16 codes from the low nibbles, and 16 from the high ones 32 codes further on.
 template <bool MULTIPLIED>
 __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict__ packed, const int8_t* __restrict__ multiplier,
-                                                        const int8_t* __restrict__ zero, const uint4* __restrict__ group, uint4* __restrict__ out, unsigned rows,
-                                                        unsigned row_vectors, bool stepped) {
+                                                        const int8_t* __restrict__ zero, const uint4* __restrict__ group,
+                                                        uint4* __restrict__ out, unsigned rows, unsigned row_vectors, bool stepped) {
   const unsigned vectors = rows * row_vectors, stride = gridDim.x * THREADS;
   for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < vectors; i += stride) {
     const uint4 v = packed[i];
     uint4* to = out + int64_t(i >> 1) * 4 + (i & 1);
     if constexpr (MULTIPLIED) {
-      const unsigned line = i / row_vectors, j = i - line * row_vectors, row = (line & ~31u) + line % 8 * 4 + line % 32 / 8;  // where its constants are
+      const unsigned line = i / row_vectors, j = i - line * row_vectors, row = (line & ~31u) + line % 8 * 4 + line % 32 / 8;
+      // `row` is where the line's constants are (even_first)
       const uint4* groups = group + (j >> 1) * 4 + (j & 1);
       const uint4 low = __ldg(groups), high = __ldg(groups + 2);
       const auto levels = [&](unsigned a, unsigned b) {
