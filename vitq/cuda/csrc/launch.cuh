@@ -75,4 +75,17 @@ inline int check_linear(const VitqLinear& p) {
   return 0;
 }
 
+// A kernel may start while the one before it still runs, to fetch its weight into the L2, which changes nothing that anyone can see;
+// this waits for all that the others have written. (On sm_80 kernels start one after the other.)
+__device__ __forceinline__ void start_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace vitq

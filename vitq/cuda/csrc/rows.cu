@@ -385,6 +385,7 @@ template <typename T, int V, Lanes LANES, Mode MODE, bool STAGED>
 __global__ void __launch_bounds__(LANES == WIDE ? wide_threads(sizeof(T)) : THREADS,
                                   LANES == WIDE ? 1 : resident(V, MODE, STAGED))
 rows_kernel(const __grid_constant__ RowsLaunch p) {
+  start_dependents();  // the GEMM of few rows fetches its weights meanwhile
   rows_body<T, V, LANES, MODE, STAGED>(p);
 }
 
