@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.cuda.layout import bits_of, exchange_bytes, pack_weight, pad_columns, permute_rows
+from vitq.cuda.layout import bits_of, exchange_bytes, pack_weight, pad_columns, permute_rows, round_up, starts_of
 from vitq.formats import int_range, pack_int4
 
 
@@ -292,6 +292,21 @@ def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = Fals
     return result
 
 
+def kept_rows(m: int, k: int, kept: int, dtype: torch.dtype, bits: int, shift: bool) -> dict[str, Any]:
+    columns = torch.randperm(k, generator=generator(6))
+    order, fp = columns[kept:].sort().values.to(torch.int32), columns[:kept].sort().values.to(torch.int32)
+    width = round_up(k - kept, 16)  # as layers allocate them
+    result: dict[str, Any] = dict(
+        out=torch.zeros(m, width, dtype=torch.int8)[:, : k - kept], x=awkward(m, k).to(dtype), bits=bits, order=order, row_scale=torch.zeros(m),
+        counted=bits_of(order, k), starts=starts_of(order, fp, k))
+    if shift:
+        result["row_shift"] = torch.zeros(m)
+    if kept:
+        result |= dict(fp_order=F.pad(fp, (0, 16), value=-1), fp_out=torch.zeros(m, kept + 16, dtype=torch.float16))
+    assert result["starts"] is not None
+    return result
+
+
 def awkward(m: int, k: int) -> Tensor:
     """Signed, asymmetric, with outliers, ties, a row of zeros and a constant row."""
     x = randn(m, k) * 2 + 0.3
@@ -345,6 +360,12 @@ for k, order in ((96, 96), (200, 256), (77, 64), (768, 768), (40, 70), (4096, 38
 # Many rows, so that each group of lanes reorders several at once.
 for m, k in ((40000, 96), (20000, 384), (9000, 768), (9000, 1024)):
     case(f"rows {m} x {k} ordered", "rows", lambda m=m, k=k: rows(awkward(m, k).half(), order=k, norm="layer_norm"), 1e-3)
+# Larger features kept in float16, both sides ascending (QUIK).
+for m, k, kept in ((3, 96, 16), (37, 576, 32), (5, 1536, 96), (9, 4096, 256), (2, 11008, 256), (1, 28672, 256), (4, 104, 0)):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for bits, shift in ((4, True), (8, True), (8, False)):
+            case(f"rows {m} x {k}, {kept} kept {dtype} {bits} bits shift {shift}", "rows", lambda m=m, k=k, f=kept, d=dtype, b=bits, s=shift: kept_rows(
+                m, k, f, d, b, s))
 for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
     for dynamic in (False, True):
         case(f"rows merge {shape} dynamic {dynamic}", "rows",

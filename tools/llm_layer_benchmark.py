@@ -24,8 +24,9 @@ import vitq
 
 # N x K: QUIK's layer benchmark, then the down and up projections of LLaMA 7B.
 SHAPES = "4096x4096,8192x1024,8192x8192,4096x11088,28672x8192,8192x28672,11008x4096,4096x11008"
-RECIPES = "w8a8-dynamic,dgq-w4a8,w4-per-channel,gptq-w4a16"
-HALF, GEMM = "fp16, cuBLAS", "W8A8, codes given"
+RECIPES = "w8a8-dynamic,dgq-w4a8,quik-w4a4,w4-per-channel,gptq-w4a16"
+HALF = "fp16, cuBLAS"
+GIVEN = {"W8A8, codes given": "w8a8-dynamic", "W4A8, codes given": "w4-per-channel"}
 # Names of this tool for a recipe with changes.
 CHANGED = {"w4-per-channel": ("w8a8-dynamic", ["fc1.weight.bits=4"])}
 ROTATED = 4  # times the L2
@@ -137,7 +138,8 @@ def time_shape(n: int, k: int, rows: list[int], recipes: dict[str, vitq.Recipe],
         return layer, float(layer.own_bytes()), "; ".join(filter(None, [row.kernel, row.note]))
 
     add(HALF, half)
-    add(GEMM, lambda: whole(recipe_of("w8a8-dynamic")))
+    for name, recipe in GIVEN.items():
+        add(name, lambda recipe=recipe: whole(recipe_of(recipe)))
     for name, recipe in recipes.items():
         add(name, lambda recipe=recipe: whole(recipe))
     found = []
@@ -146,7 +148,7 @@ def time_shape(n: int, k: int, rows: list[int], recipes: dict[str, vitq.Recipe],
         codes = vitq.ops.quantize(x, bits=8)
         ready, notes = {}, {}
         for name, (calls, _, note) in cases.items():
-            given = codes if name == GEMM else None
+            given = codes if name in GIVEN else None
             notes[name] = note
             if calls:
                 try:

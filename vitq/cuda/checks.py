@@ -188,7 +188,7 @@ def attention(out, q, k, v, constants, bias, mask, window, pad, p_bits) -> None:
 
 
 def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift, fp_order, fp_out,
-         counted, merge) -> tuple[int, int, int]:
+         counted, starts, merge) -> tuple[int, int, int]:
     """Rows, features and code columns; ValueError or TypeError that names the argument."""
     if x.dtype not in FLOATS:
         refuse("rows", "x", x.dtype, "float16, bfloat16 or float32", TypeError)
@@ -228,20 +228,22 @@ def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scal
         refuse("rows", "row_shift", "given without row_scale, or without columns", "given with row_scale, for at least one column")
     if (counted is None) != (order is None or row_scale is None):
         refuse("rows", "counted", None if counted is None else "given", "given with order and row_scale, else left out")
+    if starts is not None and counted is None:
+        refuse("rows", "starts", "given without counted", "given with it, or left out")
     if (fp_order is None) != (fp_out is None):
         refuse("rows", "fp_order" if fp_out is None else "fp_out", "given alone", "given with the other of the two")
     f32, i32 = torch.float32, torch.int32
     for name, tensor, dtype, size in (("weight", weight, f32, columns), ("bias", bias, f32, columns),
                                       ("order", order, i32, out_columns), ("row_scale", row_scale, f32, m),
                                       ("row_shift", row_shift, f32, m), ("fp_order", fp_order, i32, None),
-                                      ("counted", counted, torch.uint8, (columns + 7) // 8),
+                                      ("counted", counted, torch.uint8, (columns + 7) // 8), ("starts", starts, i32, columns // 8),
                                       ("fp_out", fp_out, torch.float16, None if fp_order is None else m * fp_order.numel())):
         if tensor is None:
             continue
         if tensor.dtype != dtype or size is not None and tensor.numel() != size or not tensor.is_contiguous():
             refuse("rows", name, f"{tensor.dtype} {list(tensor.shape)}",
                    f"contiguous {dtype}" + ("" if size is None else f" of {size} elements"))
-    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_shift, fp_order, fp_out, counted)
+    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_shift, fp_order, fp_out, counted, starts)
     return m, columns, out_columns
 
 

@@ -85,6 +85,17 @@ def bits_of(order: Tensor, features: int) -> Tensor:
     return (there.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=order.device)).sum(1, dtype=torch.uint8)
 
 
+def starts_of(order: Tensor, fp: Tensor | None, features: int) -> Tensor | None:
+    """int32 [features / 8], how many of `order` come before each eighth feature; None unless order and fp [F], which -1 may follow, ascend and
+    share all features, and these are a multiple of 8."""
+    kept = order.new_empty(0) if fp is None else fp[fp >= 0]
+    both = torch.cat((order, kept)).sort().values
+    if features % 8 or not torch.equal(both, torch.arange(features, dtype=both.dtype, device=both.device)) or bool(
+            (order.diff() < 0).any()) or bool((kept.diff() < 0).any()) or fp is not None and not torch.equal(fp[: len(kept)], kept):
+        return None
+    return torch.searchsorted(order, torch.arange(0, features, 8, dtype=order.dtype, device=order.device)).to(torch.int32)
+
+
 def even_first(constants: Tensor) -> Tensor:
     """Constants of groups of columns [G, N] -> [G, N'] in the kernels' order, contiguous."""
     padded = F.pad(constants, (0, -constants.shape[-1] % ROWS))

@@ -160,6 +160,7 @@ class Rows(Structure):
         ("order", c_void_p),
         ("out_columns", c_int32),
         ("counted", c_void_p),
+        ("starts", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("out_dtype", c_int32),

@@ -49,12 +49,13 @@ SCHEMAS = {
                  "float out_scale=1.0, int out_zero_point=0, int out_bits=8) -> ()",
     # (x + residual) -> norm -> columns in `order` -> codes. x, residual, sum float [.., K]; out int8 [.., K'], uint8 [.., ⌈K'/2⌉]
     # (packed int4), or float (the norm's result); row_scale float32 [M]: dynamic; with row_shift float32 [M]: and asymmetric; order int32
-    # [K'], -1 the value 0, with counted, uint8 [⌈K/8⌉] as `layout.bits_of` makes it, where the scale is dynamic; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
+    # [K'], -1 the value 0, with counted, uint8 [⌈K/8⌉] as `layout.bits_of` makes it, where the scale is dynamic, and starts int32 [K/8],
+    # `layout.starts_of`, where order and fp_order ascend and share all features; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
     # beyond odd sizes.
     "rows": "(Tensor(a!) out, Tensor x, *, Tensor? residual=None, Tensor(b!)? sum=None, str norm='', Tensor? weight=None, "
             "Tensor? bias=None, float eps=0.0, Tensor? order=None, float scale=1.0, int zero_point=0, int bits=8, "
             "Tensor(c!)? row_scale=None, Tensor(d!)? row_shift=None, Tensor? fp_order=None, Tensor(e!)? fp_out=None, "
-            "Tensor? counted=None, bool merge=False) -> ()",
+            "Tensor? counted=None, Tensor? starts=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
     # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [2, N'] (even_first) and group uint8 [K] (0
@@ -174,9 +175,10 @@ def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tup
 def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
           weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
           scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_shift: Tensor | None = None,
-          fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None, merge: bool = False) -> None:
+          fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None,
+          starts: Tensor | None = None, merge: bool = False) -> None:
     m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift,
-                                          fp_order, fp_out, counted, merge)
+                                          fp_order, fp_out, counted, starts, merge)
     if not m or not columns:
         if row_scale is not None:
             row_scale.fill_(RANGE_MIN / int_range(bits)[1])
@@ -194,7 +196,8 @@ def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor
     arguments = loader.Rows(
         x=rows, rows_per_group=rows_per_group, m=m, columns=columns, merge_height=x.shape[-3] if merge else 0,
         merge_width=x.shape[-2] if merge else 0, residual=other, sum=total, norm=loader.NORMS[norm], weight=_pointer(weight),
-        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, counted=_pointer(counted), out=out.data_ptr(),
+        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, counted=_pointer(counted), starts=_pointer(starts),
+        out=out.data_ptr(),
         out_stride=out.stride(-2) if out.ndim > 1 and m > 1 else out.shape[-1], out_dtype=loader.DTYPES[out.dtype],
         scale=scale, zero=zero_point, qmin=qmin, qmax=qmax, row_scale=_pointer(row_scale), row_shift=_pointer(row_shift),
         fp_order=_pointer(fp_order),

@@ -144,9 +144,10 @@ def windows(height: int, width: int, window_h: int, window_w: int, shift_h: int,
 def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
          weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
          scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_shift: Tensor | None = None,
-         fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None, merge: bool = False) -> None:
+         fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None,
+         starts: Tensor | None = None, merge: bool = False) -> None:
     m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift,
-                                          fp_order, fp_out, counted, merge)
+                                          fp_order, fp_out, counted, starts, merge)
     y = x.float()
     if residual is not None:
         y = y + residual.float()

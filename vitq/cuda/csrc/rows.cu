@@ -466,6 +466,7 @@ extern "C" int vitq_rows(const VitqRows* args, void* stream_) {
   if (const int error = check(a)) return error;
   if (!a.m) return 0;
   const auto stream = static_cast<cudaStream_t>(stream_);
+  if (takes_kept_rows(a)) return launch_kept_rows(a, stream);
   const bool codes = a.out_dtype == VITQ_S8 || a.out_dtype == VITQ_S4, packed = a.out_dtype == VITQ_S4;
   const bool dynamic = codes && a.row_scale, exact = codes && (dynamic || a.norm == VITQ_NO_NORM);
 

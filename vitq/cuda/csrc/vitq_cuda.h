@@ -142,6 +142,8 @@ typedef struct {
   const int32_t* order;          // [out_columns] which feature each code column holds, -1: zero; or null: in order
   int32_t out_columns;
   const uint8_t* counted;        // [(columns + 7) / 8], a bit for each feature in `order`: given with it and row_scale
+  const int32_t* starts;         // [columns / 8], or null; where order and fp_order share all features and both ascend: how many of order
+                                 // come before each eighth feature
   void* out;                     // int8 [m, out_stride]; VITQ_S4: packed, low nibble first; or float: the norm's result
   int64_t out_stride;            // bytes for codes, elements for floats
   int32_t out_dtype;
