@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitq.cuda.layout import bits_of, starts_of, pack_weight, pad_columns, permute_rows, unpack_weight, widen
+from vitq.cuda.layout import bits_of, pack_weight, pad_columns, permute_rows, starts_of, unpack_weight, widen
 from vitq.formats import int_range
 
 
