@@ -171,8 +171,8 @@ def _kept(calib: Iterable, recipe: Recipe, prepared: Prepared) -> Iterable:
 def _check_whole(recipe: Recipe) -> None:
     """Raises ValueError for a recipe that puts attentions into parts, of which statistics do not hold."""
     if recipe.heads:
-        raise ValueError(f"recipe {recipe.name!r} chooses heads, and what is measured is of the parts it makes: statistics of the whole layers do not "
-                         "serve it, nor its own another recipe; give calib= with the data to vitq.convert or vitq.simulate")
+        raise ValueError(f"recipe {recipe.name!r} chooses heads, and what is measured is of the parts it makes: statistics of the whole layers do "
+                         "not serve it, nor its own another recipe; give calib= with the data to vitq.convert or vitq.simulate")
 
 
 def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec], *, dtype: torch.dtype, backend: str,

@@ -193,7 +193,8 @@ class Recipe:
     @property
     def scores_heads(self) -> bool:
         """Whether heads are chosen by what data say of them."""
-        return bool(self.heads) and "chosen" not in self.heads and self.heads.get("score", "contribution") != "random" and self.heads.get("least") != 0
+        heads = self.heads
+        return bool(heads) and "chosen" not in heads and heads.get("score", "contribution") != "random" and heads.get("least") != 0
 
     @property
     def needs_inputs(self) -> bool:
