@@ -121,33 +121,34 @@ def vision(args: argparse.Namespace, loaded, seed: int) -> tuple[list, Callable[
 def language(args: argparse.Namespace, loaded, seed: int) -> tuple[list, Callable[[nn.Module], dict[str, float]], int]:
     """Calibration windows, what measures a model, and on how many last words."""
     text = vitq.open_text(args.data, loaded.tokenizer, args.seqlen, nsamples=args.calib_size, seed=seed, limit=args.limit)
-    words = [found for window in text.eval if (found := last_word(loaded.tokenizer, window)) is not None]
+    words = sorted((found for window in text.eval if (found := last_word(loaded.tokenizer, window))), key=lambda found: len(found[0]))
     if not words:
         raise ValueError(f"no window of {args.seqlen} tokens of {args.data} holds the end of a sentence: give longer ones")
 
     def measure(model: nn.Module) -> dict[str, float]:
-        right = [is_right(model, ids, count) for ids, count in words]
+        right = [r for i in range(0, len(words), args.batch_size) for r in are_right(model, words[i: i + args.batch_size])]
         return {"perplexity": vitq.perplexity(model, text.eval, batch_size=args.batch_size), "last word %": 100 * statistics.mean(right)}
 
     return list(text.calib.split(args.batch_size)), measure, len(words)
 
 
 def last_word(tokenizer, window: Tensor) -> tuple[Tensor, int] | None:
-    """Token ids [1, T] of a window up to the last word before the end of its last sentence, and how many of them are that word's."""
+    """Token ids [T] of a window up to the last word before the end of its last sentence, and how many of them are that word's."""
     match = LAST_WORD.match(tokenizer.decode(window, skip_special_tokens=True))
     if match is None:
         return None
     before, whole = (tokenizer(text)["input_ids"] for text in (match[1], f"{match[1]} {match[2]}"))
     same = next((i for i, (a, b) in enumerate(zip(before, whole)) if a != b), min(len(before), len(whole)))
-    return (torch.tensor([whole]), len(whole) - same) if 0 < same < len(whole) else None
+    return (torch.tensor(whole), len(whole) - same) if 0 < same < len(whole) else None
 
 
 @torch.inference_mode()
-def is_right(model: nn.Module, ids: Tensor, count: int) -> bool:
-    """Whether each of the last `count` tokens is the one that the model holds most likely, given those before it."""
-    ids = ids.to(model.device)
-    logits = model(ids[:, :-1], use_cache=False).logits[0, -count:]
-    return bool(torch.equal(logits.argmax(-1), ids[0, -count:]))
+def are_right(model: nn.Module, words: list[tuple[Tensor, int]]) -> list[bool]:
+    """For each of these ids and counts whether each of the last `count` tokens is the one that the model holds most likely, given those before it.
+    What fills up shorter ones comes after them, where a causal model does not look."""
+    batch = torch.nn.utils.rnn.pad_sequence([ids for ids, _ in words], batch_first=True)
+    best = model(batch[:, :-1].to(model.device), use_cache=False).logits.argmax(-1).cpu()
+    return [torch.equal(of[len(ids) - 1 - count: len(ids) - 1], ids[-count:]) for of, (ids, count) in zip(best, words)]
 
 
 def table(rows: list[dict], samples: int) -> tuple[list[str], list[list]]:
