@@ -1,18 +1,23 @@
-"""tools/head_sweep.py, in process, on a tiny language model and a tiny ViT."""
+"""tools/head_sweep.py, in process, on a tiny language model and on the demo; and recipes with heads in the tools that quantize."""
 
 from __future__ import annotations
 
 import json
 import random
+import types
 
 import pytest
 import torch
-from helpers import run_tool
+from helpers import build as vit
+from helpers import images, quick, run_tool
 
 transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 from language_models import build  # noqa: E402
 
 import head_sweep  # noqa: E402
+import quantize_llm  # noqa: E402
+import quantize_vit  # noqa: E402
+from _console import Console  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(120)]
 QUICK = ["--set", "weight.observer=minmax", "--device", "cpu"]
@@ -85,3 +90,19 @@ def test_an_image_model(tmp_path) -> None:
     assert code == 0, err
     row = json.loads((tmp_path / "heads.json").read_text())["rows"][1]
     assert (row["score"], row["runs"][0]["units"]) == ("l1", 2) and row["runs"][0]["top-1 %"] > 50
+
+
+def test_the_tools_that_quantize_take_recipes_with_heads(folder, text, tmp_path) -> None:
+    args = ["--model", folder, "--data", text, "--seqlen", 16, "--nsamples", 4, "--recipe", "phq-w8,phq-mixed", *QUICK]
+    code, out, err = run_tool(quantize_llm, *args, "--save", tmp_path / "saved", "--output", tmp_path / "out")
+    assert code == 0 and "bit-identical" in out, err
+    found = json.loads((tmp_path / "out" / "report.json").read_text())["rows"][1:]
+    assert [row["recipe"] for row in found] == ["phq-w8", "phq-mixed"] and found[0]["bits"]["linears"] > 8.5 > found[1]["bits"]["linears"]
+    code, _, err = run_tool(quantize_llm, *args, "--stats", tmp_path / "stats")
+    assert code == 2 and "statistics of the whole layers do not serve it" in err
+    model = vit("deit_tiny_patch16_224", depth=2, img_size=64, embed_dim=96, num_heads=4)
+    given = types.SimpleNamespace(batch_size=2, backend="auto", memory=1.0)
+    data = types.SimpleNamespace(calib=[(image, 0) for image in images(model, 4)])
+    recipe = quick("phq-w8")
+    statistics, converted = quantize_vit.quantize(given, recipe, types.SimpleNamespace(model=model), data, Console(True, False))
+    assert statistics is None and converted.vitq.calibration == {"images": 4} and converted.vitq.recipe.heads["chosen"]
