@@ -121,6 +121,8 @@ def test_what_is_simulated_runs_and_reloads(kind: str, name: str, changes: list[
         assert tokens[0].shape == (2, 12) and torch.equal(*tokens)
     else:
         coded = {layer for layer, fmt in rows.items() if fmt.startswith("W")}
+        notes = [row.note for row in vitq.explain(executed) if row.role == "qk"]
+        assert all(("q, k, v pass through float (qkv is in parts)" in note) == (name == "w8a8") for note in notes)
         assert coded and {row.layer for row in vitq.evaluate.layer_sqnr(model, executed, x)} > coded
 
 
