@@ -150,7 +150,7 @@ def test_overrides_in_order_and_as_one():
 @pytest.mark.parametrize(("item", "message"), [
     ("calib_size", "override 'calib_size': give key=value"),
     ("=4", "override '=4': give key=value"),
-    ("calib_sise=4", "calib_sise: unknown key; allowed: calib_size, execution, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD"),
+    ("calib_sise=4", "calib_sise: unknown key; allowed: calib_size, execution, heads or heads.KEY, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD"),
     ("calib_sise=4", "(did you mean 'calib_size'?)"),
     ("redaction.weight.bits=4", "(did you mean 'reduction'?)"),
     ("qkv.wieght.bits=4", "(did you mean 'weight'?)"),
@@ -193,7 +193,7 @@ WEIGHT, INPUT = ({"roles": ["qkv"], operand: None} for operand in ("weight", "in
     ({"calib_size": 0}, ValueError, "calib_size: 0; allowed: 1 or more samples"),
     ({"calib_size": 1.5}, TypeError, "calib_size: 1.5 is float; give an integer, at least 1"),
     ({"calib_size": True}, TypeError, "calib_size: True is bool"),
-    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, transform_options, solver, solver_options, execution, rules (did you mean 'calib_size'?)"),
+    ({"calibsize": 4}, ValueError, "calibsize: unknown key; allowed: name, description, schema, calib_size, transforms, transform_options, solver, solver_options, execution, heads, rules (did you mean 'calib_size'?)"),
     ({"transforms": ["layernorm_fould"]}, ValueError, "transforms[0]: 'layernorm_fould' is not known; allowed: layernorm_fold, smoothquant, clip_outliers (did you mean 'layernorm_fold'?)"),
     ({"transforms": ["layernorm_fold"] * 2}, ValueError, "transforms: layernorm_fold, layernorm_fold; give each one once"),
     ({"solver": None}, TypeError, "solver: None is NoneType; give one of rtn"),

@@ -88,7 +88,7 @@ def build(model: nn.Module, kind: str, x: torch.Tensor) -> nn.Module:
         return torch.compile(quantized_by_torchao(model, kind), dynamic=False)
     if kind.split()[0] not in HALVES:
         recipe = vitq.profiling.quick_recipe(kind, len(x[:8]))
-        return vitq.convert(model, recipe, [x[:8].float()] if recipe.is_static else None)
+        return vitq.convert(model, recipe, [x[:8].float()] if recipe.needs_data else None)
     half = copy.deepcopy(model).to(HALVES[kind.split()[0]])
     if kind.endswith(COMPILED):
         return torch.compile(half, dynamic=False)

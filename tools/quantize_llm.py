@@ -117,7 +117,7 @@ def load(args, recipes: list, checkpoint, device: torch.device, console: Console
     most = getattr(loaded.model.config, "max_position_embeddings", None)
     if most and args.seqlen > most:
         raise ValueError(f"--seqlen {args.seqlen} is more than the {most} positions of {name}")
-    needed = max((r.calib_size for r in recipes if r.is_static or r.needs_inputs), default=0)
+    needed = max((r.calib_size for r in recipes if r.needs_data), default=0)
     text = vitq.open_text(args.data, loaded.tokenizer, args.seqlen, nsamples=needed, seed=args.seed, limit=args.limit)
     loaded.model.to(device)
     console.result(f"model {loaded.name} in {str(loaded.model.dtype)[6:]} on {device}, text from {text.name}: {len(text.calib)} windows of "
@@ -155,7 +155,8 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
     blocks, device = block_options(args, source, "," in (args.recipe or "")) if args.stream else {}, loaded.model.device
     if isinstance(source, vitq.Recipe):
         kept = stats if source.is_static else None
-        calib = list(text.calib[:source.calib_size].split(args.batch_size)) if source.is_static and kept is None or source.needs_inputs else None
+        reads = source.needs_data if kept is None else source.needs_inputs
+        calib = list(text.calib[:source.calib_size].split(args.batch_size)) if reads else None
         console.step(f"quantizing with the recipe {source.name}")
         cost: list[tuple[float, float]] = []
         total, away = source.calib_size if calib and not blocks else None, args.calib_device

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         (seconds, memory), = cost
         console.result(f"calibrated and converted in {seconds:.1f} s, with {memory:.0f} MB at most beyond the model's")
         report = {"vitq": vitq.__version__, "torch": torch.__version__, "model": loaded.name, "weights": loaded.weights,
-                  "recipe": recipe.to_dict(), "data": data.name, "calibration_images": getattr(statistics, "samples", 0),
+                  "recipe": recipe.to_dict(), "data": data.name, "calibration_images": model.vitq.calibration["images"],
                   "calibration": {"seconds": round(seconds, 2), "memory_mb": round(memory, 1)},
                   "device": device, "backend": args.backend, "dtype": model.vitq.dtype, "seed": args.seed,
                   "threads": torch.get_num_threads()}
@@ -100,9 +100,9 @@ def load(args, recipe, device: torch.device, console: Console):
 def quantize(args, recipe, loaded, data, console: Console):
     """Calibrates once. Returns the statistics (None for a dynamic recipe) and the converted model."""
     statistics = images = None
-    if recipe.needs_inputs:  # which reads them more than once
+    if recipe.needs_inputs or recipe.heads and recipe.needs_data:  # which reads them more than once
         images = list(vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size))
-    if recipe.is_static:
+    if recipe.is_static and not recipe.heads:  # whose parts are measured where they are made
         console.step(f"calibrating on up to {recipe.calib_size} images")
         with console.bar("calibrate", recipe.calib_size) as bar:
             batches = images or vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)

@@ -166,7 +166,7 @@ def bench(name: str, args: argparse.Namespace, recipes: list, device: torch.devi
 
 
 def convert(model, recipe, images: torch.Tensor, backend: str, tune: bool):
-    calib = images.repeat(-(-CALIBRATION_IMAGES // len(images)), 1, 1, 1) if recipe.is_static else None
+    calib = images.repeat(-(-CALIBRATION_IMAGES // len(images)), 1, 1, 1) if recipe.needs_data else None
     quantized = vitq.convert(model, recipe, None if calib is None else [calib[:CALIBRATION_IMAGES]], backend)
     if tune:
         vitq.tune(quantized, images)

@@ -25,6 +25,7 @@ from vitq.calib.runner import specs
 from vitq.conversion import build, float_dtype, model_info
 from vitq.models import prepare
 from vitq.models.adapter import replace
+from vitq.models.heads import part_heads
 from vitq.nn.model import QuantizedDecoder
 from vitq.nn.packed import pack_all
 from vitq.ops.dispatch import check_backend, pick_device
@@ -126,6 +127,8 @@ def _skeleton(header: dict[str, Any], dtype: torch.dtype, backend: str) -> nn.Mo
     try:
         with builder.context():
             prepared = prepare(builder.empty(header), check=False)
+            if recipe.heads:
+                part_heads(prepared, recipe.heads.get("chosen", {}))
             return build(prepared, recipe, specs(prepared, recipe), dtype=dtype, backend=backend)
     except ValueError as error:
         raise CheckpointError(str(error)) from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vitq.calib.blocks import STREAMS, collect_blocks, quantize_blocks
 from vitq.calib.choose import choose, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
+from vitq.calib.heads import choose_heads
 from vitq.calib.histogram import Histogram
 from vitq.calib.runner import check_calibration, collect, limited
 from vitq.calib.simulate import simulate as _simulate
@@ -19,6 +20,7 @@ from vitq.calib.statistics import Statistics
 from vitq.models import Prepared, prepare
 from vitq.models.attention import RelativePositionBias
 from vitq.models.adapter import is_plain_layer_norm, replace
+from vitq.models.heads import part_heads
 from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock, QuantMlp, QuantPatchMerging
 from vitq.nn.linear import CodedLinear, QuantLinear, QuantPatchConv
@@ -46,7 +48,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     calib: what a static recipe measures its activation ranges on: any iterable of image batches (tensors [B, C, H, W],
         (images, labels) pairs, a DataLoader) preprocessed as the model expects, of which at most `recipe.calib_size`
         images are read, or the `Statistics` that `vitq.calibrate` returned.
-        A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then kept and read twice.
+        A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then kept and read twice. So does a recipe that
+        chooses heads by them (`recipe.scores_heads`), which the whole float model does on its own device, with stream= too.
     backend: auto (the device's own), reference, cpu or cuda.
     statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver alone.
     memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
@@ -102,6 +105,8 @@ def calibrate(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe] = 
     if not several:
         raise ValueError("no recipe to calibrate for: give one, or several")
     recipes, device = [_recipe(one, calib) for one in several], _calibration_device(stream, device)
+    for one in recipes:
+        _check_whole(one)
     if stream == "quantized":
         raise ValueError("statistics are of the float model: give stream='float', or None")
     if stream is None:
@@ -114,13 +119,21 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
              device: str | torch.device | None = None, resume: str | Path | None = None) -> tuple[Prepared, Plan]:
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
     device = _calibration_device(stream, device, resume)
-    if (recipe.is_static and statistics is None or recipe.needs_inputs) and calib is None:
-        what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}"
+    if (recipe.is_static and statistics is None or recipe.needs_inputs or recipe.scores_heads) and calib is None:
+        what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}" if recipe.needs_inputs else "chooses heads by what they write"
         raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
         raise ValueError(f"memory must be a number of bytes above 0; got {memory}")
     prepared = prepare(model)
+    if recipe.heads:
+        if statistics is not None or isinstance(calib, Statistics):
+            _check_whole(recipe)
+        if recipe.scores_heads:
+            calib = _kept(calib, recipe, prepared)
+            check_calibration(calib, recipe, prepared)
+        recipe = choose_heads(prepared, recipe, calib)
+        part_heads(prepared, recipe.heads["chosen"])
     for site in prepared.linears:
         spec = recipe.resolve(site.role, site.name)
         if site.role == "patch_embed" and not spec.is_float and spec.input.dynamic:
@@ -134,7 +147,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     elif calib is not None:
         data = calib
         if recipe.needs_inputs:  # read more than once, and a loader may shuffle
-            data = calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size, prepared.tokens))
+            data = _kept(calib, recipe, prepared)
             if stats is not None or not recipe.is_static:  # nothing else looks at them first
                 check_calibration(data, recipe, prepared)
     if stream is not None:
@@ -149,6 +162,18 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     if stats is None and recipe.is_static:
         stats = collect(prepared, [recipe], data, progress=progress)
     return prepared, choose(prepared, recipe, stats, data, memory)
+
+
+def _kept(calib: Iterable, recipe: Recipe, prepared: Prepared) -> Iterable:
+    """What is read of `calib`, to be read again."""
+    return calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size, prepared.tokens))
+
+
+def _check_whole(recipe: Recipe) -> None:
+    """Raises ValueError for a recipe that puts attentions into parts, of which statistics do not hold."""
+    if recipe.heads:
+        raise ValueError(f"recipe {recipe.name!r} chooses heads, and what is measured is of the parts it makes: statistics of the whole layers do "
+                         "not serve it, nor its own another recipe; give calib= with the data to vitq.convert or vitq.simulate")
 
 
 def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec], *, dtype: torch.dtype, backend: str,

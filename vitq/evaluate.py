@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vitq.formats import QTensor
 from vitq.graphs import Graph
 from vitq.models import prepare
+from vitq.models.heads import part_heads
 from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock
 from vitq.nn.linear import CodedLinear, QuantLinear
@@ -207,7 +208,10 @@ def layer_sqnr(float_model: nn.Module, quantized_model: nn.Module, images: Tenso
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not len(images):
         raise ValueError("images must be a tensor [batch, channels, height, width] with at least one image")
-    reference = prepare(float_model).model  # canonical form: LayerScale folded as in the quantized model
+    prepared = prepare(float_model)  # canonical form: LayerScale folded as in the quantized model
+    if heads := quantized_model.vitq.recipe.heads:
+        part_heads(prepared, heads["chosen"])
+    reference = prepared.model
     sums: dict[str, list[float]] = {}
     roles: dict[str, str] = {}
     expected: dict[str, Tensor] = {}

@@ -85,7 +85,7 @@ def quick_recipe(name: str, calib_size: int = 8) -> Recipe:
     """A recipe for timing: few calibration images and no search for ranges, which does not change the speed."""
     recipe = Recipe.from_yaml(name)
     changes = ["weight.observer=minmax"]
-    if recipe.is_static:
+    if recipe.needs_data:
         changes += [f"calib_size={calib_size}", "input.observer=minmax"]
     return recipe.with_overrides(changes)
 

@@ -110,11 +110,13 @@ class Recipe:
     solver: str = "rtn"
     solver_options: Mapping[str, Any] = field(default_factory=dict)
     execution: str = "integer"
+    heads: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.transform_options, self.solver,
                             self.solver_options, self.execution)
+        checks.check_heads(self.heads)
         for i, rule in enumerate(checks.as_tuple(self.rules, "rules")):
             checks.check_type(rule, Rule, f"rules[{i}]", "a Rule (Recipe.from_dict takes plain mappings)")
             rule.check(f"rules[{i}]")
@@ -184,6 +186,17 @@ class Recipe:
         return False
 
     @property
+    def needs_data(self) -> bool:
+        """Whether converting reads images: for statistics, for the solver, or to choose heads."""
+        return self.is_static or self.needs_inputs or self.scores_heads
+
+    @property
+    def scores_heads(self) -> bool:
+        """Whether heads are chosen by what data say of them."""
+        heads = self.heads
+        return bool(heads) and "chosen" not in heads and heads.get("score", "contribution") != "random" and heads.get("least") != 0
+
+    @property
     def needs_inputs(self) -> bool:
         """Whether the solver looks at the inputs of each layer, so that calibration images are read twice."""
         return self.solver != "rtn"
@@ -216,7 +229,13 @@ class Recipe:
         """Plain lists and dicts; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**data, "transforms": list(self.transforms), "transform_options": dict(self.transform_options),
-                "solver_options": dict(self.solver_options), "rules": [rule.to_dict() for rule in self.rules]}
+                "solver_options": dict(self.solver_options), "heads": self._heads_dict(), "rules": [rule.to_dict() for rule in self.rules]}
+
+    def _heads_dict(self) -> dict[str, Any]:
+        heads = dict(self.heads)
+        if "chosen" in heads:
+            heads["chosen"] = {name: list(units) for name, units in heads["chosen"].items()}
+        return heads
 
     def to_yaml(self) -> str:
         """The recipe as YAML text."""
@@ -234,6 +253,9 @@ class Recipe:
                     where = f"rules[{len(rules)}]"
                     rules = (*rules, _rule(value, where))
                     rules[-1].check(where)
+                elif key.startswith("heads."):
+                    changes["heads"] = _with_head_key(changes.get("heads", self.heads), key.removeprefix("heads."), value)
+                    replace(self, heads=changes["heads"])
                 else:
                     changes[key] = checks.as_tuple(value, key) if key == "transforms" else value
                     if not key.startswith(("solver", "transform")):  # these and their options are checked together
@@ -259,6 +281,12 @@ def _rule(data: Any, key: str) -> Rule:
             checks.check_type(data[operand], Mapping, f"{key}.{operand}", "a mapping such as {bits: 8}")
             values[operand] = dict(data[operand])
     return Rule(**values)
+
+
+def _with_head_key(heads: Mapping[str, Any], key: str, value: Any) -> dict[str, Any]:
+    """The mapping with a key set; what would speak against it goes: a choice that was made, or the other way to say how many."""
+    others = {"chosen", "least", "budget"} if key in ("least", "budget") else set() if key == "chosen" else {"chosen"}
+    return {**{name: of for name, of in heads.items() if name not in others}, key: value}
 
 
 def default_spec(role: str, operand: str) -> QuantSpec:

@@ -28,6 +28,8 @@ SOLVER_OPTIONS: dict[str, dict[str, Any]] = {
             "columns": ("sequence", "halves"), "rounding": ("nearest", "gradient", "descent")},
 }
 SOLVERS = tuple(SOLVER_OPTIONS)
+HEAD_SCORES = ("l1", "contribution", "sensitivity", "random")
+HEADS_KEYS = ("score", "least", "budget", "cascade", "seed", "chosen")
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_head", "per_group")
 OBSERVERS = ("minmax", "percentile", "mse")
 SEGMENTS = ("one", "dual_uniform")
@@ -166,6 +168,38 @@ def check_header(name: Any, description: Any, schema: Any, calib_size: Any, tran
             raise ValueError(f"{where}: {value!r}; allowed: a number above 0{hint}")
     if solver_options.get("rounding") == "gradient" and solver_options.get("columns", "sequence") != "halves":
         raise ValueError("solver_options.rounding: 'gradient' goes with columns: halves; with sequence: descent, nearest")
+
+
+def check_heads(heads: Any) -> None:
+    """The key ``heads``: an empty mapping where attentions stay whole."""
+    check_type(heads, Mapping, "heads", f"a mapping of {', '.join(HEADS_KEYS)}")
+    check_keys(heads, HEADS_KEYS, "heads")
+    if not heads:
+        return
+    check_choice(heads.get("score", "contribution"), HEAD_SCORES, "heads.score")
+    if "least" in heads:
+        least = heads["least"]
+        check_type(least, (int, float), "heads.least", "a number of query heads a layer, or a part of them (0.5)")
+        if isinstance(least, bool) or least < 0 or isinstance(least, float) and not least <= 1:
+            raise ValueError(f"heads.least: {least!r}; allowed: an integer from 0 on, a number of query heads a layer; or a part of them, 0.0 to 1.0")
+    if "budget" in heads:
+        check_type(heads["budget"], (int, float), "heads.budget", "an average of bits")
+        if isinstance(heads["budget"], bool) or not 2 <= heads["budget"] <= FLOAT_BITS:
+            raise ValueError(f"heads.budget: {heads['budget']!r}; allowed: 2 to {FLOAT_BITS}, the average bits of the weights of q, k, v and o")
+        if "least" in heads:
+            raise ValueError(f"heads.budget: {heads['budget']!r} with least: {heads['least']!r}; give one of the two")
+    check_type(heads.get("cascade", False), bool, "heads.cascade", "true or false")
+    check_type(heads.get("seed", 0), int, "heads.seed", "an integer")
+    if "chosen" in heads:
+        check_type(heads["chosen"], Mapping, "heads.chosen", "a mapping such as {blocks.0.attn: [1, 4]}")
+        for name, units in heads["chosen"].items():
+            check_type(name, str, "heads.chosen", "names of attentions")
+            for unit in as_tuple(units, f"heads.chosen.{name}"):
+                check_type(unit, int, f"heads.chosen.{name}", "integers, the places of heads")
+            if len(set(units)) != len(units):
+                raise ValueError(f"heads.chosen.{name}: {list(units)}; give each head once")
+    elif "least" not in heads and "budget" not in heads:
+        raise ValueError("heads: how many is missing; give least, budget or chosen")
 
 
 def check_rule(roles: tuple[Any, ...], names: tuple[Any, ...], given: Mapping[str, Any], key: str) -> None:

@@ -10,9 +10,9 @@ import yaml
 
 from vitq.recipe_checks import FIELD_CHECKS, LINEAR_ROLES, OPERANDS, ROLES, check_type, closest, operands
 
-TOP_LEVEL = ("calib_size", "execution", "solver", "solver_options", "transform_options", "transforms")
+TOP_LEVEL = ("calib_size", "execution", "heads", "solver", "solver_options", "transform_options", "transforms")
 KEYS = (
-    "allowed: calib_size, execution, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
+    "allowed: calib_size, execution, heads or heads.KEY, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
     "name:PATTERN.OPERAND.FIELD or name:PATTERN.bits"
 )
 
@@ -57,7 +57,7 @@ def read_recipe(path_or_name: str | Path) -> tuple[dict[str, Any], str]:
 def parse_override(item: str) -> tuple[str, Any]:
     """What one ``key=value`` asks for: a top-level key and its value, or ``("rule", mapping)`` to append.
 
-    - ``calib_size=64``, ``solver=rtn``, ``transforms=[]``
+    - ``calib_size=64``, ``solver=rtn``, ``transforms=[]``; ``heads.least=4``: one key of `heads`
     - ``ROLE.weight.bits=4``; ``ROLE.bits=16`` sets every operand of the role
     - ``weight.bits=4``, ``input.observer=minmax``: every linear layer (patch embedding and head too), never the attention matmuls, whose operands
       have to be named (``qk.input.bits=4``); ``bits=16``: both operands of every linear layer
@@ -72,7 +72,7 @@ def parse_override(item: str) -> tuple[str, Any]:
         value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"value {text!r} is not YAML") from error
-    if key in TOP_LEVEL:
+    if key in TOP_LEVEL or key.startswith("heads."):
         return key, value
 
     rule: dict[str, Any] = {}

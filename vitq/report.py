@@ -18,6 +18,7 @@ from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics
 from vitq.evaluate import Evaluation, LayerError
+from vitq.models.heads import ColumnParts, RowParts
 from vitq.nn.linear import CodedLinear
 from vitq.nn.packed import Row
 from vitq.profiling import Ceilings, Profile
@@ -195,6 +196,7 @@ class Bits(NamedTuple):
 
 def bits_per_weight(model: nn.Module) -> Bits:
     """What a converted `model` stores, scales and all, divided by its weights. A layer's biases are no weights: they count for the model only.
+    Heads that stay in float while others are quantized count among the linear layers.
 
     Raises ValueError for a model without quantized linear layers.
     """
@@ -205,10 +207,13 @@ def bits_per_weight(model: nn.Module) -> Bits:
     def stored(tensors: Iterable[Tensor]) -> int:
         return 8 * sum(t.numel() * t.element_size() for t in tensors)
 
+    floats = [part.weight for module in model.modules() if isinstance(module, (RowParts, ColumnParts)) for part in module.children()
+              if isinstance(part, nn.Linear)]
     weights = sum(module.in_features * module.out_features for module in linears)
     bits = sum(stored(t for name, t in module.named_buffers(recurse=False) if name != "bias") for module in linears)
-    floats = sum(p.numel() for p in model.parameters())
-    return Bits(bits / weights, stored((*model.parameters(), *model.buffers())) / (weights + floats))
+    stays = sum(p.numel() for p in model.parameters())
+    return Bits((bits + stored(floats)) / (weights + sum(t.numel() for t in floats)),
+                stored((*model.parameters(), *model.buffers())) / (weights + stays))
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

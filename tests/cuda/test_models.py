@@ -33,19 +33,21 @@ def compiled_kernels(monkeypatch):
 @pytest.mark.parametrize("name, kwargs, recipe", [
     ("deit_tiny_patch16_224", {"depth": 1}, "w8a8"), ("deit_tiny_patch16_224", {"depth": 1}, "w4a8"),
     ("deit_tiny_patch16_224", {"depth": 1}, "w8a8-dynamic"),
+    ("deit_tiny_patch16_224", {"depth": 1}, "phq-mixed"),
     ("deit_tiny_patch16_224", {"depth": 1}, "dual-w8a8"), ("deit_tiny_patch16_224", {"depth": 1}, "dual-w4a4"),
     ("swin_tiny_patch4_window7_224", {"depths": (2, 1), "img_size": 112}, "w8a8")])
 def test_the_compiled_kernels_calls_without_a_gpu(name: str, kwargs: dict, recipe: str, compiled_kernels) -> None:
     """They equal the reference but for codes that a norm, GELU or softmax may round the other way, and trace into one graph."""
     model, chosen = build(name, **kwargs), quick(recipe)
-    statistics = vitq.calibrate(model, chosen, [images(model, 4, seed=2)]) if chosen.is_static else None
+    calib = [images(model, 4, seed=2)]
+    statistics = calib if chosen.heads else vitq.calibrate(model, chosen, calib) if chosen.is_static else None
     x = images(model)
     expected = vitq.convert(model, chosen, statistics, dtype=torch.float32, backend="reference")(x)
     compiled_kernels()
     converted = vitq.convert(model, chosen, statistics, dtype=torch.float32)
     y = converted(x)
     assert sqnr(expected, y) > 30
-    if recipe == "w8a8":
+    if recipe in ("w8a8", "phq-mixed"):
         torch._dynamo.reset()
         assert torch.equal(torch.compile(converted, fullgraph=True, backend="eager")(x), y)
 

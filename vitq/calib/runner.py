@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitq.calib.histogram import LEAST_BINS, Histogram
 from vitq.calib.statistics import Statistics
+from vitq.models.heads import PARTS
 from vitq.models.sites import LinearSite, Prepared
 from vitq.recipe import FLOAT_BITS, LayerSpec, QuantSpec, Recipe
 
@@ -25,6 +26,8 @@ def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
     """What the recipe asks of each linear and each attention matmul, by layer name."""
     found = {site.name: recipe.resolve(site.role, site.name) for site in prepared.linears}
     layers = [*found, *(name for site in prepared.attentions for name in (site.qk, site.pv))]
+    if recipe.heads:  # in parts, of which a layer may lack one
+        layers += [f"{name}.{part}" for site in prepared.heads for name in (site.qkv, site.proj) for part in PARTS]
     for pattern in (pattern for rule in recipe.rules for pattern in rule.names):
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"recipe {recipe.name!r}: the name pattern {pattern!r} matches no layer; the model's are "

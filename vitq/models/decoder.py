@@ -67,6 +67,7 @@ def fill(prepared: Prepared) -> None:
                      {"q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"})
         check_module(f"{name}.mlp", mlp, [f"{family}MLP" for family in FAMILIES], {"gate_proj", "up_proj", "down_proj", "act_fn"})
         layer.self_attn, layer.mlp = DecoderAttention(attention), GatedMlp(mlp)
+        prepared.heads.append(layer.self_attn.head_site(f"{name}.self_attn", "o_proj"))
         prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv", f"{name}.input_layernorm"),
                              LinearSite(f"{name}.self_attn.o_proj", "proj"),
                              LinearSite(f"{name}.mlp.gate_up_proj", "fc1", f"{name}.post_attention_layernorm"),

@@ -6,9 +6,11 @@ Canonical form: transformers' modules as they are, but linear layers that are `n
 
 from __future__ import annotations
 
+from torch import nn
+
 from vitq.models.adapter import UnsupportedModelError, replace
 from vitq.models.language import check_module, embeddings, joined
-from vitq.models.sites import LinearSite, Prepared
+from vitq.models.sites import HeadSite, LinearSite, Prepared
 
 FAMILIES = ("Falcon",)
 
@@ -19,6 +21,8 @@ def fill(prepared: Prepared) -> None:
 
     model = prepared.model
     embeddings(prepared, "transformer.word_embeddings")
+    if model.config.alibi:
+        prepared.joint_heads = "ALiBi gives each head a slope by its place, so heads cannot change places"
     prepared.exact.append("transformer.rotary_emb")  # angles of thousands of positions do not fit 16 bits
     for i, layer in enumerate(model.transformer.h):
         name = f"transformer.h.{i}"
@@ -43,3 +47,12 @@ def fill(prepared: Prepared) -> None:
         for site in sites:
             replace(model, site.name, joined(model.get_submodule(site.name), known=FalconLinear))
         prepared.linears += sites
+        if not model.config.alibi:
+            prepared.heads.append(_head_site(f"{name}.self_attention", layer.self_attention))
+
+
+def _head_site(name: str, attention: nn.Module) -> HeadSite:
+    """The rows of query_key_value are those of one unit after another, but for one key and value of all heads, which are one unit."""
+    units = attention.num_kv_heads
+    queries, one = attention.num_heads // units, attention.head_dim
+    return HeadSite(name, f"{name}.query_key_value", f"{name}.dense", units, ((queries + 2) * one,), queries * one, queries)

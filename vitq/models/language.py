@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.models.adapter import UnsupportedModelError, check_children, float_part
-from vitq.models.sites import LinearSite, Prepared
+from vitq.models.sites import HeadSite, LinearSite, Prepared
 
 
 def causal_models(families: Collection[str]) -> list[type]:
@@ -42,6 +42,11 @@ class JoinedAttention(nn.Module):
         self.is_causal, self.attention_dropout = True, 0.0
         self.qkv_proj = joined(source.q_proj, source.k_proj, source.v_proj)
         self.widths = [linear.out_features for linear in (source.q_proj, source.k_proj, source.v_proj)]
+
+    def head_site(self, name: str, proj: str) -> HeadSite:
+        """Of this attention, `name`, whose output projection is the child `proj`."""
+        rows, one = self.num_key_value_groups * self.head_dim, self.head_dim
+        return HeadSite(name, f"{name}.qkv_proj", f"{name}.{proj}", self.widths[1] // one, (rows, one, one), rows, self.num_key_value_groups)
 
     def heads(self, hidden_states: Tensor) -> list[Tensor]:
         """[B, T, hidden] -> q [B, T, H, D], k and v [B, T, G, D]."""

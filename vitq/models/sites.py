@@ -47,6 +47,23 @@ class AttentionSite:
 
 
 @dataclass(frozen=True)
+class HeadSite:
+    """An attention whose heads can be told apart: the linear layers `qkv` and `proj`. Its `units` are what can be moved alone: a key and value
+    head with the query heads that share it.
+
+    sections: the rows of qkv are that many rows a unit, unit by unit, in each of these sections; columns: of proj, those of each unit.
+    """
+
+    name: str
+    qkv: str
+    proj: str
+    units: int
+    sections: tuple[int, ...]
+    columns: int
+    queries: int = 1  # query heads of a unit
+
+
+@dataclass(frozen=True)
 class MlpSite:
     """fc1 -> activation -> fc2 with nothing in between. `activation` is gelu, gelu_tanh, relu, or None if unknown."""
 
@@ -108,6 +125,8 @@ class Prepared:
     exact: list[str] = field(default_factory=list)  # modules whose numbers stay in float32
     tokens: bool = False  # the model reads token ids [B, T], not images
     stages: list[str] = field(default_factory=list)  # the blocks: each reads what the one before it returned, and nothing else does
+    heads: list[HeadSite] = field(default_factory=list)
+    joint_heads: str = ""  # why the heads of some attention cannot be told apart; empty where they can
 
     @property
     def samples(self) -> str:

@@ -14,6 +14,7 @@ def fill(prepared: Prepared) -> None:
     """Find the sites of `prepared.model` and put `TappedAttention` in place of timm's WindowAttention."""
     model = prepared.model
     patch_embed(prepared, "patch_embed")
+    prepared.joint_heads = "a Swin block runs quantized as a whole, and each of its heads has relative position biases of its own"
     if is_plain_embed(model.patch_embed) and model.patch_embed.output_fmt == "NHWC":
         prepared.stem = StemSite("image")
     for i, stage in enumerate(model.layers):

@@ -7,7 +7,7 @@ from torch import nn
 from vitq.models.adapter import (UnsupportedModelError, activation_name, check_children, float_part, fold_layer_scale,
                                  is_plain_layer_norm, kind, plain_linears)
 from vitq.models.attention import TappedAttention
-from vitq.models.sites import AttentionSite, BlockSite, LinearSite, MlpSite, Prepared, StemSite
+from vitq.models.sites import AttentionSite, BlockSite, HeadSite, LinearSite, MlpSite, Prepared, StemSite
 
 
 def fill(prepared: Prepared) -> None:
@@ -91,6 +91,7 @@ def _block(prepared: Prepared, name: str, block: nn.Module) -> None:
             if isinstance(getattr(block, leaf, None), nn.Linear):
                 prepared.linears.append(LinearSite(f"{name}.{leaf}", role))
         float_part(prepared, name, f"attention matmuls of {found}")
+        prepared.joint_heads = f"{name!r} is a {found}, whose attention is not a module of its own"
     else:
         raise UnsupportedModelError(
             f"vitq does not know the block {name!r} ({found}); known: Block, ResPostBlock, ParallelThingsBlock, "
@@ -107,6 +108,7 @@ def _attention(prepared: Prepared, name: str, attn: nn.Module, norm: str | None 
     if found == "DiffAttention":
         prepared.linears += [LinearSite(f"{name}.qkv", "qkv", norm), LinearSite(f"{name}.proj", "proj")]
         float_part(prepared, name, "attention matmuls of DiffAttention")
+        prepared.joint_heads = f"{name!r} is a DiffAttention, whose heads come in pairs"
         return False
     if found != "Attention":
         raise UnsupportedModelError(f"vitq does not know the attention {name!r} ({found}); known: Attention, DiffAttention")
@@ -124,6 +126,10 @@ def _attention(prepared: Prepared, name: str, attn: nn.Module, norm: str | None 
         prepared.linears.append(LinearSite(f"{name}.gate", "qkv"))
     prepared.linears.append(LinearSite(f"{name}.proj", "proj"))
     prepared.attentions.append(AttentionSite(name))
+    if gate is None and isinstance(tapped.norm, nn.Identity):
+        prepared.heads.append(HeadSite(name, f"{name}.qkv", f"{name}.proj", attn.num_heads, (head_dim,) * 3, head_dim))
+    else:
+        prepared.joint_heads = f"{name!r} has a {'norm' if gate is None else 'gate'} over all heads together"
     return True
 
 

@@ -160,8 +160,8 @@ class QuantAttention(PackedModule):
         choice = self.packed()["attention"][0]
         note = f"fell back: {choice.reason}" if choice.reason else ""
         if not self._codes_in:
-            why = "their bits differ" if len(set(self.bits)) > 1 else "qkv is dynamic or in float" if not isinstance(
-                self.qkv, QuantLinear) or self.qkv.dynamic else "qk-norm"
+            why = "their bits differ" if len(set(self.bits)) > 1 else "qkv is in parts" if any(self.qkv.children()) else \
+                "qkv is dynamic or in float" if not isinstance(self.qkv, QuantLinear) or self.qkv.dynamic else "qk-norm"
             note = "; ".join(filter(None, [f"q, k, v pass through float ({why})", note]))
         (q, k, v), (q_each, k_each, v_each) = self.bits, ("per head" if each else "per tensor" for each in self.per_head)
         qk_each = q_each if q_each == k_each else f"{q_each} and {k_each}"

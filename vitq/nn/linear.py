@@ -69,6 +69,8 @@ class QuantLinear(CodedLinear):
     have multipliers too, of one group at least, and weight_zero int8 [G, N].
     """
 
+    adds_residual = True  # forward takes one
+
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
         super().__init__(in_features, out_features, spec, dtype=dtype, backend=backend)
         self.input_bits, self.dynamic = spec.input.bits, spec.input.dynamic
