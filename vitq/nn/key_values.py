@@ -76,3 +76,19 @@ class QuantKeyValues(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={codes}" for name, codes in zip("kv", self.codes))
+
+
+def quantized_cache(model: nn.Module) -> Any:
+    """An empty cache for a converted model whose recipe quantizes keys and values: `model.generate(..., past_key_values=cache)`; `cache.nbytes`
+    says what it takes. Where it is given none, the model makes one by itself.
+
+    Raises TypeError for a model that vitq did not convert, ValueError for one whose recipe leaves keys and values in float.
+    """
+    if getattr(model, "vitq", None) is None:
+        raise TypeError(f"expected a model that vitq.convert or vitq.load returned, got {type(model).__name__}")
+    if not any(isinstance(module, QuantKeyValues) for module in model.modules()):
+        raise ValueError(f"the recipe {model.vitq.recipe.name!r} leaves keys and values in float: convert with kv.bits=8, or use transformers' "
+                         "DynamicCache")
+    from vitq.nn.quantized_cache import QuantizedCache
+
+    return QuantizedCache(config=model.config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vitq.nn.key_values import QuantKeyValues, RowCodes
+from vitq.nn.key_values import RowCodes
 
 Codes = tuple[RowCodes | None, RowCodes | None]  # of keys and of values, None for those that stay in float
 
@@ -38,19 +38,7 @@ _CODED = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: CodedSlidingWindo
 
 
 class QuantizedCache(DynamicCache):
-    """An empty cache for a converted model whose recipe quantizes keys and values: `model.generate(..., past_key_values=cache)`.
-
-    The model makes one by itself where it is given none. Heads are stored as the model has them, those of grouped queries once.
-    Raises TypeError for a model that vitq did not convert, ValueError for one whose recipe leaves keys and values in float.
-    """
-
-    def __init__(self, model: nn.Module):
-        entries = [module for module in model.modules() if isinstance(module, QuantKeyValues)]
-        if getattr(model, "vitq", None) is None:
-            raise TypeError(f"expected a model that vitq.convert or vitq.load returned, got {type(model).__name__}")
-        if not entries:
-            raise ValueError(f"the recipe {model.vitq.recipe.name!r} leaves keys and values in float: convert with kv.bits=8, or use a DynamicCache")
-        super().__init__(config=model.config)
+    """A `DynamicCache` whose layers hold codes. Heads are stored as the model has them, those of grouped queries once."""
 
     @property
     def nbytes(self) -> int:
@@ -74,9 +62,9 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> None:
         coded.__dict__.update(layer.__dict__, codes=codes)  # all that a window's layer knows of itself
         cache.layers[index] = layer = coded
     if type(layer) in _CODED:
-        raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, vitq.QuantizedCache(model)")
+        raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, vitq.quantized_cache(model)")
     if not isinstance(layer, _Coded):
         raise TypeError(f"a {type(cache).__name__} of {type(layer).__name__}s holds floats, or codes of its own: this model quantizes its keys and "
-                        "values; leave cache_implementation= out, or give vitq.QuantizedCache(model)")
+                        "values; leave cache_implementation= out, or give vitq.quantized_cache(model)")
     if layer.codes != codes:
-        raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are {codes}: give vitq.QuantizedCache(model)")
+        raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are {codes}: give vitq.quantized_cache(model)")
