@@ -66,8 +66,10 @@ class LayerSpec:
 
     @property
     def cached(self) -> QuantSpec | None:
-        """Of an attention matmul in floating point: how keys (of qk) or values (of pv) are quantized as they enter the cache, None if they are not."""
-        return self.other if self.weight is None and self.input.bits == FLOAT_BITS and self.other.bits != FLOAT_BITS and self.other.dynamic else None
+        """Of an attention matmul in floating point: how keys (of qk) or values (of pv) are quantized as they enter the cache, or None."""
+        if self.weight is not None or self.input.bits != FLOAT_BITS or self.other.bits == FLOAT_BITS or not self.other.dynamic:
+            return None
+        return self.other
 
     @property
     def weight_only(self) -> bool:

@@ -62,7 +62,8 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> None:
         coded.__dict__.update(layer.__dict__, codes=codes)  # all that a window's layer knows of itself
         cache.layers[index] = layer = coded
     if type(layer) in _CODED:
-        raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, vitq.quantized_cache(model)")
+        raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, "
+                         "vitq.quantized_cache(model)")
     if not isinstance(layer, _Coded):
         raise TypeError(f"a {type(cache).__name__} of {type(layer).__name__}s holds floats, or codes of its own: this model quantizes its keys and "
                         "values; leave cache_implementation= out, or give vitq.quantized_cache(model)")
