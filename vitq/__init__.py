@@ -21,6 +21,7 @@ _PUBLIC = {
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",
     "labels_match": "vitq.calib.data", "synthesize": "vitq.calib.synthetic", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
     "load_language_model": "vitq.models.language_zoo", "open_text": "vitq.calib.text", "perplexity": "vitq.likelihood",
+    "quantized_cache": "vitq.nn.key_values",
     "compile": "vitq.graphs",
     "linear_module": "vitq.conversion", "QuantLinear": "vitq.conversion", "Histogram": "vitq.calib.statistics", "pick_device": "vitq.ops.dispatch",
 }

@@ -23,6 +23,7 @@ from vitq.models.adapter import is_plain_layer_norm, replace
 from vitq.models.heads import part_heads
 from vitq.nn.attention import QuantAttention
 from vitq.nn.block import QuantBlock, QuantMlp, QuantPatchMerging
+from vitq.nn.key_values import QuantKeyValues
 from vitq.nn.linear import CodedLinear, QuantLinear, QuantPatchConv
 from vitq.nn.model import ModelInfo, QuantizedDecoder, QuantizedModel, QuantizedSwin, QuantizedVit, casting_class, quantized_class
 from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
@@ -30,7 +31,7 @@ from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.ops import dispatch
 from vitq.ops.dispatch import check_backend, default_dtype
-from vitq.plan import Plan
+from vitq.plan import CacheParams, Plan
 from vitq.recipe import LayerSpec, Recipe
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -78,7 +79,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     dtype = float_dtype(dtype, home)
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     for name, params in plan.layers.items():
-        converted.get_submodule(name).set_params(params)
+        if not isinstance(params, CacheParams):  # the recipe says all of those
+            converted.get_submodule(name).set_params(params)
     converted.vitq.calibration = {"images": plan.samples}
     converted = converted.to(home)  # which links the modules too
     pack_all(converted)
@@ -194,6 +196,10 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
     for site in prepared.attentions:
         replace(model, site.name, QuantAttention(model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv],
                                                  dtype=dtype, backend=backend))
+    for site in prepared.caches:
+        k, v = (layer_specs[name].cached if name in layer_specs else None for name in (site.qk, site.pv))
+        if k is not None or v is not None:
+            replace(model, site.kv, QuantKeyValues(model.get_submodule(site.name).head_dim, k, v))
     for site in prepared.mlps:
         replace(model, site.name, QuantMlp(model.get_submodule(site.name), site.activation, backend=backend))
     for site in prepared.blocks:
@@ -315,6 +321,8 @@ def explain(model: nn.Module) -> list[Row]:
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))
         elif isinstance(module, QuantAttention):
             rows += module.rows(name)
+        elif isinstance(module, QuantKeyValues):
+            rows.append(module.row(name))
         elif isinstance(module, (QuantLayerNorm, FloatLayerNorm)):
             rows.append(module.row(name))
         elif name in info.floats:

@@ -71,12 +71,20 @@ class AttentionParams:
     p_log_scale: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class CacheParams:
+    """Keys and values as they enter a cache: dynamic formats of a token's numbers in one head, None where they stay in float."""
+
+    k: ActivationFormat | None
+    v: ActivationFormat | None
+
+
 @dataclass
 class Plan:
     """specs: what the recipe asks of every layer; layers: what was chosen for those it quantizes, and from how many images."""
 
     recipe: Recipe
     specs: dict[str, LayerSpec] = field(default_factory=dict)
-    layers: dict[str, LinearParams | AttentionParams] = field(default_factory=dict)
+    layers: dict[str, LinearParams | AttentionParams | CacheParams] = field(default_factory=dict)
     notes: dict[str, str] = field(default_factory=dict)
     samples: int = 0

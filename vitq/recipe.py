@@ -4,7 +4,8 @@ A recipe is a list of rules over defaults. Rules merge field by field and later 
 ``granularity`` and ``symmetric`` to what suits the new value, unless it gives them itself. ``bits: 16`` leaves an operand in floating point.
 
 An operand belongs to a role: linear layers have ``weight`` and ``input``; ``qk`` has ``input`` (q) and ``other`` (k); ``pv`` has ``input`` (the
-softmax probabilities: unsigned, one scale a row, so that code 0 is probability 0) and ``other`` (v).
+softmax probabilities: unsigned, one scale a row, so that code 0 is probability 0) and ``other`` (v). With an ``input`` of 16 bits and a dynamic ``other``
+the attention of a language model runs in floating point on keys or values that are quantized as they enter its cache.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ class LayerSpec:
         """True where the whole layer runs in floating point: its weight is left in 16 bits, or an operand of an attention matmul."""
         operands = (self.input, self.other) if self.weight is None else (self.weight,)
         return any(spec.bits == FLOAT_BITS for spec in operands)
+
+    @property
+    def cached(self) -> QuantSpec | None:
+        """Of an attention matmul in floating point: how keys (of qk) or values (of pv) are quantized as they enter the cache, or None."""
+        if self.weight is not None or self.input.bits != FLOAT_BITS or self.other.bits == FLOAT_BITS or not self.other.dynamic:
+            return None
+        return self.other
 
     @property
     def weight_only(self) -> bool:

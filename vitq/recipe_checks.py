@@ -266,12 +266,17 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
             if not simulated:
                 refuse(operand, "levels", "no integer product multiplies such codes: uniform, or execution: simulated for the whole recipe")
             continue
+        if operand == "other" and spec.dynamic and specs["input"].bits == FLOAT_BITS:  # quantized as they enter a cache
+            if spec.granularity != "per_token":
+                refuse(operand, "granularity", "keys and values of a cache have one scale for each token and head: per_token")
+            continue
         if (role, operand) == ("pv", "input") and not spec.dynamic:
             refuse(operand, "dynamic", "attention probabilities have one dynamic scale a row: true (roles: [...] limits a rule to other layers)")
         if (role, operand) == ("pv", "other") and spec.dynamic:
-            refuse(operand, "dynamic", "the tokens of v are summed over, so one scale a token cannot be applied: false")
+            refuse(operand, "dynamic", "the tokens of v are summed over, so one scale a token cannot be applied: false; true "
+                   "with an input of 16 bits, in a cache")
         if role == "qk" and spec.dynamic:
-            refuse(operand, "dynamic", "q and k have static scales: false")
+            refuse(operand, "dynamic", "q and k have static scales: false; true for other (k) with an input of 16 bits, in a cache")
         wanted = ("per_token",) if spec.dynamic else ("per_tensor", "per_head") if role in MATMUL_ROLES else ("per_tensor",)
         if spec.granularity not in wanted:
             what = "dynamic activations" if spec.dynamic else "q, k and v" if role in MATMUL_ROLES else "static activations"

@@ -8,11 +8,12 @@ from typing import Any
 
 import yaml
 
-from vitq.recipe_checks import FIELD_CHECKS, LINEAR_ROLES, OPERANDS, ROLES, check_type, closest, operands
+from vitq.recipe_checks import FIELD_CHECKS, FLOAT_BITS, LINEAR_ROLES, MATMUL_ROLES, OPERANDS, ROLES, check_type, closest, operands
 
 TOP_LEVEL = ("calib_size", "execution", "heads", "solver", "solver_options", "transform_options", "transforms")
 KEYS = (
     "allowed: calib_size, execution, heads or heads.KEY, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
+    "kv.bits or kv.symmetric (a language model's cache); "
     "name:PATTERN.OPERAND.FIELD or name:PATTERN.bits"
 )
 
@@ -61,6 +62,7 @@ def parse_override(item: str) -> tuple[str, Any]:
     - ``ROLE.weight.bits=4``; ``ROLE.bits=16`` sets every operand of the role
     - ``weight.bits=4``, ``input.observer=minmax``: every linear layer (patch embedding and head too), never the attention matmuls, whose operands
       have to be named (``qk.input.bits=4``); ``bits=16``: both operands of every linear layer
+    - ``kv.bits=8``, ``kv.symmetric=false``: attention in floating point, keys and values quantized as they enter the cache
     - ``name:blocks.0.*.weight.bits=8``, ``name:blocks.0.*.bits=16``: every layer whose name matches, whatever its role, attention matmuls too
     """
     check_type(item, str, "override", "a string, key=value")
@@ -85,6 +87,8 @@ def parse_override(item: str) -> tuple[str, Any]:
         if not pattern:
             raise ValueError(f"{key}: no layer name or no field; {KEYS}")
         rule["names"], present = [pattern], OPERANDS
+    elif key in ("kv.bits", "kv.symmetric"):
+        return "rule", {"roles": list(MATMUL_ROLES), "input": {"bits": FLOAT_BITS}, "other": {"dynamic": True, key.removeprefix("kv."): value}}
     else:
         tail = key.split(".")
         if tail[0] in ROLES:

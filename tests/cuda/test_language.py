@@ -12,6 +12,7 @@ pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 from language_models import build, ids, quick  # noqa: E402
 
 import vitq  # noqa: E402
+from vitq.nn.key_values import RowCodes  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 SIZES = dict(hidden_size=256, intermediate_size=672, num_hidden_layers=2)
@@ -47,3 +48,20 @@ def test_greedy_tokens_are_those_of_the_reference(name: str) -> None:
         for cache in ({}, {"cache_implementation": "static"}):
             tokens.append(converted.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=64, do_sample=False, **cache).cpu())
     assert all(torch.equal(tokens[0], other) for other in tokens[1:])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", ["true", "false"])
+@torch.no_grad()
+def test_a_cache_on_a_gpu_holds_what_it_does_on_a_cpu(bits: int, symmetric: str) -> None:
+    """The same bytes of the same keys, and the same logits with the cache and without."""
+    codes = RowCodes(bits, symmetric == "true")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = (torch.randn(2, 4, 33, 64, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+        rows = codes.pack(x.cuda())
+        assert torch.equal(rows.cpu(), codes.pack(x))
+        assert torch.equal(codes.unpack(rows, 64, dtype), codes.fake(x.cuda())) and torch.equal(codes.fake(x.cuda()).cpu(), codes.fake(x))
+    converted = vitq.convert(build("Llama", **SIZES).cuda(), quick("w8a8-dynamic", f"kv.bits={bits}", f"kv.symmetric={symmetric}"))
+    x = ids(2, 30).cuda()
+    assert torch.equal(converted(x, use_cache=True).logits, converted(x, use_cache=False).logits)
+    assert converted.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=False).shape == (2, 38)

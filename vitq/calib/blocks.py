@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vitq.calib.chain import Chain, Hidden, Part, targets
-from vitq.calib.choose import attention_params, check_statistics, check_transformed, input_formats, layer_format, record_thresholds, solved
+from vitq.calib.choose import attention_params, cache_params, check_statistics, check_transformed, input_formats, layer_format, record_thresholds, solved
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
 from vitq.calib.resume import Done, Folder, fingerprint_of, on_cpu
 from vitq.calib.runner import Operand, check_sample_count, checked, exact_float32, fingerprint, observing, operands_of, specs, transform_of
@@ -21,7 +21,7 @@ from vitq.calib.simulate import fake_operands, fake_weight
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat
 from vitq.models.sites import AttentionSite, LinearSite, Prepared
-from vitq.plan import AttentionParams, LinearParams, Plan
+from vitq.plan import AttentionParams, CacheParams, LinearParams, Plan
 from vitq.recipe import Recipe
 
 STREAMS = ("float", "quantized")
@@ -65,6 +65,7 @@ class FloatStream:
         if not recipe.needs_inputs and done is None:
             layers = {name: on_cpu(solved(model, name, plan, fmt, None)) for name, fmt in formats.items()}
         if done is None:
+            layers.update(cache_params(part.caches, plan))
             for site in part.attentions:
                 if not plan.specs[site.qk].is_float:
                     layers[site.name] = on_cpu(attention_params(model, site, plan, stats if self.given is None else self.given))
@@ -74,7 +75,7 @@ class FloatStream:
 class _Fake:
     """A layer of the model as its simulation, which can be turned into the float layer and back."""
 
-    def __init__(self, module: nn.Module, params: LinearParams | AttentionParams) -> None:
+    def __init__(self, module: nn.Module, params: LinearParams | AttentionParams | CacheParams) -> None:
         self.module, self.params = module, params
         self.other = {name: p.data.clone() for name, p in module.named_parameters(recurse=False)}
         fake_weight(module, params)
@@ -113,6 +114,8 @@ class QuantizedStream:
         # Rows of an earlier layer are divided before that layer is solved, by what its float weight makes.
         rows = [sites for sites in part.groups if sites[0].norm is None and transform_of(sites, plan.specs, recipe, model) is not None]
         if done is None:
+            layers = cache_params(part.caches, plan)
+            fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()]
             early: _Formats = {}
             self._observe(index, {key: part.wanted[key] for sites in rows for key in self._keys(part, sites)}, stats)
             for sites in rows:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vitq.calib.runner import Operand
 from vitq.models.adapter import replace
-from vitq.models.sites import AttentionSite, LinearSite, Prepared
+from vitq.models.sites import AttentionSite, CacheSite, LinearSite, Prepared
 
 Hidden = list[Tensor | None]  # hidden states, one tensor a batch; before the stem there are none
 
@@ -26,6 +26,7 @@ class Part:
     name: str
     groups: list[list[LinearSite]] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
+    caches: list[CacheSite] = field(default_factory=list)
     wanted: dict[str, Operand] = field(default_factory=dict)
 
 
@@ -92,6 +93,8 @@ class Chain:
         for site in self.prepared.attentions:
             part = owner[site.qk] = owner[site.pv] = of(site.name)
             part.attentions.append(site)
+        for site in self.prepared.caches:
+            of(site.name).caches.append(site)
         for key, operand in wanted.items():
             owner[key.rpartition(":")[0]].wanted[key] = operand
 

@@ -16,8 +16,8 @@ from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat, Columns
-from vitq.models.sites import AttentionSite, LinearSite, Prepared
-from vitq.plan import AttentionParams, LinearParams, Plan
+from vitq.models.sites import AttentionSite, CacheSite, LinearSite, Prepared
+from vitq.plan import AttentionParams, CacheParams, LinearParams, Plan
 from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.outliers import outlier_columns, outlier_count
 from vitq.quantizers.uniform import scale_and_zero
@@ -53,6 +53,7 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     for site in prepared.attentions:
         if not plan.specs[site.qk].is_float:
             plan.layers[site.name] = attention_params(prepared.model, site, plan, stats)
+    plan.layers.update(cache_params(prepared.caches, plan))
     record_thresholds(prepared, plan)
     return plan
 
@@ -97,6 +98,16 @@ def attention_params(model: nn.Module, site: AttentionSite, plan: Plan, stats: S
     q, k, v = (static_format(stats, key, spec, heads_of(attention, spec)) for key, spec in (
         (f"{site.qk}:input", qk.input), (f"{site.qk}:other", qk.other), (f"{site.pv}:other", pv.other)))
     return AttentionParams(q, k, v, p_bits=pv.input.bits, p_log_scale=log_scale)
+
+
+def cache_params(sites: Iterable[CacheSite], plan: Plan) -> dict[str, CacheParams]:
+    """Of those of the attentions that quantize their keys or values, by the name of the module these go through."""
+    found = {}
+    for site in sites:
+        k, v = (None if name not in plan.specs else _dynamic(plan.specs[name].cached) for name in (site.qk, site.pv))
+        if k is not None or v is not None:
+            found[site.kv] = CacheParams(k, v)
+    return found
 
 
 def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_format: ActivationFormat | None,

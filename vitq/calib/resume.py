@@ -18,7 +18,7 @@ from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics, digest
 from vitq.formats import ActivationFormat, Columns
-from vitq.plan import AttentionParams, LinearParams
+from vitq.plan import AttentionParams, CacheParams, LinearParams
 
 SCHEMA = 1
 FORMAT = "vitq-blocks"
@@ -26,14 +26,14 @@ HEADER = "run.json"
 # What a fingerprint is made of, and how a message calls it.
 PARTS = {"model": "another model or other weights", "recipe": "another recipe", "data": "other calibration data", "stream": "the other stream",
          "statistics": "other statistics", "blocks": "other blocks"}
-_STORED = {cls.__name__: cls for cls in (LinearParams, AttentionParams, ActivationFormat, Columns)}
+_STORED = {cls.__name__: cls for cls in (LinearParams, AttentionParams, CacheParams, ActivationFormat, Columns)}
 
 
 class Done(NamedTuple):
     """Of one block: what was seen of its operands, and what was chosen for its layers, by name, on the CPU."""
 
     statistics: Statistics
-    layers: dict[str, LinearParams | AttentionParams]
+    layers: dict[str, LinearParams | AttentionParams | CacheParams]
 
 
 def fingerprint_of(batches: Iterable[Tensor]) -> str:

@@ -23,9 +23,9 @@ log = logging.getLogger("vitq")
 
 
 def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
-    """What the recipe asks of each linear and each attention matmul, by layer name."""
+    """What the recipe asks of each linear and each attention matmul, by layer name; of a matmul in float only where it quantizes a cache."""
     found = {site.name: recipe.resolve(site.role, site.name) for site in prepared.linears}
-    layers = [*found, *(name for site in prepared.attentions for name in (site.qk, site.pv))]
+    layers = [*found, *(name for site in (*prepared.attentions, *prepared.caches) for name in (site.qk, site.pv))]
     if recipe.heads:  # in parts, of which a layer may lack one
         layers += [f"{name}.{part}" for site in prepared.heads for name in (site.qkv, site.proj) for part in PARTS]
     for pattern in (pattern for rule in recipe.rules for pattern in rule.names):
@@ -37,7 +37,28 @@ def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
         if qk.is_float != pv.is_float:
             raise ValueError(f"recipe {recipe.name!r} leaves {'q·k' if qk.is_float else 'p·v'} of {site.name!r} in float "
                              "and quantizes the other: one kernel runs both, so give qk and pv both <= 8 bits or both 16")
+        if qk.cached or pv.cached:
+            raise ValueError(f"recipe {recipe.name!r} quantizes keys or values of {site.name!r} as they enter a cache, and a model of images has none: "
+                             "give qk and pv static operands of <= 8 bits, or 16 bits")
         found[site.qk], found[site.pv] = qk, pv
+    return found | cache_specs(prepared, recipe)
+
+
+def cache_specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
+    """The attention matmuls of a language model whose keys or values are quantized as they enter the cache, by name."""
+    found: dict[str, LayerSpec] = {}
+    layers = [(role, name) for site in prepared.caches for role, name in (("qk", site.qk), ("pv", site.pv))]
+    for role, name in layers or ([("qk", None), ("pv", None)] if prepared.tokens else []):
+        spec, what = recipe.resolve(role, name), "keys" if role == "qk" else "values"
+        if spec.input.bits != FLOAT_BITS or spec.other.bits == FLOAT_BITS:
+            continue
+        if name is None:
+            raise ValueError(f"recipe {recipe.name!r} quantizes {what} as they enter the cache, but a {type(prepared.model).__name__} keeps the "
+                             f"attention of transformers, which hands them to no module of vitq: leave {role}.other in 16 bits")
+        if not spec.cached:
+            raise ValueError(f"recipe {recipe.name!r} asks for static {what} of {name!r}, whose attention runs in float: in a cache their scales are "
+                             f"found for each token; give {role}.other dynamic: true (or --set kv.bits={spec.other.bits}), or 16 bits")
+        found[name] = spec
     return found
 
 

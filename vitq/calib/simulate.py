@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vitq.formats import ActivationFormat
 from vitq.models.sites import Prepared
-from vitq.plan import AttentionParams, LinearParams, Plan
+from vitq.plan import AttentionParams, CacheParams, LinearParams, Plan
 from vitq.quantizers.activation import fake_activation
 from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.uniform import dequantize
@@ -32,16 +32,19 @@ def simulate(prepared: Prepared, plan: Plan) -> nn.Module:
 
 
 @torch.no_grad()
-def fake_weight(module: nn.Module, params: LinearParams | AttentionParams) -> None:
-    """Give a linear layer the weight and bias that its codes stand for, in place; an attention has none."""
+def fake_weight(module: nn.Module, params: LinearParams | AttentionParams | CacheParams) -> None:
+    """Give a linear layer the weight and bias that its codes stand for, in place; others have none."""
     if isinstance(params, LinearParams):
         module.weight.copy_(_weight(params).view_as(module.weight))
         if params.bias is not None:
             module.bias.copy_(params.bias)  # which a solver may have moved
 
 
-def fake_operands(module: nn.Module, params: LinearParams | AttentionParams) -> list[RemovableHandle]:
-    """Hooks that put what a layer reads, and an attention's operands, through quantize -> dequantize."""
+def fake_operands(module: nn.Module, params: LinearParams | AttentionParams | CacheParams) -> list[RemovableHandle]:
+    """Hooks that put what a layer reads, an attention's operands, and keys and values before a cache, through quantize -> dequantize."""
+    if isinstance(params, CacheParams):
+        return [tap.register_forward_hook(partial(_fake_output, fmt)) for tap, fmt in ((module.tap_k, params.k), (module.tap_v, params.v))
+                if fmt is not None]
     if isinstance(params, LinearParams):
         return [] if params.input is None else [module.register_forward_pre_hook(partial(_fake_input, params.input))]
     handles = [tap.register_forward_hook(partial(_fake_output, fmt))

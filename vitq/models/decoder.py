@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitq.models.adapter import check_children, replace
 from vitq.models.language import JoinedAttention, check_module, embeddings, is_own, joined
-from vitq.models.sites import LinearSite, Prepared
+from vitq.models.sites import CacheSite, LinearSite, Prepared
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
@@ -68,6 +68,7 @@ def fill(prepared: Prepared) -> None:
         check_module(f"{name}.mlp", mlp, [f"{family}MLP" for family in FAMILIES], {"gate_proj", "up_proj", "down_proj", "act_fn"})
         layer.self_attn, layer.mlp = DecoderAttention(attention), GatedMlp(mlp)
         prepared.heads.append(layer.self_attn.head_site(f"{name}.self_attn", "o_proj"))
+        prepared.caches.append(CacheSite(f"{name}.self_attn"))
         prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv", f"{name}.input_layernorm"),
                              LinearSite(f"{name}.self_attn.o_proj", "proj"),
                              LinearSite(f"{name}.mlp.gate_up_proj", "fc1", f"{name}.post_attention_layernorm"),

@@ -31,6 +31,22 @@ def embeddings(prepared: Prepared, name: str) -> None:
         prepared.linears.append(LinearSite("lm_head", "head"))
 
 
+class KeyValues(nn.Module):
+    """Where new keys and values enter the cache, if there is one: through the identities `tap_k` and `tap_v`, which a fake quantizer can hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tap_k, self.tap_v = nn.Identity(), nn.Identity()
+
+    def forward(self, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """k and v [B, G, T, D] of new tokens -> those that they attend to: these, behind what `cache` holds of this layer.
+
+        arguments: more of `cache.update`.
+        """
+        k, v = self.tap_k(k), self.tap_v(v)
+        return (k, v) if cache is None else cache.update(k, v, layer, **arguments)
+
+
 class JoinedAttention(nn.Module):
     """Causal self-attention with H query and G key and value heads of D: one linear `qkv_proj` [hidden -> (H + 2·G)·D] in the place of
     the source's q_proj, k_proj and v_proj. A family's `forward` says what happens between `heads` and `attend`, and after."""
@@ -41,6 +57,7 @@ class JoinedAttention(nn.Module):
         self.num_key_value_groups = getattr(source, "num_key_value_groups", 1)
         self.is_causal, self.attention_dropout = True, 0.0
         self.qkv_proj = joined(source.q_proj, source.k_proj, source.v_proj)
+        self.kv = KeyValues()
         self.widths = [linear.out_features for linear in (source.q_proj, source.k_proj, source.v_proj)]
 
     def head_site(self, name: str, proj: str) -> HeadSite:
@@ -62,8 +79,7 @@ class JoinedAttention(nn.Module):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.models.llama.modeling_llama import eager_attention_forward
 
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, **_cache_arguments(type(cache), given))
+        k, v = self.kv(k, v, cache, self.layer_idx, {} if cache is None else _cache_arguments(type(cache), given))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=scaling, **options, **given)
         return y.reshape(*y.shape[:2], -1), weights

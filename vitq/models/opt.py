@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vitq.models.adapter import float_part
 from vitq.models.language import JoinedAttention, check_module, embeddings
-from vitq.models.sites import LinearSite, Prepared
+from vitq.models.sites import CacheSite, LinearSite, Prepared
 
 FAMILIES = ("OPT",)
 
@@ -51,6 +51,7 @@ def fill(prepared: Prepared) -> None:
         check_module(f"{name}.self_attn", layer.self_attn, ["OPTAttention"], {"q_proj", "k_proj", "v_proj", "out_proj"})
         layer.self_attn = OptAttention(layer.self_attn)
         prepared.heads.append(layer.self_attn.head_site(f"{name}.self_attn", "out_proj"))
+        prepared.caches.append(CacheSite(f"{name}.self_attn"))
         # A norm that comes after feeds the residual too.
         norms = (f"{name}.self_attn_layer_norm", f"{name}.final_layer_norm") if layer.do_layer_norm_before else (None, None)
         rows = (f"{name}.fc1", 0) if type(layer.activation_fn) is nn.ReLU else None  # which keeps a positive factor

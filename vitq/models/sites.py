@@ -64,6 +64,26 @@ class HeadSite:
 
 
 @dataclass(frozen=True)
+class CacheSite:
+    """The attention of a language model, whose keys and values enter the cache through its module `kv`, [B, heads, tokens, D]. Its matmuls,
+    in float, are `NAME.qk` and `NAME.pv`."""
+
+    name: str
+
+    @property
+    def qk(self) -> str:
+        return f"{self.name}.qk"
+
+    @property
+    def pv(self) -> str:
+        return f"{self.name}.pv"
+
+    @property
+    def kv(self) -> str:
+        return f"{self.name}.kv"
+
+
+@dataclass(frozen=True)
 class MlpSite:
     """fc1 -> activation -> fc2 with nothing in between. `activation` is gelu, gelu_tanh, relu, or None if unknown."""
 
@@ -117,6 +137,7 @@ class Prepared:
     model: nn.Module
     linears: list[LinearSite] = field(default_factory=list)
     attentions: list[AttentionSite] = field(default_factory=list)
+    caches: list[CacheSite] = field(default_factory=list)
     mlps: list[MlpSite] = field(default_factory=list)
     blocks: list[BlockSite] = field(default_factory=list)
     merges: list[MergeSite] = field(default_factory=list)
