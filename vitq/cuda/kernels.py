@@ -131,7 +131,9 @@ class CutlassLinear:
             shift = x.shift.reshape(m).contiguous()
         if packed.weight_fp is not None:
             codes_fp = x.fp.reshape(m, -1)
-            codes_fp = F.pad(codes_fp, (0, packed.weight_fp.shape[1] - codes_fp.shape[1])).contiguous()
+            if missing := packed.weight_fp.shape[1] - codes_fp.shape[1]:  # an F.pad by nothing would copy
+                codes_fp = F.pad(codes_fp, (0, missing))
+            codes_fp = codes_fp.contiguous()
         torch.ops.vitq.linear(
             flat, codes, weight, packed.scale, packed.bias, weight_bits=bits,
             row_scale=x.scale.reshape(m).contiguous() if packed.dynamic else None, residual=other, column_sums=packed.column_sums,
