@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.cuda.layout import bits_of, pack_weight, pad_columns, permute_rows
+from vitq.cuda.layout import bits_of, exchange_bytes, pack_weight, pad_columns, permute_rows, round_up, starts_of
 from vitq.formats import int_range, pack_int4
 
 
@@ -42,10 +42,18 @@ def case(name: str, op: str, make: Callable[[], dict[str, Any]], share: float = 
     CASES[name] = op, make, share, error
 
 
+def two_levels(n: int, k: int, group: int, zero: bool) -> dict[str, Any]:
+    """Multipliers of groups of columns for codes of 4 bits, and zero points within the codes, so that all products are int8."""
+    groups, n_pad = -(-k // group), -(-n // 32) * 32
+    multiplier = torch.randint(1, 9 if zero else 16, (groups, n_pad), dtype=torch.int8, generator=generator(11))
+    return {"multiplier": multiplier, "group_columns": group,
+            "group_zero": torch.randint(-8, 8, (groups, n_pad), dtype=torch.int8, generator=generator(12)) if zero else None}
+
+
 def linear(m: int, n: int, k: int, *, bits: int = 8, input_bits: int = 8, out: torch.dtype = torch.float32, activation: str = "",
            dynamic: bool = False, residual: torch.dtype | None = None, ends: tuple[int, ...] = (), shift: bool = False,
            fp: int = 0, out_bits: int = 8, bias: bool = True, extremes: bool = False, grouped: int = 0, inplace: bool = False,
-           expanded: bool = False) -> dict[str, Any]:
+           expanded: bool = False, group: int = 0, group_zero: bool = False) -> dict[str, Any]:
     segments = max(len(ends), 1)
     a = torch.full((m, k), -128, dtype=torch.int8) if extremes else codes(m, k, bits=input_bits, seed=1)
     w = torch.full((n, k), -128 if bits == 8 else -8, dtype=torch.int8) if extremes else codes(n, k, bits=bits, seed=2)
@@ -70,6 +78,8 @@ def linear(m: int, n: int, k: int, *, bits: int = 8, input_bits: int = 8, out: t
     if fp:
         weight_fp = permute_rows(randn(n, fp, seed=8).half() / 8)
         result |= dict(codes_fp=randn(m, fp, seed=9).half(), weight_fp=weight_fp)
+    if group:
+        result |= two_levels(n, k, group, group_zero)
     if residual is not None:
         result["residual"] = randn(m, n, seed=10).to(residual)
     if grouped:  # [G, R, N] within [G, R + 1, N], as tokens beside a class token
@@ -153,6 +163,32 @@ for m, n, k, fp in ((300, 392, 1000, 64), (130, 520, 3840, 256), (7, 96, 544, 32
             case(f"linear mixed {m}x{n}x{k}+{fp} w{bits} {out}", "linear", lambda m=m, n=n, k=k, f=fp, b=bits, o=out: linear(
                 m, n, k, bits=b, fp=f, shift=True, dynamic=True, out=o, residual=o), 0, 1e-2 if out == torch.bfloat16 else 1e-3)
 case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), shift=True, dynamic=True))
+# Few rows, which have a kernel of their own: one and two tiles of rows, rows of the weight and pieces of k that are not whole.
+for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128, 2112), (16, 70, 5000), (16, 1, 33), (1, 4128, 96)):
+    for bits, input_bits in ((8, 8), (4, 8), (4, 4)):
+        for out in (torch.float16, torch.float32, torch.bfloat16):
+            case(f"linear few {m}x{n}x{k} w{bits}a{input_bits} {out}", "linear", lambda m=m, n=n, k=k, b=bits, a=input_bits, o=out: linear(
+                m, n, k, bits=b, input_bits=a, out=o, dynamic=True, residual=o))
+        case(f"linear few {m}x{n}x{k} w{bits}a{input_bits} codes", "linear", lambda m=m, n=n, k=k, b=bits, a=input_bits: linear(
+            m, n, k, bits=b, input_bits=a, out=torch.int8))
+        case(f"linear few {m}x{n}x{k} w{bits}a{input_bits} fp16 columns", "linear", lambda m=m, n=n, k=k, b=bits, a=input_bits: linear(
+            m, n, k, bits=b, input_bits=a, fp=m % 3 * 240 + 16, out=torch.float16, bias=m > 1), 0, 1e-3)
+    for group in (32, 64, 128, 160, 5024):
+        for zero in (False, True):
+            case(f"linear few {m}x{n}x{k} in groups of {group}, zero {zero}", "linear", lambda m=m, n=n, k=k, g=group, z=zero: linear(
+                m, n, k, bits=4, out=torch.float16, dynamic=True, residual=torch.float16, group=g, group_zero=z))
+    for bits in (8, 4):
+        case(f"linear few {m}x{n}x{k} w{bits} shift, fp16 columns", "linear", lambda m=m, n=n, k=k, b=bits: linear(
+            m, n, k, bits=b, shift=True, dynamic=True, fp=48, out=torch.float16, residual=torch.float16), 0, 1e-3)
+        case(f"linear few {m}x{n}x{k} w{bits} shift", "linear", lambda m=m, n=n, k=k, b=bits: linear(m, n, k, bits=b, shift=True, dynamic=True))
+for m in (8, 16):  # an input that shared memory does not hold
+    case(f"linear few {m} long rows in groups", "linear", lambda m=m: linear(
+        m, 64, 9000, bits=4, out=torch.float16, dynamic=True, group=128, group_zero=True))
+case("linear few, gelu codes", "linear", lambda: linear(5, 200, 300, bits=4, out=torch.int8, activation="gelu", group=128), 1e-3)
+case("linear few, groups of rows", "linear", lambda: linear(12, 72, 192, bits=4, out=torch.float16, residual=torch.float16, grouped=4, group=64))
+for bits, input_bits in ((8, 8), (4, 8), (4, 4)):
+    case(f"linear few w{bits}a{input_bits} extremes", "linear", lambda b=bits, a=input_bits: linear(
+        16, 64, 8192, bits=b, input_bits=a, extremes=a == 8))
 case("linear many rows w4", "linear", lambda: linear(3000, 100, 100, bits=4, out=torch.int8))
 
 
@@ -256,6 +292,21 @@ def rows(x: Tensor, *, bits: int = 8, dynamic: bool = False, packed: bool = Fals
     return result
 
 
+def kept_rows(m: int, k: int, kept: int, dtype: torch.dtype, bits: int, shift: bool) -> dict[str, Any]:
+    columns = torch.randperm(k, generator=generator(6))
+    order, fp = columns[kept:].sort().values.to(torch.int32), columns[:kept].sort().values.to(torch.int32)
+    width = round_up(k - kept, 16)  # as layers allocate them
+    result: dict[str, Any] = dict(
+        out=torch.zeros(m, width, dtype=torch.int8)[:, : k - kept], x=awkward(m, k).to(dtype), bits=bits, order=order, row_scale=torch.zeros(m),
+        counted=bits_of(order, k), starts=starts_of(order, fp, k))
+    if shift:
+        result["row_shift"] = torch.zeros(m)
+    if kept:
+        result |= dict(fp_order=F.pad(fp, (0, 16), value=-1), fp_out=torch.zeros(m, kept + 16, dtype=torch.float16))
+    assert result["starts"] is not None
+    return result
+
+
 def awkward(m: int, k: int) -> Tensor:
     """Signed, asymmetric, with outliers, ties, a row of zeros and a constant row."""
     x = randn(m, k) * 2 + 0.3
@@ -309,6 +360,12 @@ for k, order in ((96, 96), (200, 256), (77, 64), (768, 768), (40, 70), (4096, 38
 # Many rows, so that each group of lanes reorders several at once.
 for m, k in ((40000, 96), (20000, 384), (9000, 768), (9000, 1024)):
     case(f"rows {m} x {k} ordered", "rows", lambda m=m, k=k: rows(awkward(m, k).half(), order=k, norm="layer_norm"), 1e-3)
+# Larger features kept in float16, both sides ascending (QUIK).
+for m, k, kept in ((3, 96, 16), (37, 576, 32), (5, 1536, 96), (9, 4096, 256), (2, 11008, 256), (1, 28672, 256), (4, 104, 0)):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for bits, shift in ((4, True), (8, True), (8, False)):
+            case(f"rows {m} x {k}, {kept} kept {dtype} {bits} bits shift {shift}", "rows", lambda m=m, k=k, f=kept, d=dtype, b=bits, s=shift: kept_rows(
+                m, k, f, d, b, s))
 for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
     for dynamic in (False, True):
         case(f"rows merge {shape} dynamic {dynamic}", "rows",
@@ -333,12 +390,53 @@ for n, k in ((32, 64), (96, 128), (384, 1536), (0, 64)):
     for bits, largest in ((4, 8), (3, 18), (2, 42)):
         zeros = torch.randint(-(1 << bits - 1), 1 << bits - 1, (2, n), dtype=torch.int8, generator=generator(3))
         multiplier = torch.randint(1, largest + 1, (2, n), dtype=torch.int8, generator=generator(1))
-        case(f"widen_int4 {n}x{k} with offsets {bits}", "widen_int4", lambda n=n, k=k, b=bits, m=multiplier, z=zeros: dict(
-            out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=b), 4), multiplier=m.clone(), offset=-z * m,
+        case(f"widen_int4 {n}x{k} with zero points {bits}", "widen_int4", lambda n=n, k=k, b=bits, m=multiplier, z=zeros: dict(
+            out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=b), 4), multiplier=m.clone(), zero=z.clone(),
             group=torch.randint(0, 2, (k,), dtype=torch.uint8, generator=generator(2))))
     steps = max(k // 32, 3)
     group = (torch.arange(k) // 32 + 1 if k > 64 else torch.arange(k) // 32).to(torch.uint8)
     case(f"widen_int4 {n}x{k} in {steps + 1} groups", "widen_int4", lambda n=n, k=k, s=steps, g=group: dict(
         out=torch.zeros(n, k, dtype=torch.int8), packed=pack_weight(codes(n, k, bits=4), 4), group=g.clone(),
         multiplier=torch.randint(1, 128, (s + 1, n), dtype=torch.int8, generator=generator(1)),
-        offset=torch.randint(-128, 128, (s + 1, n), dtype=torch.int8, generator=generator(3))))
+        zero=torch.randint(-128, 128, (s + 1, n), dtype=torch.int8, generator=generator(3))))
+
+
+def weight_only(m: int, n: int, k: int, *, bits: int = 4, group: int = 128, zero: bool = True, dtype: torch.dtype = torch.float16,
+                out: torch.dtype | None = None, bias: bool = True) -> dict[str, Any]:
+    lo, hi = int_range(bits)
+    shape = -(-k // group), -(-n // 32) * 32
+    return dict(
+        out=torch.zeros(m, n, dtype=out or dtype), x=strided(randn(m, k, seed=1).to(dtype)),
+        weight=exchange_bytes(pack_weight(codes(n, k, bits=bits, seed=2), 4)) if bits <= 4 else pack_weight(codes(n, k, bits=bits, seed=2), 8),
+        scale=(torch.rand(shape, generator=generator(3)) + 0.5) / (hi * k**0.5),
+        zero=torch.randint(lo, hi + 1, shape, dtype=torch.int8, generator=generator(4)) if zero else None,
+        bias=pad_columns(randn(n, seed=5)) if bias else None,
+        weight_bits=4 if bits <= 4 else 8, group_columns=group)
+
+
+def dequantize(n: int, k: int, *, dtype: torch.dtype = torch.float32, **options: Any) -> dict[str, Any]:
+    arguments = weight_only(1, n, k, **options) | {"out": torch.zeros(n, k, dtype=dtype)}
+    return {name: value for name, value in arguments.items() if name not in ("x", "bias")}
+
+
+# A sum in float32 that is rounded to out's dtype; what it may be off is of its norm.
+ROUNDED = {torch.float16: 4e-4, torch.bfloat16: 3e-3, torch.float32: 2e-6}
+for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128, 2112), (16, 70, 5000), (16, 1, 33), (1, 4128, 96), (0, 40, 64)):
+    for bits in (4, 8):
+        for dtype in (torch.float16, torch.bfloat16):
+            for group in (32, 96, 128, 5024):
+                case(f"weight_only {m}x{n}x{k} w{bits} {dtype} in groups of {group}", "weight_only",
+                     lambda m=m, n=n, k=k, b=bits, d=dtype, g=group: weight_only(
+                         m, n, k, bits=b, dtype=d, group=g, out=torch.float32), 0, ROUNDED[torch.float32])
+            for out in (torch.float16, torch.bfloat16):
+                case(f"weight_only {m}x{n}x{k} w{bits} {dtype} to {out}", "weight_only", lambda m=m, n=n, k=k, b=bits, d=dtype, o=out: weight_only(
+                    m, n, k, bits=b, dtype=d, zero=False, out=o, bias=m % 2 == 0), 0, ROUNDED[out])
+for bits in (4, 8):
+    for dtype in (torch.float16, torch.bfloat16):
+        case(f"weight_only long rows w{bits} {dtype}", "weight_only", lambda b=bits, d=dtype: weight_only(
+            8, 64, 5000, bits=b, dtype=d, out=torch.float32), 0, ROUNDED[torch.float32])
+for n, k in ((96, 640), (37, 70), (1, 33), (0, 64), (4128, 96)):
+    for bits in (2, 4, 8):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            case(f"dequantize {n}x{k} w{bits} {dtype}", "dequantize",
+                 lambda n=n, k=k, b=bits, d=dtype: dequantize(n, k, bits=b, group=64, zero=b != 2, dtype=d))

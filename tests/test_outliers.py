@@ -169,3 +169,39 @@ def test_statistics_of_a_static_recipe_do_not_serve_outliers() -> None:
     with pytest.raises(ValueError, match="no fitting statistics for 'blocks.0.attn.qkv:input'"):
         vitq.convert(model, quick("quik-w4a4", "solver=rtn"), statistics)
     assert isinstance(vitq.convert(model, quick("quik-w4a4", "solver=rtn"), [images(model, 4)]).blocks[0].attn.qkv, QuantLinear)
+
+
+@pytest.mark.parametrize("name", ["quik-w4a4", "quik-w8a8"])
+def test_one_layer_from_float(name: str) -> None:
+    """By activations or by what statistics hold of them; what is missing is said."""
+    layer, x = linear(192), torch.cat((inputs(), torch.randn(300, 32)), 1)
+    recipe = quick(name, "fc1.input.outliers=16", "fc1.input.outlier_limit=0.2", "solver=rtn")
+    histogram = vitq.Histogram(192)
+    histogram.update(x)
+    one, other = (vitq.QuantLinear.from_float(layer, recipe, stats) for stats in (x, histogram))
+    assert isinstance(one, vitq.QuantLinear) and torch.equal(one(x), other(x)) and one.fp_columns.tolist() == other.fp_columns.tolist()
+    with pytest.raises(ValueError, match="has float16 columns: give sample="):
+        vitq.QuantLinear.from_float(layer, recipe)
+    with pytest.raises(ValueError, match="solves by 'gptq': give sample=, activations"):
+        vitq.QuantLinear.from_float(layer, quick(name, "fc1.input.outliers=16"), histogram)
+
+
+def test_the_steps_one_by_one() -> None:
+    """quantize, multiply integers, multiply the float part, dequantize: the example in vitq.ops.functional is the layer's result."""
+    layer, x = linear(192), torch.cat((inputs(), torch.randn(300, 32)), 1)
+    recipe = quick("quik-w4a4", "fc1.input.outliers=16", "fc1.input.outlier_limit=0.2", "solver=rtn")
+    module = vitq.QuantLinear.from_float(layer, recipe, x, backend="reference", dtype=torch.float32)
+    kept, rest = module.fp_columns, module.column_order.long()
+    codes = vitq.ops.quantize(x, bits=4, symmetric=False, kept=kept)
+    weight = vitq.ops.quantize(layer.weight.detach()[:, rest], bits=4)
+    y = vitq.ops.dequantize(vitq.ops.int_matmul(codes, weight), codes.scale, weight.scale, layer.bias.detach(), shift=codes.shift, weight=weight,
+                            fp=codes.fp, weight_fp=layer.weight.detach()[:, kept.long()].half())
+    assert sqnr(module(x), y) > 100
+    for wrong, message in (({"kept": torch.tensor([192])}, "among the 192 features"), ({"kept": torch.arange(192)}, "all 192 features"),
+                           ({"scale": 0.1, "symmetric": False}, "symmetric=False is for signed dynamic formats")):
+        with pytest.raises(ValueError, match=message):
+            vitq.ops.quantize(x, **wrong)
+    with pytest.raises(ValueError, match="give both or none"):
+        vitq.ops.dequantize(vitq.ops.int_matmul(codes, weight), codes.scale, weight.scale, fp=codes.fp)
+    with pytest.raises(ValueError, match="needs weight="):
+        vitq.ops.dequantize(vitq.ops.int_matmul(codes, weight), codes.scale, weight.scale, shift=codes.shift)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import build, images, quick, sqnr
 from torch import nn
 
 import vitq
+import vitq.plan
 from vitq.calib.choose import linear_params
 from vitq.calib.gram import gram_of
 from vitq.nn.weight_only import WeightOnlyLinear
@@ -38,7 +41,7 @@ def test_the_product_is_that_of_the_dequantized_weight(features: int, bits: int,
     assert sqnr(linear.weight, weight) > {2: 2.0, 4: 14.0, 8: 35.0}[bits]
     wanted = x.double() @ weight.T + linear.bias.double()
     for backend, kernel in registered("weight_only"):
-        if backend != "cuda":
+        if backend != "cuda" and kernel.supports(params) is None:
             packed = kernel.pack(params, torch.device("cpu"))
             torch.testing.assert_close(kernel.run(packed, x, dtype=torch.float32).double(), wanted, rtol=1e-5, atol=1e-5)
             half = kernel.run(packed, x.bfloat16(), dtype=torch.bfloat16)
@@ -48,6 +51,33 @@ def test_the_product_is_that_of_the_dequantized_weight(features: int, bits: int,
     torch.testing.assert_close(module(x).double(), wanted, rtol=1e-5, atol=1e-5)
     held = 17 * ((features + 1) // 2 if bits <= 4 else features)
     assert module.qweight.numel() == held, "the weight stays packed"
+
+
+@pytest.mark.parametrize("features, group, outputs", [(96, 64, 17), (256, 0, 32), (160, 32, 48)])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_bfloat16_rows_on_a_cpu_meet_packed_weights(features: int, group: int, outputs: int, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(features, outputs), torch.randn(2, 3, features)
+    recipe = vitq.Recipe.from_yaml("gptq-w4a16").with_overrides([f"fc1.weight.symmetric={str(symmetric).lower()}", *(
+        [f"fc1.weight.group_size={group}"] if group else ["fc1.weight.granularity=per_channel"])])
+    module = vitq.linear_module(linear, recipe, x, dtype=torch.bfloat16)
+    wanted = vitq.linear_module(linear, recipe, x, dtype=torch.float32, backend="reference")(x)
+    choice, _ = module.packed()["weight_only"]
+    assert choice.kernel.name == "torch-int4" and sqnr(wanted, module(x.bfloat16())) > 40
+    monkeypatch.setattr("vitq.ops.weight_only.PackedWeight.rows", None)  # no weight becomes floats
+    assert module(x.bfloat16()).shape == wanted.shape
+    with pytest.raises(TypeError):
+        module(x.bfloat16().repeat(20, 1, 1))
+
+
+def test_what_the_packed_product_of_a_cpu_refuses() -> None:
+    (kernel,) = [kernel for backend, kernel in registered("weight_only") if kernel.name == "torch-int4"]
+    params = vitq.plan.LinearParams(torch.zeros(4, 64, dtype=torch.int8), 4, torch.ones(4), None, None)
+    assert kernel.supports(params) is None
+    group = torch.arange(64) % 2
+    for change, reason in (({"weight_bits": 8}, "weights of 8 bits"), ({"codes": torch.zeros(4, 40, dtype=torch.int8)}, "40 features in groups"),
+                           ({"column_group": group, "weight_scale": torch.ones(2, 4)}, "64 features in groups that are not whole")):
+        assert reason in kernel.supports(replace(params, **change))
 
 
 def test_rows_of_a_large_weight_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ _PUBLIC = {
     "convert": "vitq.conversion", "simulate": "vitq.conversion", "calibrate": "vitq.conversion", "explain": "vitq.conversion",
     "tune": "vitq.conversion", "head_scores": "vitq.calib.heads",
     "Recipe": "vitq.recipe", "recipes": "vitq.recipe",
-    "Statistics": "vitq.calib.statistics",
+    "Statistics": "vitq.calib.statistics", "act_scales": "vitq.calib.act_scales",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
     "UnsupportedModelError": "vitq.models",
     "load_model": "vitq.models.zoo", "resolve_name": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
@@ -22,7 +22,7 @@ _PUBLIC = {
     "labels_match": "vitq.calib.data", "synthesize": "vitq.calib.synthetic", "demo_split": "vitq.calib.data", "DEMO_CLASSES": "vitq.calib.data",
     "load_language_model": "vitq.models.language_zoo", "open_text": "vitq.calib.text", "perplexity": "vitq.likelihood",
     "compile": "vitq.graphs",
-    "linear_module": "vitq.conversion", "pick_device": "vitq.ops.dispatch",
+    "linear_module": "vitq.conversion", "QuantLinear": "vitq.conversion", "Histogram": "vitq.calib.statistics", "pick_device": "vitq.ops.dispatch",
 }
 _MODULES = ("ops", "evaluate", "report", "formats", "timing", "profiling")
 

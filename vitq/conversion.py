@@ -13,6 +13,7 @@ from vitq.calib.blocks import STREAMS, collect_blocks, quantize_blocks
 from vitq.calib.choose import choose, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
 from vitq.calib.heads import choose_heads
+from vitq.calib.histogram import Histogram
 from vitq.calib.runner import check_calibration, collect, limited
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
@@ -248,11 +249,13 @@ def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, Laye
         model.patch_embed.__class__ = casting_class(type(model.patch_embed))
 
 
-def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", sample: Tensor | None = None, *,
+def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", sample: Tensor | Histogram | None = None, *,
                   role: str = "fc1", backend: str = "auto", dtype: torch.dtype | None = None) -> nn.Module:
     """One `nn.Linear` as an integer module by the rules that `recipe` has for `role`: [..., K] float -> [..., N] float.
 
-    sample: activations [..., K] that a static recipe measures its range on. Raises ValueError if a static recipe gets none.
+    sample: activations [..., K] to measure ranges on and to solve by, or where the recipe's solver looks at none a `Histogram` of them, by
+    channel for a recipe with outliers (`vitq.Statistics` holds those of a model). Raises ValueError if a recipe that needs them gets none.
+    Also as `vitq.QuantLinear.from_float`.
     """
     recipe = _recipe(recipe, sample)
     spec = recipe.resolve(role, role)
@@ -268,7 +271,7 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
             spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, outliers=0))
     gram = None
     if recipe.needs_inputs:
-        if sample is None:
+        if not isinstance(sample, Tensor):
             raise ValueError(f"recipe {recipe.name!r} solves by {recipe.solver!r}: give sample=, activations to look at")
         gram = gram_of(sample.to(linear.weight.device), fmt)
     module = _coded(linear, spec, float_dtype(dtype, linear.weight.device), backend)
@@ -276,6 +279,10 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     module = module.to(linear.weight.device)
     pack_all(module)
     return module
+
+
+# By the name that others give it; here, since a module knows nothing of calibration.
+QuantLinear.from_float = staticmethod(linear_module)
 
 
 def tune(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:

@@ -18,7 +18,8 @@ SIZES = dict(hidden_size=256, intermediate_size=672, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize("family", ["Llama", "OPT", "Falcon"])
-@pytest.mark.parametrize("name", ["w8a8-dynamic", "w8a8", "smoothquant-w8a8", "dgq-w4a8", "gptq-w4a16", "phq-w8", "phq-mixed"])
+@pytest.mark.parametrize("name", ["w8a8-dynamic", "w8a8", "smoothquant-w8a8", "dgq-w4a8", "gptq-w4a16",
+                                  "quik-w4a4", "quik-w8a8", "phq-w8", "phq-mixed"])
 @torch.no_grad()
 def test_a_gpu_computes_what_the_reference_does(name: str, family: str) -> None:
     sizes = SIZES if family == "Llama" else {"hidden_size": 256}
@@ -31,7 +32,7 @@ def test_a_gpu_computes_what_the_reference_does(name: str, family: str) -> None:
     half = vitq.convert(copy.deepcopy(model).cuda(), recipe, calib)
     x = ids(3, 50)
     wanted, logits = on_cpu(x).logits, on_gpu(x.cuda()).logits.cpu()
-    assert sqnr(wanted, logits) > 35 and sqnr(model(x).logits, half(x.cuda()).logits.float().cpu()) > (20 if name.endswith("w8a8") else 8)
+    assert sqnr(wanted, logits) > 35 and sqnr(model(x).logits, half(x.cuda()).logits.float().cpu()) > (20 if name.endswith("w8a8") else 4 if name == "quik-w4a4" else 8)
     assert all(row.kernel != "torch-int32" for row in vitq.explain(on_gpu)), "no layer falls back"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows, unpack_weight, widen
+from vitq.cuda.layout import bits_of, pack_weight, pad_columns, permute_rows, starts_of, unpack_weight, widen
 from vitq.formats import int_range
 
 
@@ -61,3 +61,17 @@ def test_mistakes() -> None:
         pack_weight(torch.full((2, 2), 9, dtype=torch.int8), 4)
     with pytest.raises(TypeError, match="torch.float32"):
         pack_weight(torch.zeros(2, 2), 8)
+
+
+def test_which_features_are_in_an_order() -> None:
+    order = torch.tensor([0, 1, 4, 9, 10, -1, 11], dtype=torch.int32)
+    assert bits_of(order, 12).tolist() == [0b00010011, 0b1110]
+
+
+def test_where_eights_of_features_start() -> None:
+    """How many features of the order come before each eighth, where both sides ascend and share all features."""
+    fp = torch.tensor([3, 8, 9, 17, -1, -1], dtype=torch.int32)
+    order = torch.tensor([i for i in range(24) if i not in (3, 8, 9, 17)], dtype=torch.int32)
+    assert starts_of(order, fp, 24).tolist() == [0, 7, 13] and starts_of(torch.arange(16, dtype=torch.int32), None, 16).tolist() == [0, 8]
+    for other, kept, features in ((order.flip(0), fp, 24), (order, fp.flip(0), 24), (order[1:], fp, 24), (order, None, 24), (order, fp, 25)):
+        assert starts_of(other, kept, features) is None

@@ -11,15 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import CASES, attention, linear, rows
+from cuda_cases import CASES, attention, dequantize, linear, rows, weight_only
 from torch import Tensor
 
 import vitq.cuda
 from vitq.cuda import loader
 
-NAMES = ("linear", "attention", "rows", "patches", "widen_int4")
-OUTPUTS = {"linear": ("out",), "attention": ("out",), "rows": ("out", "sum", "row_scale", "row_sums", "fp_out"),
-           "patches": ("out",), "widen_int4": ("out",)}
+NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "patches", "widen_int4")
+OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
+           "rows": ("out", "sum", "row_scale", "row_sums", "fp_out"), "patches": ("out",), "widen_int4": ("out",)}
 
 
 # running them ----------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def hopper() -> bool:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kernel", ["sm80", "sm90"])
+@pytest.mark.parametrize("kernel", ["sm80", "sm90", "few"])
 @pytest.mark.parametrize("name", some("linear", 7))
 def test_every_configuration(name: str, kernel: str) -> None:
     """A configuration either refuses the case or is exact."""
@@ -139,8 +139,27 @@ def test_every_configuration(name: str, kernel: str) -> None:
             assert not (wrong := differences(op, got, want, share, error)), (name, index, wrong)
             got["out"].zero_()
     sizes = want["out"].numel()
-    hopper_refuses = kernel == "sm90" and (want["weight_bits"] == 4 or want["input_bits"] == 4)
-    assert ran or not sizes or hopper_refuses
+    plain = want.get("zero") is None and len(want["segment_ends"]) < 2
+    refuses = {"sm90": want["weight_bits"] == 4 or want["input_bits"] == 4 or want.get("multiplier") is not None,
+               "sm80": want.get("multiplier") is not None, "few": len(want["codes"]) > loader.FEW_ROWS or not plain}[kernel]
+    assert (ran > 0) != refuses or not sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", some("weight_only", 5))
+def test_every_configuration_of_weight_only(name: str) -> None:
+    op, make, share, error = CASES[name]
+    want = make()
+    got = on("cuda", want)
+    call(op, want)
+    for index in range(loader.library().vitq_linear_few_configs()):
+        try:
+            call(op, {**got, "config": f"few:{index}"})
+        except RuntimeError as refused:
+            assert "code -2" in str(refused), refused
+            continue
+        assert not (wrong := differences(op, got, want, share, error)), (name, index, wrong)
+        got["out"].zero_()
 
 
 @pytest.mark.gpu
@@ -257,7 +276,22 @@ REFUSED = {
         ({"row_shift": torch.zeros(8)}, "row_shift is given alone"),
         ({"residual": torch.zeros(8, 39)}, "[8, 39]"), ({"out_bits": 9}, "2 to 8 bits"),
         ({"out": torch.zeros(8, 40, dtype=torch.int8), "residual": torch.zeros(8, 40)}, "residual is given"),
-        ({"codes_fp": torch.zeros(8, 16).half()}, "codes_fp is given alone")],
+        ({"codes_fp": torch.zeros(8, 16).half()}, "codes_fp is given alone"),
+        ({"multiplier": torch.ones(2, 64, dtype=torch.int8)}, "multiplier is given with W8A8"),
+        ({"group_zero": torch.ones(2, 64, dtype=torch.int8)}, "group_zero is given without multiplier"),
+        (linear(8, 40, 64, bits=4, group=32) | {"group_columns": 48}, "group_columns is 48"),
+        (linear(8, 40, 64, bits=4, group=32) | {"multiplier": torch.ones(1, 64, dtype=torch.int8)}, "multiplier is torch.int8 [1, 64]"),
+        (linear(17, 40, 64, bits=4) | {"multiplier": torch.ones(1, 64, dtype=torch.int8), "group_columns": 64}, "17 rows")],
+    "weight_only": [
+        ({"out": torch.zeros(3, 40, dtype=torch.int8)}, "out is torch.int8"), ({"x": torch.zeros(3, 70)}, "x is torch.float32"),
+        ({"x": torch.zeros(2, 70).half()}, "x is of 2 rows"), ({"weight_bits": 8}, "weight, weight_bits is torch.uint8, 8"),
+        ({"x": torch.zeros(3, 200).half()}, "layout.pack_weight"), ({"scale": torch.ones(2, 64)}, "scale is torch.float32 [2, 64]"),
+        ({"zero": torch.ones(3, 64)}, "zero is torch.float32 [3, 64]"), ({"bias": torch.zeros(40)}, "bias is torch.float32 [40]"),
+        ({"group_columns": 16}, "group_columns is 16"), (weight_only(17, 40, 70), "x is of 17 rows")],
+    "dequantize": [
+        ({"out": torch.zeros(70, 40).T}, "out is torch.float32 [40, 70]"), ({"weight": torch.zeros(32, 64, dtype=torch.uint8)}, "layout.pack_weight"),
+        ({"scale": torch.ones(3, 128)[:, ::2]}, "scale is torch.float32 [3, 64]"),
+        ({"zero": torch.ones(3, 128, dtype=torch.int8)[:, :64]}, "zero is of row stride 128")],
     "attention": [
         ({"q": torch.zeros(2, 5, 2, 16)}, "q is torch.float32"), ({"k": torch.zeros(2, 5, 2, 8, dtype=torch.int8)}, "k, v is"),
         ({"out": torch.zeros(2, 5, 31)}, "out is [2, 5, 31]"), ({"p_bits": 9}, "p_bits is 9"),
@@ -284,7 +318,9 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "linear": lambda: linear(8, 40, 64), "attention": lambda: attention(2, 5, 2, 16), "rows": lambda: rows(torch.zeros(4, 8)),
     "patches": lambda: dict(out=torch.zeros(8, 48, dtype=torch.int8), images=torch.zeros(2, 3, 8, 8), patch_h=4, patch_w=4,
                             scale=1.0, zero_point=0, bits=8),
-    "widen_int4": lambda: dict(out=torch.zeros(32, 64, dtype=torch.int8), packed=torch.zeros(32, 32, dtype=torch.uint8))}
+    "widen_int4": lambda: dict(out=torch.zeros(32, 64, dtype=torch.int8), packed=torch.zeros(32, 32, dtype=torch.uint8)),
+    "weight_only": lambda: weight_only(3, 40, 70, group=32),
+    "dequantize": lambda: dequantize(40, 70, group=32)}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -316,10 +352,10 @@ def launched(monkeypatch) -> list:
     from vitq.cuda import ops, tuning
 
     calls: list = []
-    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_attention", "vitq_rows", "vitq_patches")
+    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_linear_few", "vitq_attention", "vitq_rows", "vitq_patches", "vitq_weight_only", "vitq_dequantize")
     monkeypatch.setattr(loader, "library", lambda: type("Library", (), {name: name for name in names}))
     monkeypatch.setattr(ops, "_launch", lambda function, arguments, device: calls.append((function, arguments)) or 0)
-    monkeypatch.setattr(tuning, "pick", lambda case, device: (80, -1))
+    monkeypatch.setattr(tuning, "pick", lambda case, device: ("sm80", -1))
     return calls
 
 
@@ -352,6 +388,21 @@ def test_the_struct_of_linear(launched: list) -> None:
         arguments[n].data_ptr() for n in ("scale", "column_sums", "row_shift", "bias")) and s.row_scale is None
     with pytest.raises(ValueError, match="sm90:3"):
         ops._linear(**arguments, config="sm100")
+
+
+def test_the_struct_of_weight_only(launched: list) -> None:
+    from vitq.cuda import ops
+
+    arguments = weight_only(3, 40, 70, group=32)
+    ops._weight_only(**arguments, config="few:2")
+    ops._dequantize(torch.zeros(32, 70), arguments["weight"][:32], arguments["scale"][:, :32], zero=arguments["zero"][:, :32], group_columns=32)
+    (function, s), (other, d) = launched
+    assert (function, other, s.config) == ("vitq_weight_only", "vitq_dequantize", 2)
+    assert (s.m, s.n, s.k, s.x_columns, s.ldx, s.x_dtype, s.weight_bits, s.group_columns) == (3, 40, 128, 70, arguments["x"].stride(0), 1, 4, 32)
+    assert (d.n, d.k, d.x_columns, d.scale_stride, s.scale_stride, d.out_stride, d.out_dtype) == (32, 128, 70, 64, 64, 70, 0)
+    assert (s.x, s.scale, s.zero, s.bias) == tuple(arguments[n].data_ptr() for n in ("x", "scale", "zero", "bias"))
+    with pytest.raises(ValueError, match="of the kernel few"):
+        ops._weight_only(**arguments, config="sm80:1")
 
 
 def test_the_struct_of_rows(launched: list) -> None:

@@ -41,48 +41,62 @@ def hopper(monkeypatch, tmp_path: Path):
 @pytest.mark.parametrize("case", VIT + ODD, ids=str)
 def test_every_case_gets_a_tile_that_fits(case: Case, hopper) -> None:
     kernel, index = tuning.pick(case, 0)
-    assert kernel == 90 and tuning.TILES[90][index].fits(case)
+    if case.m <= loader.FEW_ROWS and case.plain:
+        assert (kernel, index) == ("few", -1)
+    else:
+        assert kernel == "sm90" and tuning.TILES[kernel][index].fits(case)
+
+
+def test_few_rows_have_their_kernel_on_every_chip(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups = Case(16, 384, 384, weight_bits=4, groups=True)
+    for arch in (80, 90):
+        monkeypatch.setattr(loader, "kernel_arch", lambda device, arch=arch: arch)
+        tuning.pick.cache_clear()
+        assert tuning.pick(groups, 0) == tuning.pick(Case(1, 384, 384, weight_bits=4, input_bits=4, fp=256), 0) == ("few", -1)
+        assert tuning.pick(Case(1, 384, 384, segments=2), 0)[0] != "few" != tuning.pick(Case(17, 384, 384), 0)[0]
+        with pytest.raises(RuntimeError, match="no kernel for"):
+            tuning.pick(groups._replace(m=17), 0)
 
 
 def test_packed_weights_go_to_the_kernel_for_all_chips(hopper) -> None:
-    assert tuning.pick(Case(200, 384, 384, weight_bits=4), 0) == (80, -1)
-    assert tuning.pick(Case(200, 384, 384, weight_bits=4, input_bits=4), 0) == (80, -1)
+    assert tuning.pick(Case(200, 384, 384, weight_bits=4), 0) == ("sm80", -1)
+    assert tuning.pick(Case(200, 384, 384, weight_bits=4, input_bits=4), 0) == ("sm80", -1)
 
 
 def test_tiles_are_numbered_in_order() -> None:
     for kernel, tiles in tuning.TILES.items():
-        assert [tile.index for tile in tiles] == list(range(len(tiles))) and {tile.name for tile in tiles} == {f"sm{kernel}"}
+        assert [tile.index for tile in tiles] == list(range(len(tiles))) and {tile.name for tile in tiles} == {kernel}
 
 
 def test_the_table_of_tiles_is_the_sources() -> None:
     folder = Path(tuning.__file__).parent / "csrc"
     hopper = re.findall(r"using Config(\d+) = Tile<(\d+), (\d+), (\d+), (true|false)>;", (folder / "gemm_sm90.cuh").read_text())
     assert [(int(i), int(n), int(g), int(p), resident == "true") for i, n, g, p, resident in hopper] == [
-        (t.index, t.columns, t.groups, t.pieces, t.resident) for t in tuning.TILES[90]]
+        (t.index, t.columns, t.groups, t.pieces, t.resident) for t in tuning.TILES["sm90"]]
     ampere = re.search(r"constexpr Tile TILES\[\] = \{(.*?)\n\};", (folder / "gemm_sm80.cuh").read_text(), re.DOTALL)[1]
-    assert len(re.findall(r"^ *\{", ampere, re.MULTILINE)) == len(tuning.TILES[80])
+    assert len(re.findall(r"^ *\{", ampere, re.MULTILINE)) == len(tuning.TILES["sm80"])
     for source, fits in (("segments", Case(9, 64, 64, segments=2)), ("mixed", Case(9, 64, 64, fp=16)), ("act_float", Case(9, 64, 64, activation="gelu"))):
         cases = re.findall(r"case (\d+): return launch<", (folder / f"gemm_sm90_{source}.cu").read_text())
-        assert [int(i) for i in cases] == [t.index for t in tuning.TILES[90] if t.fits(fits)]
+        assert [int(i) for i in cases] == [t.index for t in tuning.TILES["sm90"] if t.fits(fits)]
 
 
 @pytest.mark.gpu
 def test_the_table_of_tiles_is_the_librarys() -> None:
     library = loader.library()
-    for kernel in (80, 90):
-        count = getattr(library, f"vitq_linear_sm{kernel}_configs")()
+    for kernel in tuning.TILES:
+        count = getattr(library, f"vitq_linear_{kernel}_configs")()
         assert count in (len(tuning.TILES[kernel]), 0)
 
 
 def test_a_measured_tile_comes_first(hopper: Path) -> None:
     case = Case(39400, 1152, 384, codes=True)
     estimated = tuning.pick(case, 0)
-    other = next(t.index for t in tuning.TILES[90] if t.fits(case) and t.index != estimated[1])
+    other = next(t.index for t in tuning.TILES["sm90"] if t.fits(case) and t.index != estimated[1])
     tuning.write_cache(hopper / "tuning.json", {case.key: {"39400": f"sm90:{other}", "197": "sm90:99"}})
     for cached in (tuning.pick, tuning.cached):
         cached.cache_clear()
-    assert tuning.pick(case, 0) == (90, other)
-    assert tuning.pick(case._replace(m=30000), 0) == (90, other)  # near enough
+    assert tuning.pick(case, 0) == ("sm90", other)
+    assert tuning.pick(case._replace(m=30000), 0) == ("sm90", other)  # near enough
     assert tuning.pick(case._replace(m=190), 0)[1] != 99  # measured, but no such tile in this library
 
 
@@ -137,7 +151,7 @@ def test_the_cache_folder(monkeypatch) -> None:
 
 
 def test_names() -> None:
-    assert tuning.split("sm90:12") == (90, 12)
+    assert tuning.split("sm90:12") == ("sm90", 12) and tuning.split("few:0") == ("few", 0)
     for wrong in ("", "sm90", "sm70:1", "sm90:x", "sm90:-1"):
         with pytest.raises(ValueError, match="such as 'sm90:3'"):
             tuning.split(wrong)
@@ -147,7 +161,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("case",
                          [Case(64, 96, 70), Case(64, 96, 70, weight_bits=4), Case(64, 96, 70, weight_bits=4, input_bits=4),
                                   Case(64, 37, 192, segments=2, shift=True, fp=16, residual=True),
-                                  Case(5, 40, 64, codes=True, activation="gelu")], ids=str)
+                                  Case(5, 40, 64, codes=True, activation="gelu"), Case(3, 40, 300, weight_bits=4, groups=True)], ids=str)
 def test_examples_are_valid_arguments(case: Case) -> None:
     torch.ops.vitq.linear(**tuning.example(case, torch.device("cpu")))
 

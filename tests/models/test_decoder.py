@@ -177,7 +177,7 @@ def test_a_layer_that_stays_in_float_gets_no_bias(tmp_path) -> None:
     assert torch.equal(vitq.load(vitq.save(converted, tmp_path / "c"))(x).logits, converted(x).logits)
 
 
-@pytest.mark.parametrize("name, most", [("gptq-w4a16", 0.30), ("dgq-w4a8", 0.30), ("w8a8-dynamic", 0.52)])
+@pytest.mark.parametrize("name, most", [("gptq-w4a16", 0.30), ("dgq-w4a8", 0.30), ("quik-w4a4", 0.39), ("w8a8-dynamic", 0.52)])
 def test_sizes_of_llama_2_7b(name: str, most: float) -> None:
     """Everything that it stores, as a part of the float16 model, on the meta device."""
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""tools/vit_benchmark.py, tools/module_benchmark.py and tools/gpu_benchmark.py at their smallest."""
+"""tools/vit_benchmark.py, module_benchmark.py, gpu_benchmark.py and llm_layer_benchmark.py at their smallest."""
 import json
 import math
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import gpu_benchmark as gpu
+import llm_layer_benchmark as layers
 import module_benchmark as module
 import vit_benchmark as vit
 import vitq
@@ -174,6 +175,47 @@ def test_mistakes_of_gpu_benchmark(args, message, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_gpu_benchmark_without_a_gpu(capsys):
     assert gpu.main([]) == 2
+    assert "there is no GPU here" in capsys.readouterr().err
+
+
+def test_layers_of_language_models(tmp_path, capsys):
+    path = tmp_path / "l.json"
+    assert layers.main(["--device", "cpu", "--shapes", "48x64,32x128", "--rows", "1,3", "--recipes", "w4-per-channel,gptq-w4a16", "--repeats", "1",
+                        "--output", str(path)]) == 0
+    out, report = capsys.readouterr().out, json.loads(path.read_text())
+    assert "no GPU, so these times say nothing" in out and "| 48x64 | 1 | fp16, cuBLAS |" in out and "no GPU" in report["machine"]
+    cases = ["fp16, cuBLAS", "W8A8, codes given", "w4-per-channel", "gptq-w4a16"]
+    assert [(r["shape"], r["rows"], r["case"]) for r in report["rows"]] == [(s, m, c) for s in ("48x64", "32x128") for m in (1, 3) for c in cases]
+    assert all(row["us"] > 0 and row["speedup"] > 0 for row in report["rows"])
+
+
+def test_a_layer_that_fails_is_a_row(capsys, monkeypatch):
+    module = vitq.linear_module
+
+    def moody(linear, recipe, *args, **kwargs):
+        if recipe.name == "gptq-w4a16":
+            raise ValueError("not today")
+        return module(linear, recipe, *args, **kwargs)
+
+    monkeypatch.setattr(vitq, "linear_module", moody)
+    assert layers.main(["--device", "cpu", "--shapes", "32x64", "--rows", "2", "--repeats", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("gptq-w4a16 |  |  |  |  | ValueError: not today" in line for line in lines) and any("| w4-per-channel | " in line for line in lines)
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--shapes", "4096"], "'4096' is not NxK"), (["--shapes", "0x32"], "'0x32' is not NxK"), (["--rows", "0"], "--rows must be numbers from 1"),
+    (["--recipes", "w3"], "w3"), (["--recipes", ","], "at least one"), (["--repeats", "0"], "--repeats must be at least 1"),
+    (["--recipes", "erq-w3a3-paper"], "is for simulation"), (["--output", "no/such/x.json"], "no folder no/such"), (["--device", "nothing"], "cannot be used")])
+def test_mistakes_of_llm_layer_benchmark(args, message, capsys):
+    assert layers.main(["--device", "cpu", *args]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_llm_layer_benchmark_without_a_gpu(capsys):
+    assert layers.main([]) == 2
     assert "there is no GPU here" in capsys.readouterr().err
 
 

@@ -130,17 +130,16 @@ def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_form
                         weight_fp=weight_fp)
 
 
-def observed_format(sample: Tensor | None, spec: QuantSpec) -> ActivationFormat:
+def observed_format(sample: Tensor | Histogram | None, spec: QuantSpec) -> ActivationFormat:
     """The format that `spec` chooses for activations like `sample`, [..., K]; None will do for a dynamic one without outliers."""
-    if spec.dynamic and not spec.outliers:
-        return _dynamic(spec)
-    if not spec.outliers:
-        histogram = Histogram()
-        histogram.update(sample)
-        return _chosen(histogram, spec)
-    histogram = Histogram(sample.shape[-1])
-    histogram.update(sample)
-    return _chosen_by_channel(histogram, torch.ones(sample.shape[-1]), spec)
+    seen = Statistics()
+    if isinstance(sample, Histogram):
+        seen[":input"] = sample
+    elif sample is not None:
+        seen[":input"] = Histogram(sample.shape[-1] if spec.outliers else None)
+        seen[":input"].update(sample)
+    features = (seen[":input"].channels or 0) if ":input" in seen else 0
+    return layer_format(seen, "", spec, features)
 
 
 def input_formats(model: nn.Module, sites: list[LinearSite], recipe: Recipe, stats: Statistics | None,

@@ -20,7 +20,7 @@ def refuse(op: str, argument: str, given: Any, allowed: str, error: type[Excepti
 
 
 def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, column_sums, row_shift, segment_ends, codes_fp,
-                 weight_fp, activation, out_bits) -> tuple[int, int]:
+                 weight_fp, activation, out_bits, multiplier, group_zero, group_columns) -> tuple[int, int]:
     """M and N; ValueError or TypeError that names the argument."""
     if out.ndim not in (2, 3) or out.stride(-1) != 1 and out.shape[-1] > 1:
         refuse("linear", "out", f"{list(out.shape)} with strides {list(out.stride())}",
@@ -80,8 +80,67 @@ def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, 
         if out.dtype == torch.int8:
             refuse("linear", "residual", "given", "left out where codes are written")
     int_range(out_bits)
-    _same_device("linear", out, codes, weight, scale, bias, row_scale, residual, column_sums, row_shift, codes_fp, weight_fp)
+    if multiplier is None and group_zero is not None:
+        refuse("linear", "group_zero", "given without multiplier", "with it, or None")
+    if multiplier is not None:
+        if (weight_bits, input_bits) != (4, 8) or m > loader.FEW_ROWS:
+            refuse("linear", "multiplier", f"given with W{weight_bits}A{input_bits} and {m} rows",
+                   f"with 4-bit weights, 8-bit inputs and up to {loader.FEW_ROWS} rows: widen_int4 serves more")
+        if segments > 1:
+            refuse("linear", "multiplier", "given with segments", "without them")
+        _groups("linear", columns, n_pad, group_columns, ("multiplier", multiplier, torch.int8), ("group_zero", group_zero, torch.int8))
+    _same_device("linear", out, codes, weight, scale, bias, row_scale, residual, column_sums, row_shift, codes_fp, weight_fp, multiplier, group_zero)
     return m, n
+
+
+def _groups(op: str, columns: int, n_pad: int, group_columns: int, *constants: tuple[str, Any, torch.dtype]) -> None:
+    """Constants of groups of columns, [G, N'], rows alike far apart."""
+    if group_columns < 32 or group_columns % 32:
+        refuse(op, "group_columns", group_columns, "a multiple of 32")
+    stride = constants[0][1].stride(0)
+    for name, tensor, dtype in constants:
+        if tensor is None:
+            continue
+        if tensor.dtype != dtype or tensor.ndim != 2 or tensor.stride(1) != 1 or (
+                tensor.shape[0] * group_columns < columns or tensor.shape[1] != n_pad):
+            refuse(op, name, f"{tensor.dtype} {list(tensor.shape)}",
+                   f"{dtype} [{-(-columns // group_columns)} or more, {n_pad}] with contiguous columns")
+        if len(tensor) > 1 and (tensor.stride(0) % 32 or tensor.stride(0) != (n_pad if op == "linear" else stride)):
+            refuse(op, name, f"of row stride {tensor.stride(0)}", "contiguous" if op == "linear" else "of the others' row stride, a multiple of 32")
+
+
+def weight_only(out, x, weight, scale, zero, bias, weight_bits, group_columns) -> tuple[int, int, int]:
+    """M, N and K; ValueError or TypeError that names the argument."""
+    if out.dtype not in FLOATS or out.ndim != 2 or out.stride(1) != 1 and out.shape[1] > 1:
+        refuse("weight_only", "out", f"{out.dtype} {list(out.shape)}", "float [M, N] with contiguous columns", TypeError)
+    m, n = out.shape
+    if x.dtype not in (torch.float16, torch.bfloat16) or x.ndim != 2 or x.stride(1) != 1 and x.shape[1] > 1:
+        refuse("weight_only", "x", f"{x.dtype} {list(x.shape)}", "float16 or bfloat16 [M, K] with contiguous columns", TypeError)
+    if len(x) != m or m > loader.FEW_ROWS:
+        refuse("weight_only", "x", f"of {len(x)} rows", f"of out's {m}, and up to {loader.FEW_ROWS}: dequantize serves more")
+    _weight("weight_only", weight, weight_bits, n, x.shape[1])
+    _groups("weight_only", x.shape[1], weight.shape[0], group_columns, ("scale", scale, torch.float32), ("zero", zero, torch.int8))
+    if bias is not None and (bias.dtype != torch.float32 or bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+        refuse("weight_only", "bias", f"{bias.dtype} {list(bias.shape)}", f"contiguous float32 [{weight.shape[0]}]")
+    _same_device("weight_only", out, x, weight, scale, zero, bias)
+    return m, n, x.shape[1]
+
+
+def dequantize(out, weight, scale, zero, weight_bits, group_columns) -> None:
+    """ValueError or TypeError that names the argument."""
+    if out.dtype not in FLOATS or out.ndim != 2 or not out.is_contiguous():
+        refuse("dequantize", "out", f"{out.dtype} {list(out.shape)}", "contiguous float [N, K]", TypeError)
+    _weight("dequantize", weight, weight_bits, *out.shape)
+    _groups("dequantize", out.shape[1], weight.shape[0], group_columns, ("scale", scale, torch.float32), ("zero", zero, torch.int8))
+    _same_device("dequantize", out, weight, scale, zero)
+
+
+def _weight(op: str, weight, bits: int, n: int, columns: int) -> None:
+    if bits not in COLUMNS or weight.dtype != (torch.int8 if bits == 8 else torch.uint8):
+        refuse(op, "weight, weight_bits", f"{weight.dtype}, {bits}", "int8 with 8 bits, uint8 (two codes a byte) with 4", TypeError)
+    k = weight.shape[-1] * (8 // bits)
+    if weight.ndim != 2 or weight.shape[0] != round_up(n, 32) or k % COLUMNS[bits] or columns > k or not weight.is_contiguous():
+        refuse(op, "weight", f"{list(weight.shape)}", f"as layout.pack_weight makes it for N={n} and at least {columns} columns")
 
 
 def attention(out, q, k, v, constants, bias, mask, window, pad, p_bits) -> None:
@@ -129,7 +188,7 @@ def attention(out, q, k, v, constants, bias, mask, window, pad, p_bits) -> None:
 
 
 def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift, fp_order, fp_out,
-         counted, merge) -> tuple[int, int, int]:
+         counted, starts, merge) -> tuple[int, int, int]:
     """Rows, features and code columns; ValueError or TypeError that names the argument."""
     if x.dtype not in FLOATS:
         refuse("rows", "x", x.dtype, "float16, bfloat16 or float32", TypeError)
@@ -169,20 +228,22 @@ def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scal
         refuse("rows", "row_shift", "given without row_scale, or without columns", "given with row_scale, for at least one column")
     if (counted is None) != (order is None or row_scale is None):
         refuse("rows", "counted", None if counted is None else "given", "given with order and row_scale, else left out")
+    if starts is not None and counted is None:
+        refuse("rows", "starts", "given without counted", "given with it, or left out")
     if (fp_order is None) != (fp_out is None):
         refuse("rows", "fp_order" if fp_out is None else "fp_out", "given alone", "given with the other of the two")
     f32, i32 = torch.float32, torch.int32
     for name, tensor, dtype, size in (("weight", weight, f32, columns), ("bias", bias, f32, columns),
                                       ("order", order, i32, out_columns), ("row_scale", row_scale, f32, m),
                                       ("row_shift", row_shift, f32, m), ("fp_order", fp_order, i32, None),
-                                      ("counted", counted, torch.uint8, (columns + 7) // 8),
+                                      ("counted", counted, torch.uint8, (columns + 7) // 8), ("starts", starts, i32, columns // 8),
                                       ("fp_out", fp_out, torch.float16, None if fp_order is None else m * fp_order.numel())):
         if tensor is None:
             continue
         if tensor.dtype != dtype or size is not None and tensor.numel() != size or not tensor.is_contiguous():
             refuse("rows", name, f"{tensor.dtype} {list(tensor.shape)}",
                    f"contiguous {dtype}" + ("" if size is None else f" of {size} elements"))
-    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_shift, fp_order, fp_out, counted)
+    _same_device("rows", out, x, residual, sum, weight, bias, order, row_scale, row_shift, fp_order, fp_out, counted, starts)
     return m, columns, out_columns
 
 
@@ -201,7 +262,7 @@ def patches(out, images, patch_h, patch_w, scale) -> None:
     _same_device("patches", out, images)
 
 
-def widen_int4(out, packed, multiplier, offset, group) -> None:
+def widen_int4(out, packed, multiplier, zero, group) -> None:
     """ValueError that names the argument."""
     if packed.dtype != torch.uint8 or packed.ndim != 2 or packed.shape[1] % 32 or not packed.is_contiguous():
         refuse("widen_int4", "packed", f"{packed.dtype} {list(packed.shape)}", "contiguous uint8 [N', K/2], K a multiple of 64")
@@ -210,14 +271,14 @@ def widen_int4(out, packed, multiplier, offset, group) -> None:
                f"contiguous int8 [{packed.shape[0]}, {2 * packed.shape[1]}]")
     groups = 2 if multiplier is None or not 2 <= len(multiplier) <= 256 else len(multiplier)
     for name, tensor, dtype, shape in (("multiplier", multiplier, torch.int8, (groups, out.shape[0])),
-                                       ("offset", offset, torch.int8, (groups, out.shape[0])), ("group", group, torch.uint8, (out.shape[1],))):
+                                       ("zero", zero, torch.int8, (groups, out.shape[0])), ("group", group, torch.uint8, (out.shape[1],))):
         if (multiplier is None) != (group is None):
             refuse("widen_int4", "multiplier and group", "one of them", "both or none")
-        if offset is not None and multiplier is None:
-            refuse("widen_int4", "offset", "given without multiplier", "with it, or None")
+        if zero is not None and multiplier is None:
+            refuse("widen_int4", "zero", "given without multiplier", "with it, or None")
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous()):
             refuse("widen_int4", name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous {str(dtype)[6:]} {list(shape)}")
-    _same_device("widen_int4", out, packed, multiplier, offset, group)
+    _same_device("widen_int4", out, packed, multiplier, zero, group)
 
 
 def _even_rows(x: Tensor) -> bool:

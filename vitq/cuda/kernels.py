@@ -16,10 +16,10 @@ from torch import Tensor
 
 from vitq.cuda import loader, tuning
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import pack_weight, pad_columns, permute_rows, round_up, unit_columns
+from vitq.cuda.layout import even_first, pack_weight, pad_columns, permute_rows, round_up, unit_columns
 from vitq.formats import QTensor
 from vitq.ops.attention import AttentionSpec, why_not_static_int8
-from vitq.ops.common import OutputFormat, signed
+from vitq.ops.common import OutputFormat, even_groups, signed
 from vitq.ops.dispatch import register
 from vitq.ops.linear import Constants, LinearSpec, check_float_only, fold
 from vitq.ops.windows import Windows
@@ -33,8 +33,8 @@ LARGEST_VALUE = 2.0**22
 @dataclass(frozen=True, eq=False)
 class PackedLinear:
     """weight: `layout.pack_weight`; scale float32 [S, N'], column_sums and bias [N'], weight_fp fp16 [N', F']: see
-    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers and offsets if it has
-    any: int8 [2, N'] in the rows' order, and uint8 [K'], which of the two holds for a column."""
+    `vitq.ops.linear.fold`. Beyond widen_rows rows a 4-bit weight is widened to int8 before the GEMM, by its multipliers and zero points if it has
+    any: int8 [G, N'] by `layout.even_first`, and uint8 [K'], which group a column is in; group_columns: where all are as wide."""
 
     weight: Tensor
     bits: int
@@ -52,8 +52,9 @@ class PackedLinear:
     out_zero_point: int
     widen_rows: int
     multiplier: Tensor | None
-    offset: Tensor | None
+    group_zero: Tensor | None
     group: Tensor | None
+    group_columns: int
 
 
 @register("linear", "cuda")
@@ -78,12 +79,13 @@ class CutlassLinear:
             weight_fp = permute_rows(F.pad(weight_fp.half(), (0, -weight_fp.shape[1] % 16))).to(device)
         scalar = output is not None and not constants.to_codes
         packed = pack_weight((params.codes if bits == 4 else params.integers).detach(), bits).to(device)
-        multiplier = offset = group = None
+        multiplier = group_zero = group = None
+        group_columns = 0
         if bits == 4 and params.weight_multiplier is not None:
-            levels = params.weight_multiplier, None if params.weight_zero is None else (-params.weight_zero * params.weight_multiplier).to(torch.int8)
-            multiplier, offset = (None if t is None else permute_rows((t.expand(2, n) if len(t) == 1 else t).T).T.contiguous().to(device)
-                                  for t in levels)
+            levels = params.weight_multiplier, None if params.weight_zero is None else params.weight_zero.to(torch.int8)
+            multiplier, group_zero = (None if t is None else even_first(t.expand(2, n) if len(t) == 1 else t).to(device) for t in levels)
             group = F.pad(params.column_group, (0, 2 * packed.shape[1] - k)).to(device)
+            group_columns = even_groups(params.column_group, k) or 0
         ends = params.segment_ends
         return PackedLinear(
             weight=packed, bits=bits, n=n, k=k, segment_ends=ends if len(ends) > 1 else (),
@@ -92,8 +94,8 @@ class CutlassLinear:
             bias=pad_columns(constants.bias).to(device), weight_fp=weight_fp, activation=spec.activation or "",
             dynamic=params.input.dynamic, output=None if output is None else output.to(device),
             out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
-            widen_rows=sys.maxsize if bits == 8 else 0 if group is not None else tuning.widen_rows(packed.device),
-            multiplier=multiplier, offset=offset, group=group)
+            widen_rows=sys.maxsize if bits == 8 else tuning.widen_rows(packed.device) if group is None else loader.FEW_ROWS if group_columns else 0,
+            multiplier=multiplier, group_zero=group_zero, group=group, group_columns=group_columns)
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
@@ -119,10 +121,11 @@ class CutlassLinear:
             flat, other = y.view(m, n), None if other is None else other.view(m, n)
         else:
             flat, other = groups(y), None if other is None else unit_columns(groups(other))
-        weight, bits = packed.weight, packed.bits
+        weight, bits, multiplier, group_zero = packed.weight, packed.bits, packed.multiplier, packed.group_zero
         if m > packed.widen_rows:
             weight, bits = torch.empty((weight.shape[0], 2 * weight.shape[1]), dtype=torch.int8, device=weight.device), 8
-            torch.ops.vitq.widen_int4(weight, packed.weight, packed.multiplier, packed.offset, packed.group)
+            torch.ops.vitq.widen_int4(weight, packed.weight, multiplier, group_zero, packed.group)
+            multiplier = group_zero = None
         shift = codes_fp = None
         if packed.column_sums is not None:
             shift = x.shift.reshape(m).contiguous()
@@ -134,7 +137,7 @@ class CutlassLinear:
             row_scale=x.scale.reshape(m).contiguous() if packed.dynamic else None, residual=other, column_sums=packed.column_sums,
             row_shift=shift, segment_ends=packed.segment_ends, codes_fp=codes_fp, weight_fp=packed.weight_fp,
             activation=packed.activation, out_scale=packed.out_scale, out_zero_point=packed.out_zero_point,
-            out_bits=8 if output is None else output.bits)
+            out_bits=8 if output is None else output.bits, multiplier=multiplier, group_zero=group_zero, group_columns=packed.group_columns)
         return y if output is None else QTensor(y, output.scale, output.zero_point)
 
 

@@ -8,7 +8,11 @@ Columns (input features k) are padded with zeros to a multiple of 32 (int8) or 6
 = i in its low and k = i + 32 in its high nibble: `w << 4` and `w`, each masked with 0xF0, are then the codes of two steps of k,
 times 16.
 
-What goes with a row (scales, biases) stays in logical order, padded to the same n.
+Where inputs are floats (`weight_only`) the middle two of each four int4 bytes are exchanged: `w & 0x000F000F` then holds codes of two
+neighbouring k, the halves of one operand of the MMA.
+
+What goes with a row (scales, biases) stays in logical order, padded to the same n. Constants of groups of columns are [G, N'], of each eight
+neighbouring rows the even ones first: a lane of the MMA then has those of its four rows side by side.
 """
 
 from __future__ import annotations
@@ -60,6 +64,11 @@ def widen(packed: Tensor) -> Tensor:
     return ((nibbles ^ 8) - 8).view(torch.int8).reshape(packed.shape[0], packed.shape[1] * 2)
 
 
+def exchange_bytes(packed: Tensor) -> Tensor:
+    """Packed int4 uint8 [N', K'/2] between the order of `pack_weight` and that for float inputs; its own inverse."""
+    return packed.view(packed.shape[0], packed.shape[1] // 4, 4)[..., [0, 2, 1, 3]].reshape(packed.shape)
+
+
 def permute_rows(weight: Tensor) -> Tensor:
     """[N, ...] -> [N', ...] with N' the next multiple of 32, rows in the kernels' order. Its own inverse, but for the padding."""
     n = weight.shape[0]
@@ -74,6 +83,28 @@ def bits_of(order: Tensor, features: int) -> Tensor:
     there = torch.zeros(round_up(features, 8), dtype=torch.uint8, device=order.device)
     there[order[order >= 0].long()] = 1
     return (there.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=order.device)).sum(1, dtype=torch.uint8)
+
+
+def starts_of(order: Tensor, fp: Tensor | None, features: int) -> Tensor | None:
+    """int32 [features / 8], how many of `order` come before each eighth feature; None unless order and fp [F], which -1 may follow, ascend and
+    share all features, and these are a multiple of 8."""
+    kept = order.new_empty(0) if fp is None else fp[fp >= 0]
+    both = torch.cat((order, kept)).sort().values
+    if features % 8 or not torch.equal(both, torch.arange(features, dtype=both.dtype, device=both.device)) or bool(
+            (order.diff() < 0).any()) or bool((kept.diff() < 0).any()) or fp is not None and not torch.equal(fp[: len(kept)], kept):
+        return None
+    return torch.searchsorted(order, torch.arange(0, features, 8, dtype=order.dtype, device=order.device)).to(torch.int32)
+
+
+def even_first(constants: Tensor) -> Tensor:
+    """Constants of groups of columns [G, N] -> [G, N'] in the kernels' order, contiguous."""
+    padded = F.pad(constants, (0, -constants.shape[-1] % ROWS))
+    return padded.view(len(padded), padded.shape[1] // 8, 4, 2).transpose(2, 3).reshape(padded.shape).contiguous()
+
+
+def even_first_undone(constants: Tensor) -> Tensor:
+    """[G, N'] in the kernels' order -> logical order."""
+    return constants.reshape(len(constants), constants.shape[1] // 8, 2, 4).transpose(2, 3).reshape(constants.shape)
 
 
 def pad_columns(values: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 ABI_VERSION = 6  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
+FEW_ROWS = 16  # VITQ_FEW_ROWS
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}  # VitqActivation
 NORMS = {"": 0, "layer_norm": 1, "rms_norm": 2}  # VitqNorm
@@ -64,6 +65,34 @@ class Linear(Structure):
         ("out_zero", c_float),
         ("qmin", c_int32),
         ("qmax", c_int32),
+        ("multiplier", c_void_p),
+        ("group_zero", c_void_p),
+        ("group_columns", c_int32),
+        ("config", c_int32),
+    ]
+
+
+class WeightOnly(Structure):
+    """`VitqWeightOnly`."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("ldx", c_int64),
+        ("x_dtype", c_int32),
+        ("x_columns", c_int32),
+        ("weight", c_void_p),
+        ("m", c_int32),
+        ("n", c_int32),
+        ("k", c_int32),
+        ("weight_bits", c_int32),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("scale_stride", c_int64),
+        ("group_columns", c_int32),
+        ("bias", c_void_p),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("out_dtype", c_int32),
         ("config", c_int32),
     ]
 
@@ -131,6 +160,7 @@ class Rows(Structure):
         ("order", c_void_p),
         ("out_columns", c_int32),
         ("counted", c_void_p),
+        ("starts", c_void_p),
         ("out", c_void_p),
         ("out_stride", c_int64),
         ("out_dtype", c_int32),
@@ -167,12 +197,17 @@ class Patches(Structure):
     ]
 
 
-STRUCTS = {"VitqMatrix": Matrix, "VitqLinear": Linear, "VitqAttention": Attention, "VitqRows": Rows, "VitqPatches": Patches}
+STRUCTS = {"VitqMatrix": Matrix, "VitqLinear": Linear, "VitqWeightOnly": WeightOnly, "VitqAttention": Attention, "VitqRows": Rows,
+           "VitqPatches": Patches}
 FUNCTIONS: dict[str, list] = {
     "vitq_linear_sm90": [POINTER(Linear), c_void_p],
     "vitq_linear_sm80": [POINTER(Linear), c_void_p],
+    "vitq_linear_few": [POINTER(Linear), c_void_p],
     "vitq_linear_sm90_configs": [],
     "vitq_linear_sm80_configs": [],
+    "vitq_linear_few_configs": [],
+    "vitq_weight_only": [POINTER(WeightOnly), c_void_p],
+    "vitq_dequantize": [POINTER(WeightOnly), c_void_p],
     "vitq_attention": [POINTER(Attention), c_void_p],
     "vitq_attention_supports": [c_int32, c_int32, c_int32, c_int32],
     "vitq_rows": [POINTER(Rows), c_void_p],

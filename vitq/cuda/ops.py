@@ -27,10 +27,19 @@ SCHEMAS = {
     # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale float32 [N']
     # or [S, N'], bias, column_sums [N'], N' the next multiple of 32 of N; row_scale, row_shift float32 [M]; codes_fp fp16 [M, F],
     # weight_fp fp16 [N', F]. int8 out: without an activation scale, column_sums and bias hold 1/out_scale and the zero point already.
+    # multiplier, group_zero int8 [G, N'], up to FEW_ROWS rows and 4-bit weights: (code - group_zero)·multiplier, an int8, of each row, in the
+    # order of layout.even_first, and its group of group_columns columns, in place of the code.
     "linear": "(Tensor(a!) out, Tensor codes, Tensor weight, Tensor scale, Tensor? bias, *, int weight_bits=8, int input_bits=8, "
               "Tensor? row_scale=None, Tensor? residual=None, Tensor? column_sums=None, Tensor? row_shift=None, int[] segment_ends=[], "
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "
-              "int out_bits=8, str config='') -> ()",
+              "int out_bits=8, Tensor? multiplier=None, Tensor? group_zero=None, int group_columns=0, str config='') -> ()",
+    # y = Σ_k x·(code - zero)·scale + bias, summed in float32. out float [M, N], M up to FEW_ROWS; x fp16 or bf16 [M, K], rows of 16-byte
+    # multiples; weight as layout.pack_weight makes it, 4-bit ones by exchange_bytes; scale float32 and zero int8 [G, N'], within the codes' range,
+    # of each row, in the order of layout.even_first, and its group of group_columns columns; bias float32 [N'].
+    "weight_only": "(Tensor(a!) out, Tensor x, Tensor weight, Tensor scale, *, Tensor? zero=None, Tensor? bias=None, int weight_bits=4, "
+                   "int group_columns, str config='') -> ()",
+    # The weights of weight_only in logical order, out float [N, K] contiguous.
+    "dequantize": "(Tensor(a!) out, Tensor weight, Tensor scale, *, Tensor? zero=None, int weight_bits=4, int group_columns) -> ()",
     # softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale, these four one number or one a head. q, k, v
     # int8 [B, tokens, H, D], unit stride in D; out [B, tokens, H·D] contiguous; bias float32 [H or 1, N, M], mask float32
     # [W, N, M], row b uses mask[b % W]; window [] or [height, width, window_h, window_w, shift_h, shift_w] of images in row
@@ -40,17 +49,18 @@ SCHEMAS = {
                  "float out_scale=1.0, int out_zero_point=0, int out_bits=8) -> ()",
     # (x + residual) -> norm -> columns in `order` -> codes. x, residual, sum float [.., K]; out int8 [.., K'], uint8 [.., ⌈K'/2⌉]
     # (packed int4), or float (the norm's result); row_scale float32 [M]: dynamic; with row_shift float32 [M]: and asymmetric; order int32
-    # [K'], -1 the value 0, with counted, uint8 [⌈K/8⌉] as `layout.bits_of` makes it, where the scale is dynamic; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
+    # [K'], -1 the value 0, with counted, uint8 [⌈K/8⌉] as `layout.bits_of` makes it, where the scale is dynamic, and starts int32 [K/8],
+    # `layout.starts_of`, where order and fp_order ascend and share all features; fp_order int32 [F], fp_out fp16 [M, F]. merge: x [.., H, W, K/4], rows are its 2 x 2 neighbours (Swin), 0
     # beyond odd sizes.
     "rows": "(Tensor(a!) out, Tensor x, *, Tensor? residual=None, Tensor(b!)? sum=None, str norm='', Tensor? weight=None, "
             "Tensor? bias=None, float eps=0.0, Tensor? order=None, float scale=1.0, int zero_point=0, int bits=8, "
             "Tensor(c!)? row_scale=None, Tensor(d!)? row_shift=None, Tensor? fp_order=None, Tensor(e!)? fp_out=None, "
-            "Tensor? counted=None, bool merge=False) -> ()",
+            "Tensor? counted=None, Tensor? starts=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
-    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and offset int8 [2, N'] and group uint8 [K] (0 or 1): each
-    # code times the multiplier, plus the offset, that its row has for its column's group.
-    "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? offset=None, Tensor? group=None) -> ()",
+    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [2, N'] (even_first) and group uint8 [K] (0
+    # or 1): each code, less the zero point, times the multiplier that its row has for its column's group.
+    "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? zero=None, Tensor? group=None) -> ()",
 }
 
 _current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -61,9 +71,10 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
             input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, column_sums: Tensor | None = None,
             row_shift: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
             weight_fp: Tensor | None = None, activation: str = "", out_scale: float = 1.0, out_zero_point: int = 0,
-            out_bits: int = 8, config: str = "") -> None:
+            out_bits: int = 8, multiplier: Tensor | None = None, group_zero: Tensor | None = None, group_columns: int = 0,
+            config: str = "") -> None:
     m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, column_sums, row_shift,
-                         segment_ends, codes_fp, weight_fp, activation, out_bits)
+                         segment_ends, codes_fp, weight_fp, activation, out_bits, multiplier, group_zero, group_columns)
     if not m or not n:
         return
     a_columns, k = codes.shape[1] * (8 // input_bits), weight.shape[1] * (8 // weight_bits)
@@ -76,9 +87,9 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
     codes_out = out.dtype == torch.int8
     qmin, qmax = int_range(out_bits) if codes_out else (0, 0)
     k_fp = 0 if weight_fp is None else weight_fp.shape[1]
-    arch, index = tuning.split(config) if config else tuning.pick(
+    kernel, index = tuning.split(config) if config else tuning.pick(
         tuning.Case(m, n, a_columns, weight_bits, input_bits, len(ends), k_fp, column_sums is not None, codes_out, activation,
-                    residual is not None), out.device.index)
+                    residual is not None, multiplier is not None), out.device.index)
     arguments = loader.Linear(
         a=codes.data_ptr(), lda=codes.stride(0) if m > 1 else round_up(codes.shape[1], 16), weight=weight.data_ptr(), m=m, n=n,
         k=k, a_columns=a_columns, a_bits=input_bits, weight_bits=weight_bits, segments=len(ends), segment_ends=ends,
@@ -86,13 +97,50 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
         row_scale=_pointer(row_scale), a_fp=_pointer(codes_fp), lda_fp=0 if codes_fp is None else codes_fp.stride(0),
         weight_fp=_pointer(weight_fp), k_fp=k_fp, rows_per_group=out.shape[1] if grouped else m,
         residual=_matrix(residual, grouped), out=_matrix(out, grouped), activation=loader.ACTIVATIONS[activation],
-        out_inverse=1.0 / out_scale, out_zero=out_zero_point, qmin=qmin, qmax=qmax, config=index)
-    library = loader.library()
-    function = library.vitq_linear_sm90 if arch == 90 else library.vitq_linear_sm80
-    code = _launch(function, arguments, out.device)
+        out_inverse=1.0 / out_scale, out_zero=out_zero_point, qmin=qmin, qmax=qmax,
+        multiplier=_pointer(multiplier), group_zero=_pointer(group_zero), group_columns=group_columns, config=index)
+    code = _launch(getattr(loader.library(), f"vitq_linear_{kernel}"), arguments, out.device)
     if code:
         loader.check("linear", code, f"M={m} N={n} K={a_columns}, W{weight_bits}A{input_bits}, {len(ends)} segments, "
-                                     f"out {out.dtype}, activation {activation or 'none'}, sm{arch}:{index}")
+                                     f"out {out.dtype}, activation {activation or 'none'}, {kernel}:{index}")
+
+
+def _weight_only(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, zero: Tensor | None = None, bias: Tensor | None = None,
+                 weight_bits: int = 4, group_columns: int, config: str = "") -> None:
+    m, n, k = checks.weight_only(out, x, weight, scale, zero, bias, weight_bits, group_columns)
+    if not m or not n:
+        return
+    if x.stride(0) % 8 and m > 1:
+        refuse("weight_only", "x", f"of row stride {x.stride(0)}", "of a row stride that is a multiple of 8")
+    if x.data_ptr() % 16:
+        x = x.clone() if x.is_contiguous() else x.new_empty(m, x.stride(0))[:, :k].copy_(x)
+    arguments = _weight_arguments(out, weight, scale, zero, weight_bits, group_columns, n, k)
+    arguments.x, arguments.ldx, arguments.x_dtype = x.data_ptr(), x.stride(0) if m > 1 else round_up(k, 8), loader.DTYPES[x.dtype]
+    arguments.m, arguments.bias = m, _pointer(bias)
+    if config:
+        kernel, arguments.config = tuning.split(config)
+        if kernel != "few":
+            refuse("weight_only", "config", repr(config), "of the kernel few")
+    if code := _launch(loader.library().vitq_weight_only, arguments, out.device):
+        loader.check("weight_only", code, f"M={m} N={n} K={k}, W{weight_bits}, groups of {group_columns}, {x.dtype}, out {out.dtype}")
+
+
+def _dequantize(out: Tensor, weight: Tensor, scale: Tensor, *, zero: Tensor | None = None, weight_bits: int = 4, group_columns: int) -> None:
+    checks.dequantize(out, weight, scale, zero, weight_bits, group_columns)
+    if not out.numel():
+        return
+    arguments = _weight_arguments(out, weight, scale, zero, weight_bits, group_columns, *out.shape)
+    if code := _launch(loader.library().vitq_dequantize, arguments, out.device):
+        loader.check("dequantize", code, f"{list(out.shape)}, W{weight_bits}, groups of {group_columns}, {out.dtype}")
+
+
+def _weight_arguments(out: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, weight_bits: int, group_columns: int,
+                      n: int, k: int) -> loader.WeightOnly:
+    return loader.WeightOnly(
+        x_columns=k, weight=weight.data_ptr(), n=n, k=weight.shape[1] * (8 // weight_bits),
+        weight_bits=weight_bits, scale=scale.data_ptr(), zero=_pointer(zero), scale_stride=scale.stride(0) if len(scale) > 1 else 0,
+        group_columns=group_columns,
+        out=out.data_ptr(), out_stride=out.stride(0), out_dtype=loader.DTYPES[out.dtype], config=-1)
 
 
 def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tuple[float, ...], v_scale: tuple[float, ...],
@@ -127,9 +175,10 @@ def _attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: tup
 def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
           weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
           scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_shift: Tensor | None = None,
-          fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None, merge: bool = False) -> None:
+          fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None,
+          starts: Tensor | None = None, merge: bool = False) -> None:
     m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift,
-                                          fp_order, fp_out, counted, merge)
+                                          fp_order, fp_out, counted, starts, merge)
     if not m or not columns:
         if row_scale is not None:
             row_scale.fill_(RANGE_MIN / int_range(bits)[1])
@@ -147,7 +196,8 @@ def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor
     arguments = loader.Rows(
         x=rows, rows_per_group=rows_per_group, m=m, columns=columns, merge_height=x.shape[-3] if merge else 0,
         merge_width=x.shape[-2] if merge else 0, residual=other, sum=total, norm=loader.NORMS[norm], weight=_pointer(weight),
-        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, counted=_pointer(counted), out=out.data_ptr(),
+        bias=_pointer(bias), eps=eps, order=_pointer(order), out_columns=out_columns, counted=_pointer(counted), starts=_pointer(starts),
+        out=out.data_ptr(),
         out_stride=out.stride(-2) if out.ndim > 1 and m > 1 else out.shape[-1], out_dtype=loader.DTYPES[out.dtype],
         scale=scale, zero=zero_point, qmin=qmin, qmax=qmax, row_scale=_pointer(row_scale), row_shift=_pointer(row_shift),
         fp_order=_pointer(fp_order),
@@ -172,15 +222,15 @@ def _patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: flo
         loader.check("patches", code, f"images {list(images.shape)}, patches {patch_h} x {patch_w}")
 
 
-def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, offset: Tensor | None = None,
+def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, zero: Tensor | None = None,
                 group: Tensor | None = None) -> None:
-    checks.widen_int4(out, packed, multiplier, offset, group)
+    checks.widen_int4(out, packed, multiplier, zero, group)
     if not out.numel():
         return
     rows, k = out.shape
     function = loader.library().vitq_widen_int4
     with _guard(out.device):
-        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(offset), _pointer(group), 0 if multiplier is None else len(multiplier),
+        code = function(packed.data_ptr(), _pointer(multiplier), _pointer(zero), _pointer(group), 0 if multiplier is None else len(multiplier),
                         out.data_ptr(), rows, k, _stream(out.device))
     if code:
         loader.check("widen_int4", code, f"{rows} x {k}")
@@ -222,7 +272,8 @@ def _launch(function: Any, arguments: Any, device: torch.device) -> int:
 
 
 def _register() -> None:
-    cuda = {"linear": _linear, "attention": _attention, "rows": _rows, "patches": _patches, "widen_int4": _widen_int4}
+    cuda = {"linear": _linear, "weight_only": _weight_only, "dequantize": _dequantize, "attention": _attention, "rows": _rows, "patches": _patches,
+            "widen_int4": _widen_int4}
     for name, schema in SCHEMAS.items():
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         _library.impl(name, cuda[name], "CUDA")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.cuda import checks
-from vitq.cuda.layout import unpack_weight, widen
+from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, unpack_weight, widen
 from vitq.formats import RANGE_MIN, int_range, pack_int4, unpack_int4
 from vitq.ops.common import activate, fma32
 from vitq.ops.linear import int_matmul
@@ -22,13 +22,17 @@ def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tens
            input_bits: int = 8, row_scale: Tensor | None = None, residual: Tensor | None = None, column_sums: Tensor | None = None,
            row_shift: Tensor | None = None, segment_ends: tuple[int, ...] = (), codes_fp: Tensor | None = None,
            weight_fp: Tensor | None = None, activation: str = "", out_scale: float = 1.0, out_zero_point: int = 0,
-           out_bits: int = 8, config: str = "") -> None:
+           out_bits: int = 8, multiplier: Tensor | None = None, group_zero: Tensor | None = None, group_columns: int = 0,
+           config: str = "") -> None:
     m, n = checks.linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, residual, column_sums, row_shift,
-                         segment_ends, codes_fp, weight_fp, activation, out_bits)
+                         segment_ends, codes_fp, weight_fp, activation, out_bits, multiplier, group_zero, group_columns)
     if input_bits == 4:
         codes = unpack_int4(codes, 2 * codes.shape[1])
     k = codes.shape[1]
     w = unpack_weight(weight, weight_bits, n, k, plain=input_bits == 4)
+    if multiplier is not None:
+        times, less = (0 if t is None else _of_columns(t, n, k, group_columns).int() for t in (multiplier, group_zero))
+        w = ((w - less) * times).to(torch.int8)
     ends = [*segment_ends[:-1], k]
     scale = scale.view(len(ends), -1)[:, :n]
     r = torch.ones(m, 1) if row_scale is None else row_scale.view(m, 1)
@@ -52,6 +56,28 @@ def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tens
         if residual is not None:
             y = y + residual.reshape(m, n).float()
     out.copy_(y.view(out.shape))
+
+
+def _of_columns(constants: Tensor, n: int, k: int, group_columns: int) -> Tensor:
+    """[G, N'] in the kernels' order -> [N, K] in logical order."""
+    return even_first_undone(constants).T[:n].repeat_interleave(group_columns, 1)[:, :k]
+
+
+def weight_only(out: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *, zero: Tensor | None = None, bias: Tensor | None = None,
+                weight_bits: int = 4, group_columns: int, config: str = "") -> None:
+    m, n, k = checks.weight_only(out, x, weight, scale, zero, bias, weight_bits, group_columns)
+    y = x.double() @ _floats(weight, scale, zero, weight_bits, group_columns, n, k).double().T
+    out.copy_((y if bias is None else y + bias[:n]).float())
+
+
+def dequantize(out: Tensor, weight: Tensor, scale: Tensor, *, zero: Tensor | None = None, weight_bits: int = 4, group_columns: int) -> None:
+    checks.dequantize(out, weight, scale, zero, weight_bits, group_columns)
+    out.copy_(_floats(weight, scale, zero, weight_bits, group_columns, *out.shape))
+
+
+def _floats(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int, group_columns: int, n: int, k: int) -> Tensor:
+    codes = unpack_weight(exchange_bytes(weight) if bits == 4 else weight, bits, n, k).float()
+    return (codes if zero is None else codes - _of_columns(zero, n, k, group_columns)) * _of_columns(scale, n, k, group_columns)
 
 
 def attention(out: Tensor, q: Tensor, k: Tensor, v: Tensor, *, logit_scale: Sequence[float], v_scale: Sequence[float], q_zero: Sequence[int] = (0,),
@@ -118,9 +144,10 @@ def windows(height: int, width: int, window_h: int, window_w: int, shift_h: int,
 def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor | None = None, norm: str = "",
          weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, order: Tensor | None = None,
          scale: float = 1.0, zero_point: int = 0, bits: int = 8, row_scale: Tensor | None = None, row_shift: Tensor | None = None,
-         fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None, merge: bool = False) -> None:
+         fp_order: Tensor | None = None, fp_out: Tensor | None = None, counted: Tensor | None = None,
+         starts: Tensor | None = None, merge: bool = False) -> None:
     m, columns, out_columns = checks.rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scale, row_shift,
-                                          fp_order, fp_out, counted, merge)
+                                          fp_order, fp_out, counted, starts, merge)
     y = x.float()
     if residual is not None:
         y = y + residual.float()
@@ -168,10 +195,11 @@ def patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: floa
     out.copy_((torch.round(cut / torch.tensor(scale)) + zero_point).clamp(*int_range(bits)).reshape(out.shape))
 
 
-def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, offset: Tensor | None = None,
+def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, zero: Tensor | None = None,
                group: Tensor | None = None) -> None:
-    checks.widen_int4(out, packed, multiplier, offset, group)
+    checks.widen_int4(out, packed, multiplier, zero, group)
     codes = widen(packed)
     if multiplier is not None:
-        codes = codes * multiplier[group.long()].T
-    out.copy_(codes if offset is None else codes + offset[group.long()].T)
+        times, less = (0 if t is None else permute_rows(even_first_undone(t).T)[:, group.long()] for t in (multiplier, zero))
+        codes = (codes - less) * times
+    out.copy_(codes)

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
 from vitq.cuda.checks import FLOATS
-from vitq.cuda.layout import bits_of, round_up
+from vitq.cuda.layout import bits_of, round_up, starts_of
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
 from vitq.ops.float_norm import FloatNormSpec
@@ -26,7 +26,7 @@ WIDEST_ROW = 32768  # features that csrc/rows.cu takes
 @dataclass(frozen=True, eq=False)
 class PackedRows:
     """What quantizes rows. format: on the device; scale, zero_point: its numbers; order, fp_order: int32 on the device or
-    None; counted: `layout.bits_of` the order where the scale is dynamic."""
+    None; counted, starts: `layout.bits_of` and `starts_of` the order where the scale is dynamic."""
 
     format: ActivationFormat
     scale: float
@@ -34,6 +34,7 @@ class PackedRows:
     order: Tensor | None
     fp_order: Tensor | None
     counted: Tensor | None
+    starts: Tensor | None
     weight: Tensor | None = None
     bias: Tensor | None = None
     eps: float = 0.0
@@ -55,12 +56,12 @@ class CudaRows:
         columns = fmt.columns
         fp = None if columns is None or columns.fp is None else F.pad(columns.fp, (0, -len(columns.fp) % 16), value=-1).to(device)
         order = None if columns is None or columns.order is None else columns.order.to(device)
-        counted = None
+        counted = starts = None
         if order is not None and fmt.dynamic:
             features = 1 + max(int(t.max()) for t in (order, fp) if t is not None and len(t))
-            counted = bits_of(order, features)
+            counted, starts = bits_of(order, features), starts_of(order, fp, features)
         return PackedRows(on_device(fmt, device), 1.0 if fmt.dynamic else float(fmt.scale), 0 if fmt.dynamic else int(fmt.zero_point), order, fp,
-                          counted, **norm)
+                          counted, starts, **norm)
 
     def run(self, packed: PackedRows, x: Tensor) -> QTensor:
         """x float [.., K] -> codes [.., K'] (K' = K unless the format orders columns), with merge [.., H, W, K/4] -> [.., H/2,
@@ -82,7 +83,7 @@ class CudaRows:
         torch.ops.vitq.rows(
             codes, x, norm=packed.norm, weight=packed.weight, bias=packed.bias, eps=packed.eps, order=packed.order,
             scale=packed.scale, zero_point=packed.zero_point, bits=fmt.bits, row_scale=scale, row_shift=shift, fp_order=packed.fp_order,
-            fp_out=fp, counted=packed.counted, merge=packed.merge)
+            fp_out=fp, counted=packed.counted, starts=packed.starts, merge=packed.merge)
         return QTensor(codes, scale, 0, shift, fp) if fmt.dynamic else QTensor(codes, fmt.scale, fmt.zero_point, fp=fp)
 
     def run_wide(self, packed: PackedRows, x: Tensor) -> QTensor:

@@ -51,13 +51,14 @@ class Case(NamedTuple):
     codes: bool = False  # written, rather than floats
     activation: str = ""
     residual: bool = False
+    groups: bool = False  # of columns, with multipliers
 
     @property
     def kind(self) -> str:
         """Everything but the sizes, in words."""
         words = [f"w{self.weight_bits}a{self.input_bits}", "codes" if self.codes else "float", self.activation,
                  "residual" if self.residual else "", f"{self.segments}segments" if self.segments > 1 else "",
-                 f"fp{self.fp}" if self.fp else "", "shift" if self.shift else ""]
+                 f"fp{self.fp}" if self.fp else "", "shift" if self.shift else "", "groups" if self.groups else ""]
         return " ".join(filter(None, words))
 
     @property
@@ -97,7 +98,7 @@ class HopperTile:
 
     def fits(self, case: Case) -> bool:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
-        if case.weight_bits != 8 or case.input_bits != 8:
+        if case.weight_bits != 8 or case.input_bits != 8 or case.groups:
             return False
         if not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 8, 10, 11, 12) if case.mixed else (1, 3, 11)):
             return False
@@ -133,16 +134,30 @@ class AmpereTile:
     name = "sm80"
 
     def fits(self, case: Case) -> bool:
-        return case.weight_bits == 4 or case.input_bits == 8
+        return (case.weight_bits == 4 or case.input_bits == 8) and not case.groups
 
 
-TILES: dict[int, tuple[HopperTile | AmpereTile, ...]] = {
-    90: (HopperTile(0, 192, 2, 1, True), HopperTile(1, 128, 2, 1, True), HopperTile(2, 256, 2, 1, True),
+@dataclass(frozen=True)
+class FewRowsTile:
+    """A configuration of csrc/few.cuh, which makes its own estimate where it is asked for number -1. Nothing that reads a weight in fuller
+    tiles is as fast at so few rows."""
+
+    index: int
+    name = "few"
+
+    def fits(self, case: Case) -> bool:
+        return (case.m <= loader.FEW_ROWS and case.segments == 1 and (case.weight_bits == 4 or case.input_bits == 8)
+                and (not case.groups or (case.weight_bits, case.input_bits) == (4, 8)))
+
+
+TILES: dict[str, tuple[HopperTile | AmpereTile | FewRowsTile, ...]] = {
+    "sm90": (HopperTile(0, 192, 2, 1, True), HopperTile(1, 128, 2, 1, True), HopperTile(2, 256, 2, 1, True),
          HopperTile(3, 96, 2, 1, True), HopperTile(4, 64, 2, 1, True), HopperTile(5, 128, 2, 2, True),
          HopperTile(6, 192, 3, 1, True), HopperTile(7, 128, 3, 1, True), HopperTile(8, 256, 2, 1, False),
          HopperTile(9, 192, 2, 1, False), HopperTile(10, 128, 2, 2, False), HopperTile(11, 128, 2, 1, False),
          HopperTile(12, 64, 2, 1, False)),
-    80: tuple(AmpereTile(i) for i in range(11)),
+    "sm80": tuple(AmpereTile(i) for i in range(11)),
+    "few": tuple(FewRowsTile(i) for i in range(6)),
 }
 
 
@@ -153,8 +168,8 @@ def widen_rows(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=4096)
-def pick(case: Case, device: int) -> tuple[int, int]:
-    """(90 or 80, index): the kernel and its configuration for a case on a GPU."""
+def pick(case: Case, device: int) -> tuple[str, int]:
+    """("sm90", "sm80" or "few", index): the kernel and its configuration for a case on a GPU."""
     for recorded in _recordings:
         recorded.add(case)
     tiles = candidates(case, device)
@@ -167,22 +182,22 @@ def pick(case: Case, device: int) -> tuple[int, int]:
             return split(name)
     hopper = [tile for tile in tiles if isinstance(tile, HopperTile)]
     if not hopper:
-        return 80, -1
-    return 90, min(hopper, key=lambda tile: tile.estimate(case, _multiprocessors(device))).index
+        return tiles[0].name, -1
+    return "sm90", min(hopper, key=lambda tile: tile.estimate(case, _multiprocessors(device))).index
 
 
-def candidates(case: Case, device: int) -> list[HopperTile | AmpereTile]:
-    """The configurations that take a case there: Hopper's own kernel where it does, else the one for all chips."""
-    arch = loader.kernel_arch(device)
-    return [tile for tile in TILES[arch] if tile.fits(case)] or [tile for tile in TILES[80] if tile.fits(case)]
+def candidates(case: Case, device: int) -> list[HopperTile | AmpereTile | FewRowsTile]:
+    """The configurations that take a case there: the kernel for few rows where it does, else Hopper's own, else the one for all chips."""
+    kernels = ("few", "sm90", "sm80") if loader.kernel_arch(device) == 90 else ("few", "sm80")
+    return next(filter(None, ([tile for tile in TILES[kernel] if tile.fits(case)] for kernel in kernels)), [])
 
 
-def split(name: str) -> tuple[int, int]:
-    """'sm90:3' -> (90, 3). ValueError for anything else."""
+def split(name: str) -> tuple[str, int]:
+    """'sm90:3' -> ("sm90", 3). ValueError for anything else."""
     kernel, _, index = name.partition(":")
-    if kernel not in ("sm80", "sm90") or not index.isdigit():
+    if kernel not in TILES or not index.isdigit():
         raise ValueError(f"vitq::linear: config is {name!r}; it must be '' or a kernel and its configuration such as 'sm90:3'")
-    return int(kernel[2:]), int(index)
+    return kernel, int(index)
 
 
 def nearest(measured: dict[str, str], m: int) -> str | None:
@@ -295,6 +310,8 @@ def example(case: Case, device: torch.device) -> dict[str, Any]:
     if case.fp:
         arguments["codes_fp"] = torch.zeros(case.m, case.fp, dtype=torch.float16, **on)
         arguments["weight_fp"] = torch.zeros(n_pad, case.fp, dtype=torch.float16, **on)
+    if case.groups:
+        arguments |= {"multiplier": torch.ones(-(-case.k // 128), n_pad, dtype=torch.int8, **on), "group_columns": 128}
     return arguments
 
 

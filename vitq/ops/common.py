@@ -68,3 +68,13 @@ def signed(x: QTensor) -> Tensor:
 def unsigned(x: QTensor) -> Tensor:
     """uint8 codes (signed + 128) of a QTensor that may hold int8 ones."""
     return x.codes if x.codes.dtype == torch.uint8 else x.codes.view(torch.uint8) ^ 0x80
+
+
+def even_groups(group: Tensor | None, k: int) -> int | None:
+    """How many neighbours each group of k columns has, a multiple of 32, the last group perhaps fewer; None where they are not so. group:
+    [k], the group of each column, or None for one group."""
+    size = k if group is None else int((group == 0).sum())
+    if size == k:
+        return k + -k % 32
+    even = size > 0 and size % 32 == 0 and torch.equal(group.long(), torch.arange(k, device=group.device) // size)
+    return size if even else None

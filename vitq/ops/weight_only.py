@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.formats import pack_int4, unpack_int4
+from vitq.ops.common import even_groups
 from vitq.ops.dispatch import register
 from vitq.plan import LinearParams
 
 # Weights made floats at once: their temporaries stay small however large the layer is.
 CHUNK = 1 << 22
+# torch's int4 product takes as much longer as there are rows: 2048 x 2048 took 0.3 ms at one and 23 at 64, the weight as floats 38 at any.
+INT4_ROWS = 64
 
 
 class PackedWeight(NamedTuple):
@@ -76,5 +79,49 @@ class DequantizedLinear(_Dequantize):
         return (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).to(dtype)
 
 
+class PackedInt4(NamedTuple):
+    """codes: as torch's int4 product wants them; constants: bfloat16 [K / size, N, 2], scale and -zero·scale; weight: for what it does not take."""
+
+    codes: Tensor
+    constants: Tensor
+    size: int
+    weight: PackedWeight
+
+
+@register("weight_only", "cpu")
+class Int4Linear(DequantizedLinear):
+    """torch's product of bfloat16 rows and 4-bit weights, which never become floats in memory, for few rows; scales are rounded to bfloat16."""
+
+    name = "torch-int4"
+
+    def supports(self, spec: LinearParams) -> str | None:
+        k = spec.codes.shape[1]
+        if not all(hasattr(torch.ops.aten, name) for name in ("_convert_weight_to_int4pack_for_cpu", "_weight_int4pack_mm_for_cpu")):
+            return "this torch has no int4 product on CPUs"
+        if spec.weight_bits > 4:
+            return f"weights of {spec.weight_bits} bits"
+        if not spec.codes.numel() or even_groups(spec.column_group, k) is None or k % 32:
+            return f"{k} features in groups that are not whole, of multiples of 32"
+        return None
+
+    def pack(self, spec: LinearParams, device: torch.device) -> PackedInt4:
+        weight = super().pack(spec, device)
+        n, k = spec.codes.shape
+        even = even_groups(spec.column_group, k)
+        size = next(size for size in (256, 128, 64, 32) if even % size == 0 and k % size == 0)
+        group = torch.arange(0, k, size, device=device) // even
+        scale = F.pad(weight.scale.index_select(1, group), (0, 0, 0, -n % 16))
+        zero = torch.zeros_like(scale) if weight.zero is None else F.pad(weight.zero.index_select(1, group), (0, 0, 0, -n % 16))
+        codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(spec.codes.int() + 8, (0, 0, 0, -n % 16)), 1)
+        return PackedInt4(codes, torch.stack((scale, -zero * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous(), size, weight)
+
+    def run(self, packed: PackedInt4, x: Tensor, *, dtype: torch.dtype) -> Tensor:
+        flat = x.reshape(-1, packed.weight.features)
+        if x.dtype != torch.bfloat16 or not 0 < len(flat) <= INT4_ROWS:
+            return super().run(packed.weight, x, dtype=dtype)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), packed.codes, packed.size, packed.constants)
+        y = y[:, : len(packed.weight.codes)].reshape(*x.shape[:-1], -1)
+        return (y if packed.weight.bias is None else y + packed.weight.bias.to(y.dtype)).to(dtype)
+
+
 register("weight_only", "cpu")(DequantizedLinear)
-register("weight_only", "cuda")(DequantizedLinear)

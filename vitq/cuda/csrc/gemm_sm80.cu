@@ -1,6 +1,5 @@
 // vitq_linear_sm80: the choice of a tile; the kernel is in gemm_sm80.cuh.
 #include <algorithm>
-#include <atomic>
 
 #include "gemm_sm80.cuh"
 #include "launch.cuh"
@@ -10,28 +9,6 @@ namespace sm80 {
 namespace {
 
 constexpr int FORCE_NATIVE_INT4 = 100;  // config + 100, 4-bit inputs: the s4 instruction even where it is emulated
-
-struct Gpu {
-  int processors, major;
-};
-
-int gpu(Gpu& out) {
-  constexpr int DEVICES = 64;
-  static std::atomic<uint64_t> known[DEVICES];  // processors << 32 | major
-  int device;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  uint64_t packed = device < DEVICES ? known[device].load(std::memory_order_relaxed) : 0;
-  if (packed == 0) {
-    int processors, major;
-    if ((error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) != cudaSuccess) return error;
-    if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess) return error;
-    packed = uint64_t(processors) << 32 | unsigned(major);
-    if (device < DEVICES) known[device].store(packed, std::memory_order_relaxed);
-  }
-  out = {static_cast<int>(packed >> 32), static_cast<int>(packed & 0xFFFFFFFFu)};
-  return 0;
-}
 
 // Estimated cycles of a tile configuration: the fullest SM's share of products and of traffic from L2, or, if that is less,
 // what the latency of its loads costs; then its outputs.
@@ -70,9 +47,10 @@ extern "C" int vitq_linear_sm80(const VitqLinear* args, void* stream_) {
   const VitqLinear& p = *args;
   if (p.m <= 0) return p.m < 0 ? VITQ_BAD_ARGUMENT : 0;  // first: without rows there may be no pointers either
   if (int error = vitq::check_linear(p)) return error;
+  if (p.multiplier != nullptr) return VITQ_UNSUPPORTED;
   cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  Gpu device;
-  if (int error = gpu(device)) return error;
+  vitq::Gpu device;
+  if (int error = vitq::gpu_of_now(device)) return error;
   bool segments = p.segments > 1 || p.column_sums != nullptr || p.a_fp != nullptr;
   int tile = p.config;
   bool native = device.major == 8;

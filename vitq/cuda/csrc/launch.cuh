@@ -4,9 +4,35 @@
 #include <cuda_runtime.h>
 #include <stdint.h>
 
+#include <atomic>
+
 #include "vitq_cuda.h"
 
 namespace vitq {
+
+struct Gpu {
+  int processors, major, shared;  // shared: bytes that a block may have
+};
+
+// The current device.
+inline int gpu_of_now(Gpu& out) {
+  constexpr int DEVICES = 64;
+  static std::atomic<uint64_t> known[DEVICES];  // shared << 32 | processors << 8 | major
+  int device;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  uint64_t packed = device < DEVICES ? known[device].load(std::memory_order_relaxed) : 0;
+  if (packed == 0) {
+    int processors, major, shared;
+    if ((error = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) != cudaSuccess) return error;
+    if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess) return error;
+    if ((error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) != cudaSuccess) return error;
+    packed = uint64_t(shared) << 32 | unsigned(processors) << 8 | unsigned(major);
+    if (device < DEVICES) known[device].store(packed, std::memory_order_relaxed);
+  }
+  out = {static_cast<int>(packed >> 8 & 0xFFFFFF), static_cast<int>(packed & 0xFF), static_cast<int>(packed >> 32)};
+  return 0;
+}
 
 // Lets a kernel have all the shared memory that a block of the device may have. Not what one launch needs: another thread may ask for
 // less between this and the launch.
@@ -47,6 +73,19 @@ inline int check_linear(const VitqLinear& p) {
   // sums of 128·128·k must fit 32 bits; row and column numbers of the last tile as well
   if (p.k >= 1 << 17 || p.k_fp >= 1 << 28 || p.m > INT32_MAX - 256 || p.n > INT32_MAX - 256) return VITQ_UNSUPPORTED;
   return 0;
+}
+
+// A kernel may start while the one before it still runs, to fetch its weight into the L2, which changes nothing that anyone can see;
+// this waits for all that the others have written. (On sm_80 kernels start one after the other.)
+__device__ __forceinline__ void start_dependents() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace vitq

@@ -385,6 +385,7 @@ template <typename T, int V, Lanes LANES, Mode MODE, bool STAGED>
 __global__ void __launch_bounds__(LANES == WIDE ? wide_threads(sizeof(T)) : THREADS,
                                   LANES == WIDE ? 1 : resident(V, MODE, STAGED))
 rows_kernel(const __grid_constant__ RowsLaunch p) {
+  start_dependents();  // the GEMM of few rows fetches its weights meanwhile
   rows_body<T, V, LANES, MODE, STAGED>(p);
 }
 
@@ -465,6 +466,7 @@ extern "C" int vitq_rows(const VitqRows* args, void* stream_) {
   if (const int error = check(a)) return error;
   if (!a.m) return 0;
   const auto stream = static_cast<cudaStream_t>(stream_);
+  if (takes_kept_rows(a)) return launch_kept_rows(a, stream);
   const bool codes = a.out_dtype == VITQ_S8 || a.out_dtype == VITQ_S4, packed = a.out_dtype == VITQ_S4;
   const bool dynamic = codes && a.row_scale, exact = codes && (dynamic || a.norm == VITQ_NO_NORM);
 

@@ -182,6 +182,10 @@ __device__ __forceinline__ void store_one(void* base, int dtype, int64_t offset,
   else static_cast<uint16_t*>(base)[offset] = dtype == VITQ_F16 ? half : brain;
 }
 
+// rows_kept.cu
+bool takes_kept_rows(const VitqRows& a);
+int launch_kept_rows(const VitqRows& a, cudaStream_t stream);
+
 struct Sum {
   template <typename V>
   __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }

@@ -2,6 +2,7 @@
 // eights.
 #pragma once
 
+#include "launch.cuh"
 #include "rows.cuh"
 
 namespace vitq {
@@ -43,6 +44,7 @@ __device__ __forceinline__ float load_x(const RowsLaunch& p, const Place& at, in
 
 // A block shares a row and reads it again from the caches for each of its passes.
 __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_constant__ RowsLaunch p) {
+  start_dependents();
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ uint32_t meeting[2][32];
   const VitqRows& a = p.a;
@@ -122,6 +124,7 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_cons
 // Rows of up to 32 V columns, in registers: each warp has its own.
 template <int V>
 __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid_constant__ RowsLaunch p) {
+  start_dependents();
   extern __shared__ __align__(16) uint8_t shared[];
   const VitqRows& a = p.a;
   const AnyRow kind(a);

@@ -55,13 +55,44 @@ typedef struct {
   // code = clamp(rint(y)); with one, code = clamp(rint(act(y) * out_inverse + out_zero)).
   float out_inverse, out_zero;
   int32_t qmin, qmax;
+  // Two levels of scales, vitq_linear_few and weight_bits = 4 only: (code - group_zero)·multiplier of the row and its group of group_columns
+  // neighbouring columns, a multiple of 32, is multiplied in place of the code, and must be an int8. A row of n_pad for each group of the
+  // a_columns, in the order of layout.py's even_first; group_zero may be null. multiplier null: none.
+  const int8_t *multiplier, *group_zero;
+  int32_t group_columns;
   int32_t config;        // tile configuration, an index of the kernel's own table
 } VitqLinear;
 
+#define VITQ_FEW_ROWS 16
 int vitq_linear_sm90(const VitqLinear* args, void* stream);  // wgmma and TMA: 8-bit weights only
-int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: everything above
+int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: everything above but multipliers
+int vitq_linear_few(const VitqLinear* args, void* stream);   // mma.sync, bound by reading the weight: up to VITQ_FEW_ROWS rows, one segment, no zero
 int vitq_linear_sm90_configs(void);  // how many configurations there are
 int vitq_linear_sm80_configs(void);
+int vitq_linear_few_configs(void);   // of vitq_weight_only too; both choose themselves where config is -1
+
+// y = Σ_k x·(code - zero)·scale + bias, the sums in float32. Scales and zero points are those of the row and of the column's group of
+// group_columns neighbours: a row of n_pad for each group of the x_columns, in the order of layout.py's even_first.
+typedef struct {
+  const void* x;         // fp16 or bf16 [m, x_columns], rows 16-byte aligned; the rest of k is read as zero
+  int64_t ldx;           // elements
+  int32_t x_dtype, x_columns;
+  const void* weight;    // layout.py, as in VitqLinear, but of each four bytes of 4-bit codes the middle two exchanged
+  int32_t m, n, k, weight_bits;
+  const float* scale;
+  const int8_t* zero;    // within the codes' range; or null
+  int64_t scale_stride;  // elements between groups, of zero too
+  int32_t group_columns; // a multiple of 32
+  const float* bias;     // [n_pad] or null
+  void* out;             // [m, n]
+  int64_t out_stride;    // elements
+  int32_t out_dtype;     // a float type
+  int32_t config;
+} VitqWeightOnly;
+
+int vitq_weight_only(const VitqWeightOnly* args, void* stream);  // m up to VITQ_FEW_ROWS
+// The weight alone, rounded once from float32: out [n, x_columns], rows in logical order, out_stride apart. x, x_dtype, m, bias are not read.
+int vitq_dequantize(const VitqWeightOnly* args, void* stream);
 
 // softmax((q − q_zero)·kᵀ·logit_scale + bias + mask)·(v − v_zero)·v_scale on codes, probabilities requantized row by row.
 #define VITQ_MOST_HEADS 64       // that may have scales of their own
@@ -111,6 +142,8 @@ typedef struct {
   const int32_t* order;          // [out_columns] which feature each code column holds, -1: zero; or null: in order
   int32_t out_columns;
   const uint8_t* counted;        // [(columns + 7) / 8], a bit for each feature in `order`: given with it and row_scale
+  const int32_t* starts;         // [columns / 8], or null; where order and fp_order share all features and both ascend: how many of order
+                                 // come before each eighth feature
   void* out;                     // int8 [m, out_stride]; VITQ_S4: packed, low nibble first; or float: the norm's result
   int64_t out_stride;            // bytes for codes, elements for floats
   int32_t out_dtype;
@@ -140,10 +173,10 @@ typedef struct {
 
 int vitq_patches(const VitqPatches* args, void* stream);
 
-// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] and group uint8 [k]: each code
-// times the multiplier, plus the offset [groups, rows] if that is given too, that its row has for its column's group, modulo 256. More than
-// two groups change at multiples of 32 columns alone.
-int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group, int64_t groups, int8_t* out,
+// Packed int4 weight (layout.py) to int8 [rows, k] in the same row order. With multiplier int8 [groups, rows] (even_first) and group uint8 [k]:
+// each code, less the zero point int8 [groups, rows] if that is given too, times the multiplier that its row has for its column's group, modulo
+// 256. More than two groups change at multiples of 32 columns alone.
+int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* zero, const uint8_t* group, int64_t groups, int8_t* out,
                     int64_t rows, int64_t k, void* stream);
 
 int vitq_abi_version(void);

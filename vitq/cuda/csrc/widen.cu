@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t widen(uint32_t word) {  // low nibbles of fo
   return low | (low & 0x08080808u) * 0x1Eu;  // 8 · 30 = 0xF0: the sign fills the upper nibble, no byte carries into the next
 }
 
-// Two levels of scales: the codes of a row times one of two multipliers, plus one of two offsets, by the column's group. group: 0 or 1 in
+// Two levels of scales: the codes of a row, less one of two zero points, times one of two multipliers, by the column's group. group: 0 or 1 in
 // four bytes. Of more than two groups 32 columns share one, so that first and second are the same.
 struct Levels {
   uint32_t first, second, first_offset, second_offset;
@@ -36,19 +36,23 @@ struct Levels {
 // 16 packed bytes, half a block of 64 k: 16 codes from the low nibbles, and 16 from the high ones 32 codes further on.
 template <bool MULTIPLIED>
 __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict__ packed, const int8_t* __restrict__ multiplier,
-                                                        const int8_t* __restrict__ offset, const uint4* __restrict__ group, uint4* __restrict__ out, unsigned rows,
-                                                        unsigned row_vectors, bool stepped) {
+                                                        const int8_t* __restrict__ zero, const uint4* __restrict__ group,
+                                                        uint4* __restrict__ out, unsigned rows, unsigned row_vectors, bool stepped) {
   const unsigned vectors = rows * row_vectors, stride = gridDim.x * THREADS;
   for (unsigned i = blockIdx.x * THREADS + threadIdx.x; i < vectors; i += stride) {
     const uint4 v = packed[i];
     uint4* to = out + int64_t(i >> 1) * 4 + (i & 1);
     if constexpr (MULTIPLIED) {
-      const unsigned row = i / row_vectors, j = i - row * row_vectors;
+      const unsigned line = i / row_vectors, j = i - line * row_vectors, row = (line & ~31u) + line % 8 * 4 + line % 32 / 8;
+      // `row` is where the line's constants are (even_first)
       const uint4* groups = group + (j >> 1) * 4 + (j & 1);
       const uint4 low = __ldg(groups), high = __ldg(groups + 2);
       const auto levels = [&](unsigned a, unsigned b) {
         Levels m{uint32_t(multiplier[a * rows + row]), uint32_t(multiplier[b * rows + row]), 0, 0};
-        if (offset) m.first_offset = uint32_t(int32_t(offset[a * rows + row])), m.second_offset = uint32_t(int32_t(offset[b * rows + row]));
+        if (zero) {
+          m.first_offset = -uint32_t(int32_t(zero[a * rows + row])) * m.first & 0xFFu;
+          m.second_offset = -uint32_t(int32_t(zero[b * rows + row])) * m.second & 0xFFu;
+        }
         return m;
       };
       const unsigned of_low = low.x & 0xFF, of_high = high.x & 0xFF;
@@ -64,9 +68,9 @@ __global__ void __launch_bounds__(THREADS) widen_kernel(const uint4* __restrict_
 
 }  // namespace
 
-extern "C" int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* offset, const uint8_t* group,
+extern "C" int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* zero, const uint8_t* group,
                                int64_t groups, int8_t* out, int64_t rows, int64_t k, void* stream_) {
-  if (rows < 0 || k < 0 || k % 64 || (multiplier && (groups < 2 || groups > 256)) || (multiplier == nullptr) != (group == nullptr) || (offset && !multiplier)) return VITQ_BAD_ARGUMENT;
+  if (rows < 0 || k < 0 || k % 64 || (multiplier && (groups < 2 || groups > 256)) || (multiplier == nullptr) != (group == nullptr) || (zero && !multiplier)) return VITQ_BAD_ARGUMENT;
   const int64_t vectors = rows * (k / 32);
   if (!vectors) return 0;
   if (!packed || !out || uintptr_t(packed) % 16 || uintptr_t(out) % 16 || uintptr_t(group) % 16) return VITQ_BAD_ARGUMENT;
@@ -74,7 +78,7 @@ extern "C" int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, 
   const auto blocks = unsigned(std::min<int64_t>((vectors + THREADS - 1) / THREADS, 1 << 20));
   const auto kernel = multiplier ? widen_kernel<true> : widen_kernel<false>;
   kernel<<<blocks, THREADS, 0, static_cast<cudaStream_t>(stream_)>>>(
-      reinterpret_cast<const uint4*>(packed), multiplier, offset, reinterpret_cast<const uint4*>(group),
+      reinterpret_cast<const uint4*>(packed), multiplier, zero, reinterpret_cast<const uint4*>(group),
       reinterpret_cast<uint4*>(out), unsigned(rows), unsigned(k / 32), groups > 2);
   return cudaGetLastError();
 }
