@@ -154,7 +154,7 @@ def are_right(model: nn.Module, words: list[tuple[Tensor, int]]) -> list[bool]:
 def table(rows: list[dict], samples: int) -> tuple[list[str], list[list]]:
     """Headers and rows; of a figure the mean over the seeds ± their standard deviation."""
     figures = list(rows[0]["runs"][0])
-    headers = ["heads", "by", "parts least, a layer", "bits, linears", *figures, "s.e. of %"]
+    headers = ["heads", "by", "least units, a layer", "bits, linears", *figures, "s.e. of %"]
 
     def spread(values: list[float]) -> str:
         return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
