@@ -81,7 +81,8 @@ def run(args: argparse.Namespace, command: str, console: Console) -> int:
             model = vitq.convert(loaded.model, recipe, calib)
             one = measure(model)
             heads = model.vitq.recipe.heads["chosen"]
-            found[score, least].append({**one, "units": statistics.mean(map(len, heads.values())), "bits": vitq.report.bits_per_weight(model).linears})
+            one |= {"units": statistics.mean(map(len, heads.values())), "bits": vitq.report.bits_per_weight(model).linears}
+            found[score, least].append(one)
             console.step(f"seed {seed}, {least} heads by {score}: " + ", ".join(f"{key} {value:.4g}" for key, value in one.items()))
         report["rows"] = [{"score": score, "least": least, "runs": runs} for (score, least), runs in found.items() if runs]
         vitq.report.write_json(args.output / "heads.json", report)
