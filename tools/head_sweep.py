@@ -81,7 +81,8 @@ def run(args: argparse.Namespace, command: str, console: Console) -> int:
             model = vitq.convert(loaded.model, recipe, calib)
             one = measure(model)
             heads = model.vitq.recipe.heads["chosen"]
-            found[score, least].append({**one, "units": statistics.mean(map(len, heads.values())), "bits": vitq.report.bits_per_weight(model).linears})
+            one |= {"units": statistics.mean(map(len, heads.values())), "bits": vitq.report.bits_per_weight(model).linears}
+            found[score, least].append(one)
             console.step(f"seed {seed}, {least} heads by {score}: " + ", ".join(f"{key} {value:.4g}" for key, value in one.items()))
         report["rows"] = [{"score": score, "least": least, "runs": runs} for (score, least), runs in found.items() if runs]
         vitq.report.write_json(args.output / "heads.json", report)
@@ -154,7 +155,7 @@ def are_right(model: nn.Module, words: list[tuple[Tensor, int]]) -> list[bool]:
 def table(rows: list[dict], samples: int) -> tuple[list[str], list[list]]:
     """Headers and rows; of a figure the mean over the seeds ± their standard deviation."""
     figures = list(rows[0]["runs"][0])
-    headers = ["heads", "by", "parts least, a layer", "bits, linears", *figures, "s.e. of %"]
+    headers = ["heads", "by", "least units, a layer", "bits, linears", *figures, "s.e. of %"]
 
     def spread(values: list[float]) -> str:
         return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")

@@ -85,8 +85,8 @@ def test_mistakes(args: list[str], message: str, folder, text) -> None:
 
 def test_an_image_model(tmp_path) -> None:
     pytest.importorskip("conformal_clip_data")
-    code, _, err = run_tool(head_sweep, "--vit", "deit_s=demo", "--data", "demo", "--recipe", "phq-w8", "--calib-size", 4, "--seeds", 1, "--heads", "2",
-                            "--scores", "l1", "--limit", 4, "--batch-size", 4, "--output", tmp_path, *QUICK)
+    code, _, err = run_tool(head_sweep, "--vit", "deit_s=demo", "--data", "demo", "--recipe", "phq-w8", "--calib-size", 4, "--seeds", 1,
+                            "--heads", "2", "--scores", "l1", "--limit", 4, "--batch-size", 4, "--output", tmp_path, *QUICK)
     assert code == 0, err
     row = json.loads((tmp_path / "heads.json").read_text())["rows"][1]
     assert (row["score"], row["runs"][0]["units"]) == ("l1", 2) and row["runs"][0]["top-1 %"] > 50
