@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache  # noqa: E402
 
 import vitq  # noqa: E402
 from vitq.formats import QTensor, pack_int4, unpack_int4  # noqa: E402
-from vitq.nn.key_values import RowCodes  # noqa: E402
+from vitq.nn.key_values import HeadCodes, RowCodes  # noqa: E402
 from vitq.nn.quantized_cache import QuantizedCache  # noqa: E402
 from vitq.quantizers.uniform import quantize_per_token, quantize_per_token_asymmetric  # noqa: E402
 
@@ -262,3 +262,38 @@ def test_block_by_block(stream: str, tmp_path) -> None:
         floats = vitq.convert(model, quick("dgq-w4a8"), calib, stream=stream, **FLOAT32)
         assert not torch.equal(layers(floats)[0].self_attn.o_proj.qweight, layers(made)[0].self_attn.o_proj.qweight), "o_proj reads what codes give"
         assert torch.equal(layers(floats)[0].self_attn.qkv_proj.qweight, layers(made)[0].self_attn.qkv_proj.qweight)
+
+
+# Heads of their own bits ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_heads_of_different_codes_lie_side_by_side(dtype: torch.dtype) -> None:
+    codes = HeadCodes(((2, RowCodes(4, False)), (1, None), (3, RowCodes(8, True))))
+    x = torch.randn(2, 6, 5, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    rows = codes.pack(x)
+    assert rows.shape == (2, 1, 5, codes.size(24, dtype.itemsize)) and codes.size(24) == 2 * (8 + 12) + 48 + 3 * (4 + 24)
+    numbers = codes.unpack(rows, 24, dtype)
+    assert torch.equal(numbers, codes.fake(x)) and torch.equal(numbers[:, 2], x[:, 2])
+    assert torch.equal(numbers[:, :2], RowCodes(4, False).fake(x[:, :2])) and torch.equal(numbers[:, 3:], RowCodes(8, True).fake(x[:, 3:]))
+
+
+@pytest.mark.parametrize("family, kwargs", [("Llama", {"num_key_value_heads": 4}), ("Llama", {}), ("OPT", {}), ("Mistral", {"sliding_window": 8})])
+@torch.no_grad()
+def test_heads_that_matter_less_have_fewer_bits_in_the_cache(family: str, kwargs: dict, tmp_path) -> None:
+    changes = ["heads.least=2", "heads.score=l1", "kv.bits=8", "name:*.least.other.bits=4", "name:*.least.other.symmetric=false", "solver=rtn"]
+    model, recipe, x = build(family, **kwargs), quick("phq-mixed", *changes), ids(2, 20)
+    executed = vitq.convert(model, recipe, [ids(4, 50, seed=2)], **FLOAT32)
+    simulated = vitq.simulate(model, recipe, [ids(4, 50, seed=2)])
+    assert sqnr(simulated(x).logits, executed(x).logits) > 35
+    cache = vitq.quantized_cache(executed)
+    assert sqnr(executed(x).logits, step_by_step(executed, x, cache, 7, 12)) > 35
+    kv = executed.get_submodule(next(row.layer for row in vitq.explain(executed) if row.role == "kv"))
+    (least, rest), dim = (heads for heads, _ in kv.codes[0].parts), kv.head_dim
+    tokens = min(x.shape[1], kwargs.get("sliding_window", 100) - 1)
+    assert cache.nbytes == 2 * 2 * len(x) * tokens * (least * (8 + dim // 2) + rest * (4 + dim)), "of two layers, keys and values"
+    row = next(row for row in vitq.explain(executed) if row.role == "kv")
+    assert row.format == "K4 asymmetric/8 V4 asymmetric/8" and f"{4 * (least + rest) * dim} in 16-bit floats" in row.note
+    assert torch.equal(vitq.load(vitq.save(executed, tmp_path / "c"))(x).logits, executed(x).logits)
+    one = vitq.convert(model, recipe.with_overrides(["name:*.least.other.bits=16"]), [ids(4, 50, seed=2)], **FLOAT32)
+    assert sqnr(model(x).logits, one(x).logits) > sqnr(model(x).logits, executed(x).logits), "float for the least, 8 bits for the others"

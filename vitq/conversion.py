@@ -196,10 +196,12 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
     for site in prepared.attentions:
         replace(model, site.name, QuantAttention(model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv],
                                                  dtype=dtype, backend=backend))
+    caches: dict[str, list] = {}
     for site in prepared.caches:
-        k, v = (layer_specs[name].cached if name in layer_specs else None for name in (site.qk, site.pv))
-        if k is not None or v is not None:
-            replace(model, site.kv, QuantKeyValues(model.get_submodule(site.name).head_dim, k, v))
+        caches.setdefault(site.name, []).append((site.heads, *(layer_specs[name].cached if name in layer_specs else None for name in (site.qk, site.pv))))
+    for name, parts in caches.items():
+        if any(spec is not None for _, *specs in parts for spec in specs):
+            replace(model, f"{name}.kv", QuantKeyValues(model.get_submodule(name).head_dim, parts))
     for site in prepared.mlps:
         replace(model, site.name, QuantMlp(model.get_submodule(site.name), site.activation, backend=backend))
     for site in prepared.blocks:

@@ -28,6 +28,7 @@ def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
     layers = [*found, *(name for site in (*prepared.attentions, *prepared.caches) for name in (site.qk, site.pv))]
     if recipe.heads:  # in parts, of which a layer may lack one
         layers += [f"{name}.{part}" for site in prepared.heads for name in (site.qkv, site.proj) for part in PARTS]
+        layers += [f"{site.name}.{matmul}.{part}" for site in prepared.caches for matmul in ("qk", "pv") for part in PARTS]
     for pattern in (pattern for rule in recipe.rules for pattern in rule.names):
         if not fnmatch.filter(layers, pattern):
             raise ValueError(f"recipe {recipe.name!r}: the name pattern {pattern!r} matches no layer; the model's are "

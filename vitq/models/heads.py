@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq.models.adapter import replace
-from vitq.models.sites import HeadSite, LinearSite, Prepared
+from vitq.models.language import KeyValues
+from vitq.models.sites import CacheSite, HeadSite, LinearSite, Prepared
 
 PARTS = ("least", "rest")
 
@@ -57,6 +58,22 @@ class ColumnParts(nn.Module):
         return y + least(first)
 
 
+class KeyValueParts(KeyValues):
+    """`KeyValues` of the children `least` and `rest` (either may be missing): of the first key and value heads and of the others. counts: heads of
+    each child."""
+
+    def __init__(self, parts: Mapping[str, KeyValues], counts: Sequence[int]):
+        super().__init__()
+        del self.tap_k, self.tap_v
+        self.counts = list(counts)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def tapped(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        parts = zip(self.children(), k.split(self.counts, dim=1), v.split(self.counts, dim=1))
+        return tuple(torch.cat(heads, dim=1) for heads in zip(*(part.tapped(*heads) for part, *heads in parts)))
+
+
 def rows_of(site: HeadSite, units: Collection[int]) -> list[int]:
     """Rows of qkv of these units, section by section."""
     rows, start = [], 0
@@ -98,6 +115,7 @@ def part_heads(prepared: Prepared, chosen: Mapping[str, Sequence[int]]) -> None:
     check_heads(prepared)
     check_chosen(prepared, chosen)
     moved: dict[str, list[LinearSite]] = {}
+    caches: dict[str, list[CacheSite]] = {}
     linears = {site.name: site for site in prepared.linears}
     for site in prepared.heads:
         first = sorted(chosen.get(site.name, ()))
@@ -110,6 +128,11 @@ def part_heads(prepared: Prepared, chosen: Mapping[str, Sequence[int]]) -> None:
         replace(prepared.model, site.qkv, RowParts(rows, (len(first), site.units - len(first)), site.sections))
         replace(prepared.model, site.proj, ColumnParts(columns, [part.in_features for part in columns.values()]))
         moved.update({name: [replaced(linears[name], name=f"{name}.{part}") for part in units] for name in (site.qkv, site.proj)})
+        if any(cache.name == site.name for cache in prepared.caches):
+            counts = {part: len(of) for part, of in units.items()}
+            replace(prepared.model, f"{site.name}.kv", KeyValueParts({part: KeyValues() for part in units}, list(counts.values())))
+            caches[site.name] = [CacheSite(site.name, part, count) for part, count in counts.items()]
+    prepared.caches = [part for cache in prepared.caches for part in caches.get(cache.name, [cache])]
     prepared.linears = [part for site in prepared.linears for part in moved.get(site.name, [site])]
 
 

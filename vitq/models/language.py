@@ -43,8 +43,11 @@ class KeyValues(nn.Module):
 
         arguments: more of `cache.update`.
         """
-        k, v = self.tap_k(k), self.tap_v(v)
+        k, v = self.tapped(k, v)
         return (k, v) if cache is None else cache.update(k, v, layer, **arguments)
+
+    def tapped(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.tap_k(k), self.tap_v(v)
 
 
 class JoinedAttention(nn.Module):

@@ -66,21 +66,29 @@ class HeadSite:
 @dataclass(frozen=True)
 class CacheSite:
     """The attention of a language model, whose keys and values enter the cache through its module `kv`, [B, heads, tokens, D]. Its matmuls,
-    in float, are `NAME.qk` and `NAME.pv`."""
+    in float, are `NAME.qk` and `NAME.pv`.
+
+    part: of an attention in parts, the one that this site stands for; heads: its key and value heads. The names above then end in `.PART`.
+    """
 
     name: str
+    part: str = ""
+    heads: int | None = None
 
     @property
     def qk(self) -> str:
-        return f"{self.name}.qk"
+        return self._of("qk")
 
     @property
     def pv(self) -> str:
-        return f"{self.name}.pv"
+        return self._of("pv")
+
+    def _of(self, child: str) -> str:
+        return ".".join(filter(None, (self.name, child, self.part)))
 
     @property
     def kv(self) -> str:
-        return f"{self.name}.kv"
+        return self._of("kv")
 
 
 @dataclass(frozen=True)

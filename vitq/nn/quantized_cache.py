@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from vitq.nn.key_values import RowCodes
+from vitq.nn.key_values import HeadCodes, RowCodes
 
-Codes = tuple[RowCodes | None, RowCodes | None]  # of keys and of values, None for those that stay in float
+Codes = tuple[RowCodes | HeadCodes | None, RowCodes | HeadCodes | None]  # of keys and of values, None for those that stay in float
 
 
 class _Coded:
-    """Mixed into a layer of a cache, whose `keys` and `values` are then the bytes of `RowCodes`, [B, heads, tokens, bytes]: what transformers
-    does with them along the batch and the tokens stays as it is."""
+    """Mixed into a layer of a cache, whose `keys` and `values` are then the bytes of `RowCodes`, [B, heads, tokens, bytes], or of `HeadCodes`,
+    [B, 1, tokens, bytes]: what transformers does with them along the batch and the tokens stays as it is."""
 
     supports_early_init = False  # it would be of floats
     codes: Codes
