@@ -47,7 +47,7 @@ def test_a_rows_codes_span_its_range() -> None:
 
 @pytest.mark.parametrize("features, asked, limit, count", [
     (4096, 256, 0.0625, 256), (4096, 256, 0.5, 256), (11008, 100_000, 0.0625, 688), (576, 256, 0.0625, 32), (576, 128, 0.25, 128),
-    (128, 256, 0.0625, 16), (96, 256, 0.0625, 0), (4096, 0, 0.5, 0), (4096, 100, 0.5, 96)])
+    (128, 256, 0.0625, 16), (96, 256, 0.0625, 0), (4096, 0, 0.5, 0), (4096, 100, 0.5, 96), (16, 256, 0.5, 0), (32, 256, 0.5, 16)])
 def test_how_many(features: int, asked: int, limit: float, count: int) -> None:
     assert outlier_count(QuantSpec(outliers=asked, outlier_limit=limit), features) == count
 
@@ -184,6 +184,14 @@ def test_one_layer_from_float(name: str) -> None:
         vitq.QuantLinear.from_float(layer, recipe)
     with pytest.raises(ValueError, match="solves by 'gptq': give sample=, activations"):
         vitq.QuantLinear.from_float(layer, quick(name, "fc1.input.outliers=16"), histogram)
+    with pytest.raises(TypeError, match="or a Histogram of them"):
+        vitq.QuantLinear.from_float(layer, recipe, vitq.Statistics())
+    with pytest.raises(ValueError, match="sample has 160 features, the layer 192"):
+        vitq.QuantLinear.from_float(layer, recipe, inputs())
+    with pytest.raises(ValueError, match="one linear layer has none"):
+        vitq.QuantLinear.from_float(layer, "phq-w8", x)
+    with pytest.raises(ValueError, match="inputs reach 1e.05, more than the float16 of outliers holds"):
+        vitq.QuantLinear.from_float(layer, recipe, torch.cat((x, torch.full((1, 192), 1e5))))
 
 
 def test_the_steps_one_by_one() -> None:
@@ -201,6 +209,11 @@ def test_the_steps_one_by_one() -> None:
                            ({"scale": 0.1, "symmetric": False}, "symmetric=False is for signed dynamic formats")):
         with pytest.raises(ValueError, match=message):
             vitq.ops.quantize(x, **wrong)
+    for wrong in (torch.zeros(192, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.int32), [3], torch.tensor([3.0])):
+        with pytest.raises(TypeError, match="kept must be a tensor of integers"):
+            vitq.ops.quantize(x, kept=wrong)
+    with pytest.raises(ValueError, match="kept must be different integers"):
+        vitq.ops.quantize(x, kept=torch.tensor([3, 3]))
     with pytest.raises(ValueError, match="give both or none"):
         vitq.ops.dequantize(vitq.ops.int_matmul(codes, weight), codes.scale, weight.scale, fp=codes.fp)
     with pytest.raises(ValueError, match="needs weight="):

@@ -20,7 +20,9 @@ pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 import language_models  # noqa: E402
 
 # dB of the logits against the float model, random weights: by weight bits and by activation bits, the least that a working recipe has.
-FLOORS = {(8, 16): 30.0, (8, 8): 18.0, (6, 6): 12.0, (5, 5): 8.0, (4, 16): 8.0, (4, 8): 7.0, (4, 4): 2.0, (3, 4): 1.0, (3, 3): 0.0}
+FLOORS = {(8, 16): 30.0, (8, 8): 18.0, (6, 6): 12.0, (5, 5): 8.0, (4, 16): 8.0, (4, 8): 7.0, (4, 4): 4.0, (3, 4): 1.0, (3, 3): 0.0}
+# Of recipes whose method must show.
+OWN_FLOORS = {"quik-w8a8": 28.0, "quik-w4a4": 8.0, "phq-w8": 27.0, "phq-mixed": 13.0, "dgq-w4a8": 10.0}
 
 
 @pytest.mark.parametrize("granularity", ["per_channel", "per_group", "per_tensor"])
@@ -116,7 +118,7 @@ def test_every_recipe_on_images_and_on_text(name: str, kind: str, request: pytes
     logits = [(m(x).logits if kind == "decoder" else m(x)).float() for m in (model, executed)]
     part = ".least" if recipe.heads else ""
     spec = recipe.resolve("qkv", f"qkv{part}")
-    assert torch.isfinite(logits[1]).all() and sqnr(*logits) > FLOORS[spec.weight.bits, spec.input.bits]
+    assert torch.isfinite(logits[1]).all() and sqnr(*logits) > OWN_FLOORS.get(name, FLOORS[spec.weight.bits, spec.input.bits])
     if recipe.execution != "simulated":
         rows = {row.role: row for row in vitq.explain(executed) if row.role != "qkv" or row.layer.endswith(part)}
         bits = spec.input.bits

@@ -15,6 +15,51 @@ import yaml
 from torch import nn
 
 import vitq
+from _console import Console
+
+
+def kept_statistics(args: argparse.Namespace, recipes: list) -> Any:
+    """What the file of --stats holds, None where there is none yet. Raises ValueError for recipes that none serve, and a file that holds none."""
+    if not args.stats:
+        return None
+    if heads := next((recipe.name for recipe in recipes if recipe.heads), ""):
+        raise ValueError(f"--stats: {heads} chooses heads, whose parts no statistics of whole layers serve: leave out --stats")
+    if not any(recipe.is_static for recipe in recipes):
+        raise ValueError(f"--stats: {', '.join(recipe.name for recipe in recipes)} measure nothing before they run: leave out --stats")
+    return vitq.Statistics.load(args.stats) if args.stats.exists() else None
+
+
+def check_recipes(args: argparse.Namespace, recipes: list, stats: Any, model: nn.Module) -> None:
+    """Raises ValueError, before any work, where model, recipes and statistics do not go together."""
+    vitq.check(model, recipes)
+    if stats is None:
+        return
+    try:
+        vitq.check(model, [recipe for recipe in recipes if recipe.is_static], stats)
+    except ValueError as error:
+        raise ValueError(f"--stats {args.stats}: {error} (give another file, or delete this one)") from error
+
+
+def collected(args: argparse.Namespace, recipes: list, loaded: Any, text: Any, console: Console) -> Any:
+    """Statistics for all of these recipes, written to the file of --stats; None for no recipe."""
+    if not recipes:
+        return None
+    console.step(f"calibrating for {', '.join(recipe.name for recipe in recipes)}")
+    blocks = {"stream": "float", "device": args.calib_device} if args.stream else {}
+    with console.bar("calibrate", None if blocks else len(text.calib), "windows") as bar, on_cpu(loaded.model, args.calib_device):
+        stats = vitq.calibrate(loaded.model, recipes, text.calib.split(args.batch_size), progress=bar.update, **blocks)
+    stats.save(args.stats)
+    console.result(f"wrote {args.stats}")
+    return stats
+
+
+def check_same(checkpoint: nn.Module, model: nn.Module, name: str) -> None:
+    """Raises ValueError where a checkpoint was plainly not made of this float model."""
+    for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):
+        of = [getattr(m.config, key, None) for m in (checkpoint, model)]
+        if of[0] != of[1]:
+            raise ValueError(f"--load: the checkpoint was not made of {name}: its {key} is {of[0]}, that of the model {of[1]}; give the model that it "
+                             "was made of, or leave out --model")
 
 
 def tasks_of(names: str) -> list[str | dict]:

@@ -40,16 +40,23 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check_least(args, nsamples=1, seqlen=2, batch_size=1)
+    if args.output.is_dir():
+        raise ValueError(f"cannot write {args.output}: it is a folder; give a file")
     if not args.output.absolute().parent.is_dir():
         raise ValueError(f"cannot write {args.output}: there is no folder {args.output.absolute().parent}")
     console = Console(args.quiet, False)
     device = torch.device(vitq.pick_device(args.device))
     loaded = vitq.load_language_model(args.model)
+    most = getattr(loaded.model.config, "max_position_embeddings", None)
+    if most and args.seqlen > most:
+        raise ValueError(f"--seqlen {args.seqlen} is more than the {most} positions of {args.model}")
     text = vitq.open_text(args.data, loaded.tokenizer, args.seqlen, nsamples=args.nsamples, seed=args.seed, limit=1)
     loaded.model.to(device)
     with console.bar("measure", len(text.calib), "windows") as bar:
         scales = vitq.act_scales(loaded.model, text.calib.split(args.batch_size), progress=bar.update)
-    torch.save(scales, args.output)
+    temporary = args.output.with_name(f".{args.output.name}.part")
+    torch.save(scales, temporary)
+    temporary.replace(args.output)  # whole or not at all
     most = max(scales, key=lambda name: float(scales[name].max()))
     print(f"wrote {args.output}: {len(scales)} layers over {len(text.calib)} windows of {args.seqlen} tokens; the largest input, "
           f"{float(scales[most].max()):.4g}, is of {most}")

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import vitq
+from _cli import exit_code
 
 # N x K: QUIK's layer benchmark, then the down and up projections of LLaMA 7B.
 SHAPES = "4096x4096,8192x1024,8192x8192,4096x11088,28672x8192,8192x28672,11008x4096,4096x11008"
@@ -46,20 +47,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """0: done; 2: a user's mistake, said in one line."""
-    try:
-        return run(parse(argv))
-    except torch.OutOfMemoryError:
-        message = "out of memory on the device: give smaller --shapes or fewer --rows"
-    except (ValueError, TypeError, OSError) as error:
-        message = " ".join(str(error).split())
-    print(f"llm_layer_benchmark: {message}", file=sys.stderr)
-    return 2
+    args = parse(argv)
+    return exit_code("llm_layer_benchmark", lambda: run(args), "out of memory on the device: give smaller --shapes or fewer --rows")
 
 
 def names(text: str) -> list[str]:
     found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not found:
-        raise ValueError("give at least one, with commas in between")
+        raise ValueError("--shapes, --rows and --recipes: give at least one of each, with commas in between")
     return found
 
 

@@ -20,7 +20,7 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import add_blocks, block_options, check_blocks, half_of, on_cpu, prefill_and_decode, tasks_of, zero_shot
+from _language import add_blocks, block_options, check_blocks, check_recipes, check_same, collected, half_of, kept_statistics, on_cpu, prefill_and_decode, tasks_of, zero_shot
 from _memory import measured
 
 
@@ -61,6 +61,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats or args.stream):
         raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save, --stats and --stream")
     check_blocks(args)
+    if args.simulate and args.eval == "none":
+        raise ValueError("--simulate evaluates the simulated model's perplexity: leave out --eval none")
     if not (args.model or args.load):
         raise ValueError("give --model, or --load with a checkpoint")
     torch.manual_seed(args.seed)
@@ -75,22 +77,29 @@ def run(args: argparse.Namespace, console: Console) -> int:
             stack.enter_context(writable(target.absolute().parent, target))
         if args.output:
             stack.enter_context(writable(args.output))
-        stats = vitq.Statistics.load(args.stats) if args.stats and args.stats.exists() else None
+        if args.stats:
+            stack.enter_context(writable(args.stats.absolute().parent))
+        stats = kept_statistics(args, recipes)
         checkpoint = vitq.load(args.load, device, args.backend, dtype=dtype_of(args)) if args.load else None
         if args.load and not hasattr(checkpoint, "generate"):
             raise ValueError(f"{args.load} holds a {type(checkpoint).__name__}, which is no language model")
         loaded, text = load(args, recipes, checkpoint, device, console)
+        check_recipes(args, recipes, stats, loaded.model)
+        if stats is not None:
+            console.result(f"read {args.stats}: what was measured of {stats.samples} windows")
         report = {"vitq": vitq.__version__, "torch": torch.__version__, "model": loaded.name, "data": args.data, "windows": len(text.eval),
                   "seqlen": args.seqlen, "device": device, "backend": args.backend, "seed": args.seed, "threads": torch.get_num_threads(),
                   "rows": [{"recipe": "float", "dtype": loaded.model.dtype, **scores(args, loaded.model, "float", loaded, text, tasks, console)}]}
         if args.stats and stats is None:
             stats = collected(args, [recipe for recipe in recipes if recipe.is_static], loaded, text, console)
-        for source in recipes or [checkpoint]:
-            report["rows"].append(row(args, source, loaded, text, stats, tasks, targets, report, console))
-            if args.output:  # a run of hours that is cut off keeps what it found
-                vitq.report.write_json(args.output / "report.json", report)
-    headers, rows = table(report["rows"])
-    console.result(f"\n{len(text.eval)} windows of {args.seqlen} tokens\n" + vitq.report.table(headers, rows))
+        try:
+            for source in recipes or [checkpoint]:
+                report["rows"].append(row(args, source, loaded, text, stats, tasks, targets, report, console))
+                if args.output:  # a run of hours that is cut off keeps what it found
+                    vitq.report.write_json(args.output / "report.json", report)
+        finally:
+            headers, rows = table(report["rows"])
+            console.result(f"\n{len(text.eval)} windows of {args.seqlen} tokens\n" + vitq.report.table(headers, rows))
     for name, of in (("tasks", task_rows), ("speed", speed_rows)):
         if any(name in r for r in report["rows"]):
             console.result("\n" + vitq.report.table(*of(report["rows"])))
@@ -114,6 +123,8 @@ def load(args, recipes: list, checkpoint, device: torch.device, console: Console
     name = args.model or checkpoint.vitq.source.get("name", "")
     console.step(f"loading {name}")
     loaded = vitq.load_language_model(name)
+    if checkpoint is not None:
+        check_same(checkpoint, loaded.model, name)
     most = getattr(loaded.model.config, "max_position_embeddings", None)
     if most and args.seqlen > most:
         raise ValueError(f"--seqlen {args.seqlen} is more than the {most} positions of {name}")
@@ -123,19 +134,6 @@ def load(args, recipes: list, checkpoint, device: torch.device, console: Console
     console.result(f"model {loaded.name} in {str(loaded.model.dtype)[6:]} on {device}, text from {text.name}: {len(text.calib)} windows of "
                    f"{args.seqlen} tokens to calibrate on, {len(text.eval)} to evaluate")
     return loaded, text
-
-
-def collected(args, recipes: list, loaded, text, console: Console):
-    """Statistics for all of these recipes, written to the file of --stats; None for no recipe."""
-    if not recipes:
-        return None
-    console.step(f"calibrating for {', '.join(recipe.name for recipe in recipes)}")
-    blocks = {"stream": "float", "device": args.calib_device} if args.stream else {}
-    with console.bar("calibrate", None if blocks else len(text.calib), "windows") as bar, on_cpu(loaded.model, args.calib_device):
-        stats = vitq.calibrate(loaded.model, recipes, text.calib.split(args.batch_size), progress=bar.update, **blocks)
-    stats.save(args.stats)
-    console.result(f"wrote {args.stats}")
-    return stats
 
 
 def scores(args, model, name: str, loaded, text, tasks: list, console: Console) -> dict:

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 # name -> module that defines it; loaded on first use, so that `import vitq` stays light
 _PUBLIC = {
     "convert": "vitq.conversion", "simulate": "vitq.conversion", "calibrate": "vitq.conversion", "explain": "vitq.conversion",
-    "tune": "vitq.conversion", "head_scores": "vitq.calib.heads",
+    "tune": "vitq.conversion", "check": "vitq.conversion", "head_scores": "vitq.calib.heads",
     "Recipe": "vitq.recipe", "recipes": "vitq.recipe",
     "Statistics": "vitq.calib.statistics", "act_scales": "vitq.calib.act_scales",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.blocks import STREAMS, collect_blocks, quantize_blocks
-from vitq.calib.choose import choose, linear_params, observed_format
+from vitq.calib.choose import check_statistics, choose, find_histogram, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
-from vitq.calib.heads import choose_heads
-from vitq.calib.histogram import Histogram
-from vitq.calib.runner import check_calibration, collect, limited
+from vitq.calib.heads import check_choice_of_heads, choose_heads
+from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.runner import check_calibration, collect, limited, operands_of
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
 from vitq.models import Prepared, prepare
@@ -266,6 +266,14 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     Also as `vitq.QuantLinear.from_float`.
     """
     recipe = _recipe(recipe, sample)
+    if recipe.heads:
+        raise ValueError(f"recipe {recipe.name!r} has heads, and one linear layer has none: give a recipe without, or convert the model")
+    if not isinstance(sample, (Tensor, Histogram, type(None))):
+        raise TypeError(f"sample must be activations [..., {linear.in_features}], or a Histogram of them (statistics['NAME:input']); got a "
+                        f"{type(sample).__name__}")
+    features = sample.shape[-1] if isinstance(sample, Tensor) else linear.in_features if sample is None else sample.channels or linear.in_features
+    if features != linear.in_features:
+        raise ValueError(f"sample has {features} features, the layer {linear.in_features}")
     spec = recipe.resolve(role, role)
     if spec.is_float:
         raise ValueError(f"recipe {recipe.name!r} leaves role {role!r} in float")
@@ -287,6 +295,26 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     module = module.to(linear.weight.device)
     pack_all(module)
     return module
+
+
+def check(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe], statistics: Statistics | None = None) -> None:
+    """Raises as `convert` with these arguments would, for what can be known without data: an unknown block, rules that match no layer or do not go
+    together, heads of which the model has too few, statistics of another model or of operands that the recipe does not need.
+
+    It takes a float32 copy of the model, as `convert` does.
+    """
+    prepared = prepare(model)
+    if statistics is not None:
+        check_statistics(statistics, prepared)
+    for one in [recipe] if isinstance(recipe, (str, Recipe)) else recipe:
+        one = _recipe(one, ())
+        if one.heads:
+            check_choice_of_heads(prepared, one)
+            continue
+        wanted = operands_of(prepared, [one])
+        if statistics is not None:
+            for key, operand in wanted.items():
+                find_histogram(statistics, key, operand.channels, LEAST_BINS if operand.bins == LEAST_BINS else LEAST_BINS + 1)
 
 
 # By the name that others give it; here, since a module knows nothing of calibration.

@@ -38,6 +38,11 @@ def test_refuses() -> None:
     model = language_models.build("Llama")
     with pytest.raises(ValueError, match="no calibration data"):
         vitq.act_scales(model, [])
+    assert torch.equal(vitq.act_scales(model, ids())["lm_head"], vitq.act_scales(model, [ids()])["lm_head"]), "one tensor is one batch"
+    with pytest.raises(ValueError, match="quantized already"):
+        vitq.act_scales(vitq.convert(model), [ids()])
+    with pytest.raises(ValueError, match="there is nothing to measure"):
+        vitq.act_scales(torch.nn.Conv2d(3, 3, 1), [torch.zeros(1, 3, 4, 4)])
     with pytest.raises(ValueError, match="token ids"):
         vitq.act_scales(model, [torch.full((1, 4), 10_000)])
     with torch.no_grad():
@@ -53,3 +58,5 @@ def test_the_tool_says_what_is_wrong(tmp_path) -> None:
     assert code == 2 and "--nsamples must be at least 1" in err
     code, _, err = run_tool(tool, "--model", tmp_path / "none", "--output", tmp_path / "no" / "a.pt")
     assert code == 2 and "there is no folder" in err
+    code, _, err = run_tool(tool, "--model", tmp_path / "none", "--output", tmp_path)
+    assert code == 2 and "it is a folder" in err

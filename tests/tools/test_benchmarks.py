@@ -184,7 +184,7 @@ def test_layers_of_language_models(tmp_path, capsys):
                         "--output", str(path)]) == 0
     out, report = capsys.readouterr().out, json.loads(path.read_text())
     assert "no GPU, so these times say nothing" in out and "| 48x64 | 1 | fp16, cuBLAS |" in out and "no GPU" in report["machine"]
-    cases = ["fp16, cuBLAS", "W8A8, codes given", "w4-per-channel", "gptq-w4a16"]
+    cases = ["fp16, cuBLAS", "W8A8, codes given", "W4A8, codes given", "w4-per-channel", "gptq-w4a16"]
     assert [(r["shape"], r["rows"], r["case"]) for r in report["rows"]] == [(s, m, c) for s in ("48x64", "32x128") for m in (1, 3) for c in cases]
     assert all(row["us"] > 0 and row["speedup"] > 0 for row in report["rows"])
 

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import random
 import re
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -205,7 +206,10 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     (["--model", "no/such/folder"], "no such folder or file: no/such/folder"), (["--device", "nothing"], "device .nothing. cannot be used"),
     (["--backend", "cuda"], "--backend cuda cannot run on cpu"), (["--recipe", "erq-w4a4-paper"], "is for simulation"),
     (["--load", "somewhere", "--recipe", "w8a8"], "--load takes a checkpoint as it is"),
-    (["--recipe", "w8a8,w8a8"], "two of the recipes have one name")])
+    (["--recipe", "w8a8,w8a8"], "two of the recipes have one name"), (["--stats", "s.st"], "w8a8-dynamic measure nothing before they run"),
+    (["--stats", "s.st", "--recipe", "w8a8,phq-w8"], "phq-w8 chooses heads.*leave out --stats"),
+    (["--stats", "short.txt/s.st", "--recipe", "w8a8"], "short.txt"), (["--simulate", "--eval", "none"], "leave out --eval none"),
+    (["--recipe", "w8a8-dynamic,phq-w8", "--set", "heads.least=99"], "heads.least: 99;.*4 query heads: give that many at most")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, text, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.txt").write_text("word1 word2")
@@ -214,6 +218,22 @@ def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, text, tm
     assert code == 2 and len(lines) == 1 and "Traceback" not in err
     assert re.search(message, lines[0]), lines[0]
     assert not (tmp_path / "o").exists()
+
+
+def test_what_does_not_belong_together(done, folder, text, tmp_path) -> None:
+    """A checkpoint, or a file of statistics, of another model is refused before anything is evaluated."""
+    output, *_ = done
+    shutil.copytree(folder, tmp_path / "other")
+    build(hidden_size=96, tie_word_embeddings=True, max_position_embeddings=256, eos_token_id=2).save_pretrained(tmp_path / "other")
+    common = [*SMALL[:2], *SMALL[4:], "--data", text]
+    code, out, err = run(*common, "--model", tmp_path / "other", "--load", output / "saved" / "w8a8")
+    assert code == 2 and "was not made of" in err and "hidden_size is 64" in err and "perplexity" not in out
+    stats = tmp_path / "s.st"
+    assert run(*SMALL, *QUICK, "--model", folder, "--data", text, "--recipe", "w8a8", "--stats", stats, "--eval", "none")[0] == 0
+    for model, recipe, message in ((tmp_path / "other", "w8a8", "another model"), (folder, "smoothquant-w8a8", "collected for another recipe")):
+        code, out, err = run(*SMALL, *QUICK, "--model", model, "--data", text, "--recipe", recipe, "--stats", stats)
+        assert code == 2 and f"--stats {stats}" in err and message in err and "give another file" in err and "perplexity" not in out
+    assert "read " in run(*SMALL, *QUICK, "--model", folder, "--data", text, "--recipe", "w8a8", "--stats", stats, "--eval", "none")[1]
 
 
 def test_models_that_cannot_be_quantized(done, folder, text, tmp_path) -> None:

@@ -20,6 +20,8 @@ def act_scales(model: nn.Module, calib: Iterable, *, progress: Callable[[int], N
     images [B, C, H, W], as `vitq.convert` takes them. progress: called with the number of sequences or images of each batch.
     Raises ValueError for no data, ids that the model does not have, or an input that is not finite, naming the layer.
     """
+    if getattr(model, "vitq", None) is not None:
+        raise ValueError("the model is quantized already: give the float model that it was made of")
     tokens = hasattr(model, "generate")
     found: dict[str, Tensor] = {}
     device = next(model.parameters()).device
@@ -31,7 +33,7 @@ def act_scales(model: nn.Module, calib: Iterable, *, progress: Callable[[int], N
     handles = [module.register_forward_pre_hook(partial(seen, name)) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     samples = 0
     try:
-        for batch in calib:
+        for batch in [calib] if isinstance(calib, Tensor) else calib:
             inputs = inputs_of(batch, tokens)
             if not len(inputs):
                 continue
@@ -46,6 +48,8 @@ def act_scales(model: nn.Module, calib: Iterable, *, progress: Callable[[int], N
             handle.remove()
     if not samples:
         raise ValueError("no calibration data: give at least one batch")
+    if not found:
+        raise ValueError("no nn.Linear of the model ran: there is nothing to measure")
     for name, largest in found.items():
         if not bool(torch.isfinite(largest).all()):
             raise ValueError(f"input of {name!r}: not finite; check the data and the model's dtype")

@@ -94,7 +94,7 @@ def solved(model: nn.Module, name: str, plan: Plan, fmt: ActivationFormat | None
 def attention_params(model: nn.Module, site: AttentionSite, plan: Plan, stats: Statistics | None) -> AttentionParams:
     """The formats of an attention that is quantized."""
     qk, pv, attention = plan.specs[site.qk], plan.specs[site.pv], model.get_submodule(site.name)
-    log_scale = _log_scale(_histogram(stats, f"{site.pv}:input", None), pv.input.bits) if pv.input.levels == "log_sqrt2" else None
+    log_scale = _log_scale(find_histogram(stats, f"{site.pv}:input", None), pv.input.bits) if pv.input.levels == "log_sqrt2" else None
     q, k, v = (static_format(stats, key, spec, heads_of(attention, spec)) for key, spec in (
         (f"{site.qk}:input", qk.input), (f"{site.qk}:other", qk.other), (f"{site.pv}:other", pv.other)))
     return AttentionParams(q, k, v, p_bits=pv.input.bits, p_log_scale=log_scale)
@@ -184,7 +184,7 @@ def _fold(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear], n
     unshifted = "windows are zero-padded" if sites[0].zero_padded else "the norm has no bias" if getattr(norm, "bias", None) is None else \
         "a layer that stays in float has no bias" if bare else ""
     symmetric = spec.symmetric or bool(unshifted)
-    lo, hi = _histogram(stats, f"{name}:input", linears[0].in_features).range(spec.bits, symmetric, spec.observer)
+    lo, hi = find_histogram(stats, f"{name}:input", linears[0].in_features).range(spec.bits, symmetric, spec.observer)
     scale, zero_point = fold(norm, linears, *scale_and_zero(lo, hi, spec.bits, symmetric))
     for site in sites:
         plan.notes[site.name] = "LayerNorm fold" + (f" of the scale only ({unshifted})" if unshifted else "")
@@ -195,7 +195,7 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
             plan: Plan) -> Tensor:
     """Move a scale of each channel from the sites' input into their weights; what it was divided by, float64 [K]."""
     first, options = sites[0], recipe.transform_options
-    seen = _histogram(stats, f"{first.name}:input", linears[0].in_features, LEAST_BINS)
+    seen = find_histogram(stats, f"{first.name}:input", linears[0].in_features, LEAST_BINS)
     largest = torch.maximum(seen.min.abs(), seen.max.abs())
     if recipe.transforms[0] == "smoothquant":
         alpha = options.get("alpha", 0.5)
@@ -215,7 +215,7 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
 
 def static_format(stats: Statistics | None, key: str, spec: QuantSpec, channels: int | None = None) -> ActivationFormat:
     """What `spec` chooses for an operand of which these statistics hold a histogram."""
-    return _chosen(_histogram(stats, key, channels), spec)
+    return _chosen(find_histogram(stats, key, channels), spec)
 
 
 def layer_format(stats: Statistics | None, name: str, spec: QuantSpec, features: int, divisor: Tensor | None = None) -> ActivationFormat:
@@ -224,7 +224,7 @@ def layer_format(stats: Statistics | None, name: str, spec: QuantSpec, features:
         return _dynamic(spec)
     if divisor is None and not spec.outliers:
         return static_format(stats, f"{name}:input", spec)
-    seen = _histogram(stats, f"{name}:input", features, LEAST_BINS if spec.dynamic else LEAST_BINS + 1)
+    seen = find_histogram(stats, f"{name}:input", features, LEAST_BINS if spec.dynamic else LEAST_BINS + 1)
     return _chosen_by_channel(seen, torch.ones(features) if divisor is None else divisor, spec)
 
 
@@ -237,6 +237,8 @@ def _chosen_by_channel(histogram: Histogram, divisor: Tensor, spec: QuantSpec) -
     divisor, columns = divisor.double().cpu(), None
     largest = torch.maximum(histogram.min.abs(), histogram.max.abs()).double().cpu() / divisor
     count = outlier_count(spec, len(largest))
+    if count and float(largest.max()) > torch.finfo(torch.float16).max:
+        raise ValueError(f"inputs reach {float(largest.max()):.3g}, more than the float16 of outliers holds: give smoothquant or outliers: 0")
     if count and float(largest.max()) > spec.outlier_threshold:
         columns = outlier_columns(largest, count)
     if spec.dynamic:
@@ -258,7 +260,7 @@ def _log_scale(histogram: Histogram, bits: int) -> Tensor:
     return scales[errors.index(min(errors))].float()
 
 
-def _histogram(stats: Statistics | None, key: str, channels: int | None, bins: int = LEAST_BINS + 1) -> Histogram:
+def find_histogram(stats: Statistics | None, key: str, channels: int | None, bins: int = LEAST_BINS + 1) -> Histogram:
     """What was seen of an operand, by channel or of all together, with at least so many bins."""
     seen = None if stats is None or key not in stats or stats[key].bins < bins else stats[key]
     if seen is not None and channels is None and seen.channels is not None:

@@ -65,6 +65,8 @@ def scores_of(prepared: Prepared, data: Iterable | None, score: str, *, cascade:
             found = measures[score](prepared, batches)
     else:
         raise ValueError(f"score must be one of {', '.join([*measures, 'random'])}; got {score!r}")
+    if len(found) < len(prepared.heads):
+        raise ValueError("no calibration data: give at least one batch")
     for name, scores in found.items():
         if not torch.isfinite(scores).all():
             raise ValueError(f"what the heads of {name!r} write holds NaN or infinity")
@@ -102,6 +104,14 @@ def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None) -> R
     return replace(recipe, heads={**heads, "chosen": chosen})
 
 
+def check_choice_of_heads(prepared: Prepared, recipe: Recipe) -> None:
+    """Raises ValueError for what `choose_heads` would refuse whatever the data say."""
+    check_heads(prepared)
+    check_chosen(prepared, recipe.heads.get("chosen", {}))
+    for site in prepared.heads:
+        _count(site, recipe.heads.get("least", 0))
+
+
 def _specs(recipe: Recipe, site: HeadSite, part: str) -> tuple:
     """LayerSpecs of that part of qkv and of proj."""
     return recipe.resolve("qkv", f"{site.qkv}.{part}"), recipe.resolve("proj", f"{site.proj}.{part}")
@@ -111,7 +121,7 @@ def _count(site: HeadSite, least: float) -> int:
     """Units for that many query heads, or that part of them, at least one."""
     heads = site.units * site.queries
     if isinstance(least, int) and least > heads:
-        raise ValueError(f"heads.least: {least}; {site.name!r} has {heads} query heads")
+        raise ValueError(f"heads.least: {least}; {site.name!r} has {heads} query heads: give that many at most, or a part of them (0.5)")
     wanted = (least if isinstance(least, int) else least * heads) / site.queries
     return max(floor(wanted + 0.5), int(wanted > 0))
 
@@ -138,7 +148,8 @@ def _within(prepared: Prepared, recipe: Recipe, scores: Mapping[str, Tensor], bu
         chosen[name].append(unit)
         bits -= saved[name]
     if bits > budget * weights:
-        raise ValueError(f"heads.budget: {budget:g}; with all heads in the part 'least' the weights of q, k, v and o have {bits / weights:g} bits")
+        raise ValueError(f"heads.budget: {budget:g}; with all heads in the part 'least' the weights of q, k, v and o have {bits / weights:g} bits: "
+                         "give that or more, or '*.least' fewer bits")
     return {name: sorted(units) for name, units in chosen.items()}
 
 

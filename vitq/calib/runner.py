@@ -55,7 +55,7 @@ def cache_specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
             continue
         if name is None:
             raise ValueError(f"recipe {recipe.name!r} quantizes {what} as they enter the cache, but a {type(prepared.model).__name__} keeps the "
-                             f"attention of transformers, which hands them to no module of vitq: leave {role}.other in 16 bits")
+                             f"attention of transformers, which hands them to no module of vitq: leave out kv.bits, or give {role}.other 16 bits")
         if not spec.cached:
             raise ValueError(f"recipe {recipe.name!r} asks for static {what} of {name!r}, whose attention runs in float: in a cache their scales are "
                              f"found for each token; give {role}.other dynamic: true (or --set kv.bits={spec.other.bits}), or 16 bits")

@@ -166,7 +166,7 @@ def why_not_linear(spec: LinearSpec) -> str | None:
     if params.input.dynamic:
         return "codes of a dynamic input without an activation are not bounded when the weight is packed"
     if params.weight_fp is not None:
-        return None
+        return "codes of float16 columns without an activation are not bounded when the weight is packed"
     if (largest := largest_value(params.integers, params.segment_ends, fold(spec))) >= LARGEST_VALUE:
         return f"values before rounding reach {largest:.3g} codes; it rounds exactly below 2^22"
     return None

@@ -33,7 +33,7 @@ def quantize(x: Tensor, bits: int = 8, scale: float | Tensor | None = None, zero
 
     scale None: one scale a row (the last dimension), found from the row, and unless symmetric a shift too: x ≈ codes·scale + shift. Else
     static per tensor: code = clamp(round(x / scale) + zero_point). kept: integers [F], features that become the result's `fp`, float16
-    [..., F], and have no codes: these are then [..., K - F], in the order of the others. Raises TypeError for what is not a float tensor,
+    [..., F], and have no codes: these are then [..., K - F], in the order of the others. Raises TypeError for what is not a float tensor, or integers,
     ValueError for bits outside 2..8, a scale that is not positive, a zero point outside the code range, features that are not among K or
     all of them, or a static format that is to be asymmetric by `symmetric`.
     """
@@ -42,8 +42,10 @@ def quantize(x: Tensor, bits: int = 8, scale: float | Tensor | None = None, zero
     columns = None
     if kept is not None:
         there = torch.zeros(x.shape[-1], dtype=torch.bool)
-        if kept.is_floating_point() or kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < x.shape[-1]:
-            raise ValueError(f"kept must be integers among the {x.shape[-1]} features, got {kept.dtype} {kept.tolist()[:8]}")
+        if not isinstance(kept, Tensor) or kept.is_floating_point() or kept.dtype == torch.bool or kept.ndim != 1:
+            raise TypeError(f"kept must be a tensor of integers [F], got {f'{kept.dtype} {list(kept.shape)}' if isinstance(kept, Tensor) else type(kept).__name__}")
+        if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < x.shape[-1] or len(kept.unique()) != len(kept):
+            raise ValueError(f"kept must be different integers among the {x.shape[-1]} features, got {kept.tolist()[:8]}")
         there[kept.cpu().long()] = True
         if bool(there.all()):
             raise ValueError(f"kept names all {x.shape[-1]} features: then nothing is quantized")

@@ -12,8 +12,10 @@ MULTIPLE = 16  # of a step of the float16 multiplication
 
 
 def outlier_count(spec: QuantSpec, features: int) -> int:
-    """How many of a layer's input features stay in float16: as many as `spec` asks for, at most its part of all, to the nearest 16."""
-    return int(min(spec.outliers, spec.outlier_limit * features) / MULTIPLE + 0.5) * MULTIPLE
+    """How many of a layer's input features stay in float16: as many as `spec` asks for, at most its part of all, to the nearest 16 that leaves
+    some."""
+    count = int(min(spec.outliers, spec.outlier_limit * features) / MULTIPLE + 0.5) * MULTIPLE
+    return min(count, (features - 1) // MULTIPLE * MULTIPLE)
 
 
 def outlier_columns(largest: Tensor, count: int) -> Columns:
