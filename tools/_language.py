@@ -62,6 +62,14 @@ def check_same(checkpoint: nn.Module, model: nn.Module, name: str) -> None:
                              "was made of, or leave out --model")
 
 
+def quiet_transformers() -> None:
+    """No progress bars of its own."""
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging as bars
+
+        bars.disable_progress_bar()
+
+
 def tasks_of(names: str) -> list[str | dict]:
     """What lm-eval takes for names of its tasks and YAML files of others, with commas between.
 

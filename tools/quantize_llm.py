@@ -20,7 +20,8 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import add_blocks, block_options, check_blocks, check_recipes, check_same, collected, half_of, kept_statistics, on_cpu, prefill_and_decode, tasks_of, zero_shot
+from _language import (add_blocks, block_options, check_blocks, check_recipes, check_same, collected, half_of, kept_statistics, on_cpu,
+                       prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
 from _memory import measured
 
 
@@ -122,6 +123,8 @@ def load(args, recipes: list, checkpoint, device: torch.device, console: Console
     """The float model on the device, with its tokenizer, and the windows."""
     name = args.model or checkpoint.vitq.source.get("name", "")
     console.step(f"loading {name}")
+    if args.quiet or args.json:
+        quiet_transformers()
     loaded = vitq.load_language_model(name)
     if checkpoint is not None:
         check_same(checkpoint, loaded.model, name)
