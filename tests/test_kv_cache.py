@@ -202,7 +202,7 @@ def test_what_a_recipe_may_not_say(changes: list, message: str) -> None:
 
 @pytest.mark.parametrize("kwargs", [{}, GQA])
 def test_what_a_model_does_not_take(kwargs: dict) -> None:
-    with pytest.raises(ValueError, match="keys as they enter the cache, but a FalconForCausalLM keeps the attention.*leave qk.other in 16"):
+    with pytest.raises(ValueError, match="keys as they enter the cache, but a FalconForCausalLM keeps the attention.*leave out kv.bits, or give qk.other 16"):
         converted("Falcon", *INT8, **kwargs)
     with pytest.raises(ValueError, match="static keys of 'model.layers.0.self_attn.qk', whose attention runs in float.*dynamic: true"):
         converted("Llama", "qk.input.bits=16", "qk.other.bits=8")
