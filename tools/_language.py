@@ -53,6 +53,13 @@ def collected(args: argparse.Namespace, recipes: list, loaded: Any, text: Any, c
     return stats
 
 
+def check_positions(seqlen: int, model: nn.Module, name: str) -> None:
+    """Raises ValueError for windows longer than the model's positions."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most and seqlen > most:
+        raise ValueError(f"--seqlen {seqlen} is more than the {most} positions of {name}")
+
+
 def check_same(checkpoint: nn.Module, model: nn.Module, name: str) -> None:
     """Raises ValueError where a checkpoint was plainly not made of this float model."""
     for key in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size"):

@@ -16,6 +16,7 @@ import torch
 import vitq
 from _cli import check_least, exit_code
 from _console import Console
+from _language import check_positions
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -47,9 +48,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(args.quiet, False)
     device = torch.device(vitq.pick_device(args.device))
     loaded = vitq.load_language_model(args.model)
-    most = getattr(loaded.model.config, "max_position_embeddings", None)
-    if most and args.seqlen > most:
-        raise ValueError(f"--seqlen {args.seqlen} is more than the {most} positions of {args.model}")
+    check_positions(args.seqlen, loaded.model, args.model)
     text = vitq.open_text(args.data, loaded.tokenizer, args.seqlen, nsamples=args.nsamples, seed=args.seed, limit=1)
     loaded.model.to(device)
     with console.bar("measure", len(text.calib), "windows") as bar:

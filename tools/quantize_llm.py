@@ -20,8 +20,8 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import (add_blocks, block_options, check_blocks, check_recipes, check_same, collected, half_of, kept_statistics, on_cpu,
-                       prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
+from _language import (add_blocks, block_options, check_blocks, check_positions, check_recipes, check_same, collected, half_of, kept_statistics,
+                       on_cpu, prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
 from _memory import measured
 
 
@@ -128,9 +128,7 @@ def load(args, recipes: list, checkpoint, device: torch.device, console: Console
     loaded = vitq.load_language_model(name)
     if checkpoint is not None:
         check_same(checkpoint, loaded.model, name)
-    most = getattr(loaded.model.config, "max_position_embeddings", None)
-    if most and args.seqlen > most:
-        raise ValueError(f"--seqlen {args.seqlen} is more than the {most} positions of {name}")
+    check_positions(args.seqlen, loaded.model, name)
     needed = max((r.calib_size for r in recipes if r.needs_data), default=0)
     text = vitq.open_text(args.data, loaded.tokenizer, args.seqlen, nsamples=needed, seed=args.seed, limit=args.limit)
     loaded.model.to(device)

@@ -18,11 +18,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vitq.formats import ActivationFormat, Columns, QTensor
+from vitq.formats import ActivationFormat, QTensor
 from vitq.ops import dispatch
 from vitq.ops.common import signed
 from vitq.ops.linear import int_matmul as _reference_int_matmul
 from vitq.ops.quantize import ReferenceQuantize  # noqa: F401  (registers the kernels)
+from vitq.quantizers.outliers import kept_columns
 import vitq.ops.attention  # noqa: F401
 import vitq.ops.layer_norm  # noqa: F401
 
@@ -41,15 +42,13 @@ def quantize(x: Tensor, bits: int = 8, scale: float | Tensor | None = None, zero
         raise TypeError(f"x must be a float tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     columns = None
     if kept is not None:
-        there = torch.zeros(x.shape[-1], dtype=torch.bool)
         if not isinstance(kept, Tensor) or kept.is_floating_point() or kept.dtype == torch.bool or kept.ndim != 1:
             raise TypeError(f"kept must be a tensor of integers [F], got {f'{kept.dtype} {list(kept.shape)}' if isinstance(kept, Tensor) else type(kept).__name__}")
         if len(kept) and not 0 <= int(kept.min()) <= int(kept.max()) < x.shape[-1] or len(kept.unique()) != len(kept):
             raise ValueError(f"kept must be different integers among the {x.shape[-1]} features, got {kept.tolist()[:8]}")
-        there[kept.cpu().long()] = True
-        if bool(there.all()):
+        if len(kept) == x.shape[-1]:
             raise ValueError(f"kept names all {x.shape[-1]} features: then nothing is quantized")
-        columns = Columns((~there).nonzero()[:, 0].to(torch.int32), fp=kept.cpu().to(torch.int32))
+        columns = kept_columns(kept, x.shape[-1])
     fmt = ActivationFormat(bits, dynamic=True, columns=columns, symmetric=symmetric) if scale is None else ActivationFormat(
         bits, scale=scale, zero_point=zero_point, columns=columns, symmetric=symmetric)
     choice = dispatch.choose("quantize", dispatch.check_backend(backend), fmt, x.device)

@@ -21,7 +21,11 @@ def outlier_count(spec: QuantSpec, features: int) -> int:
 def outlier_columns(largest: Tensor, count: int) -> Columns:
     """The columns of an input whose features have these largest absolute values [K]: the `count` largest in float16, ties to the first, the
     others as codes; both in the order of the features."""
-    chosen = torch.zeros(len(largest), dtype=torch.bool)
-    chosen[torch.argsort(largest.cpu().double(), descending=True, stable=True)[:count]] = True
-    order, fp = ((~chosen).nonzero()[:, 0].to(torch.int32), chosen.nonzero()[:, 0].to(torch.int32))
-    return Columns(order, fp=fp)
+    return kept_columns(torch.argsort(largest.cpu().double(), descending=True, stable=True)[:count].sort().values, len(largest))
+
+
+def kept_columns(kept: Tensor, features: int) -> Columns:
+    """The columns of an input of which the features `kept`, integers [F], stay in float16, in that order; the others are codes, in theirs."""
+    coded = torch.ones(features, dtype=torch.bool)
+    coded[kept.cpu().long()] = False
+    return Columns(coded.nonzero()[:, 0].to(torch.int32), fp=kept.cpu().to(torch.int32))
