@@ -19,7 +19,7 @@ from vitq.cuda import loader
 
 NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "patches", "widen_int4")
 OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
-           "rows": ("out", "sum", "row_scale", "row_sums", "fp_out"), "patches": ("out",), "widen_int4": ("out",)}
+           "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "patches": ("out",), "widen_int4": ("out",)}
 
 
 # running them ----------------------------------------------------------------------------------------------------------

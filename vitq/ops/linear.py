@@ -170,7 +170,7 @@ class OneDnnLinear:
         if not params.plain:
             return _pack_segments(spec)
         n = params.codes.shape[0]
-        row_sums = params.integers.sum(dim=1, dtype=torch.int64).double()
+        sums = params.integers.sum(dim=1, dtype=torch.int64).double()
         scale = params.weight_scale.double()
         bias = torch.zeros(n, dtype=torch.float64) if params.bias is None else params.bias.double()
         out_scale, out_zero, tail, handed_on, limits = 1.0, 0, None, 0, None
@@ -180,10 +180,10 @@ class OneDnnLinear:
         if params.input.dynamic:
             # The row scale multiplies after the GEMM, so only the shift is folded in here, and the bias is added last.
             tail = bias.float()
-            bias = -128.0 * row_sums * scale
+            bias = -128.0 * sums * scale
         else:
             scale = scale * params.input.scale.double()
-            bias = bias - (int(params.input.zero_point) + 128) * row_sums * scale
+            bias = bias - (int(params.input.zero_point) + 128) * sums * scale
             if spec.output is not None and spec.output.scale.ndim:  # per column: no activation can come in between
                 scale, bias = scale / spec.output.scale.double(), bias / spec.output.scale.double()
                 bias = bias + spec.output.zero_point.double()
