@@ -162,6 +162,17 @@ for m, n, k, fp in ((300, 392, 1000, 64), (130, 520, 3840, 256), (7, 96, 544, 32
         for out in (torch.float16, torch.bfloat16, torch.float32):
             case(f"linear mixed {m}x{n}x{k}+{fp} w{bits} {out}", "linear", lambda m=m, n=n, k=k, f=fp, b=bits, o=out: linear(
                 m, n, k, bits=b, fp=f, shift=True, dynamic=True, out=o, residual=o), 0, 1e-2 if out == torch.bfloat16 else 1e-3)
+# Packed weights on Hopper: whole pieces of K and tiles and what is left over, groups of one piece, of several and of all.
+for m, n, k in ((17, 96, 64), (300, 392, 1000), (130, 520, 4096), (257, 33, 2112), (64, 4128, 640)):
+    for group in (0, 128, 256, 5120):
+        for zero in (False, True)[: 2 if group else 1]:
+            case(f"linear packed {m}x{n}x{k} in groups of {group}, zero {zero}", "linear", lambda m=m, n=n, k=k, g=group, z=zero: linear(
+                m, n, k, bits=4, out=torch.float16, dynamic=True, residual=torch.float16, group=g, group_zero=z))
+        case(f"linear packed {m}x{n}x{k} in groups of {group}, codes", "linear", lambda m=m, n=n, k=k, g=group: linear(
+            m, n, k, bits=4, out=torch.int8, group=g))
+    case(f"linear packed {m}x{n}x{k} fp16 columns, groups", "linear", lambda m=m, n=n, k=k: linear(
+        m, n, k, bits=4, out=torch.float16, dynamic=True, shift=True, fp=80, group=128, group_zero=True), 0, 1e-3)
+    case(f"linear packed {m}x{n}x{k} gelu codes", "linear", lambda m=m, n=n, k=k: linear(m, n, k, bits=4, out=torch.int8, activation="gelu"), 1e-3)
 case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), shift=True, dynamic=True))
 # Few rows, which have a kernel of their own: one and two tiles of rows, rows of the weight and pieces of k that are not whole.
 for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128, 2112), (16, 70, 5000), (16, 1, 33), (1, 4128, 96)):

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_every_case_gets_a_tile_that_fits(case: Case, hopper) -> None:
 
 
 def test_few_rows_have_their_kernel_on_every_chip(hopper, monkeypatch: pytest.MonkeyPatch) -> None:
-    groups = Case(16, 384, 384, weight_bits=4, groups=True)
+    groups = Case(16, 384, 384, weight_bits=4, groups=64)
     for arch in (80, 90):
         monkeypatch.setattr(loader, "kernel_arch", lambda device, arch=arch: arch)
         tuning.pick.cache_clear()
@@ -58,9 +59,26 @@ def test_few_rows_have_their_kernel_on_every_chip(hopper, monkeypatch: pytest.Mo
             tuning.pick(groups._replace(m=17), 0)
 
 
-def test_packed_weights_go_to_the_kernel_for_all_chips(hopper) -> None:
-    assert tuning.pick(Case(200, 384, 384, weight_bits=4), 0) == ("sm80", -1)
+def test_packed_weights_that_hopper_does_not_widen_go_to_the_kernel_for_all_chips(hopper) -> None:
+    assert tuning.pick(Case(200, 384, 384, weight_bits=4, segments=2), 0) == ("sm80", -1)
     assert tuning.pick(Case(200, 384, 384, weight_bits=4, input_bits=4), 0) == ("sm80", -1)
+
+
+@pytest.mark.parametrize("case", [Case(200, 384, 384, 4), Case(17, 4096, 4096, 4, groups=128), Case(2048, 4096, 3840, 4, fp=256, shift=True),
+                                  Case(2048, 11008, 4096, 4, groups=4096, codes=True, activation="gelu")], ids=str)
+def test_packed_weights_stream_on_hopper(case: Case, hopper) -> None:
+    kernel, index = tuning.pick(case, 0)
+    tile = tuning.TILES[kernel][index]
+    assert kernel == "sm90" and index in tuning.PACKED and tile.fits(case) and not tile.fits(case._replace(groups=192))
+
+
+def test_weights_are_widened_before_the_gemm_where_it_does_not(hopper) -> None:
+    gpu, never = torch.device("cuda", 0), sys.maxsize
+    assert tuning.widen_rows(gpu, 4096) == never and tuning.widen_rows(gpu, 4096, 1, 128) == tuning.GROUP_ROWS
+    assert tuning.widen_rows(gpu, 384) == tuning.widen_rows(gpu, 384, 1, 128) == tuning.widen_rows(gpu, 4096, 2) == tuning.WIDEN_ROWS
+    assert tuning.widen_rows(gpu, 4096, 1, 64) == loader.FEW_ROWS and tuning.widen_rows(gpu, 4096, 1, 0) == 0
+    cpu = torch.device("cpu")
+    assert tuning.widen_rows(cpu, 4096) == never and tuning.widen_rows(cpu, 4096, 1, 128) == loader.FEW_ROWS
 
 
 def test_tiles_are_numbered_in_order() -> None:
@@ -73,6 +91,11 @@ def test_the_table_of_tiles_is_the_sources() -> None:
     hopper = re.findall(r"using Config(\d+) = Tile<(\d+), (\d+), (\d+), (true|false)>;", (folder / "gemm_sm90.cuh").read_text())
     assert [(int(i), int(n), int(g), int(p), resident == "true") for i, n, g, p, resident in hopper] == [
         (t.index, t.columns, t.groups, t.pieces, t.resident) for t in tuning.TILES["sm90"]]
+    packed = re.findall(r"using Packed(\d+) = Tile<(\d+), (\d+), (\d+), false, 4>;", (folder / "gemm_sm90.cuh").read_text())
+    assert [tuple(map(int, each)) for each in packed] == [(t.index, t.columns, t.groups, t.pieces) for t in tuning.TILES["sm90"] if t.index in tuning.PACKED]
+    depths = re.search(r"N \* PIECES >= 256 \? (\d) : N == 128 \? (\d) : (\d);", (folder / "gemm_sm90_tile.cuh").read_text())
+    assert tuning.PACKED == {t.index: int(depths[1 if t.columns * t.pieces >= 256 else 2 if t.columns == 128 else 3])
+                             for t in tuning.TILES["sm90"] if t.index in tuning.PACKED}
     ampere = re.search(r"constexpr Tile TILES\[\] = \{(.*?)\n\};", (folder / "gemm_sm80.cuh").read_text(), re.DOTALL)[1]
     assert len(re.findall(r"^ *\{", ampere, re.MULTILINE)) == len(tuning.TILES["sm80"])
     for source, fits in (("segments", Case(9, 64, 64, segments=2)), ("mixed", Case(9, 64, 64, fp=16)), ("act_float", Case(9, 64, 64, activation="gelu"))):
@@ -161,7 +184,7 @@ def test_names() -> None:
 @pytest.mark.parametrize("case",
                          [Case(64, 96, 70), Case(64, 96, 70, weight_bits=4), Case(64, 96, 70, weight_bits=4, input_bits=4),
                                   Case(64, 37, 192, segments=2, shift=True, fp=16, residual=True),
-                                  Case(5, 40, 64, codes=True, activation="gelu"), Case(3, 40, 300, weight_bits=4, groups=True)], ids=str)
+                                  Case(5, 40, 64, codes=True, activation="gelu"), Case(3, 40, 300, weight_bits=4, groups=64)], ids=str)
 def test_examples_are_valid_arguments(case: Case) -> None:
     torch.ops.vitq.linear(**tuning.example(case, torch.device("cpu")))
 

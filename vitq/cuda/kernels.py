@@ -94,7 +94,7 @@ class CutlassLinear:
             bias=pad_columns(constants.bias).to(device), weight_fp=weight_fp, activation=spec.activation or "",
             dynamic=params.input.dynamic, output=None if output is None else output.to(device),
             out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
-            widen_rows=sys.maxsize if bits == 8 else tuning.widen_rows(packed.device) if group is None else loader.FEW_ROWS if group_columns else 0,
+            widen_rows=sys.maxsize if bits == 8 else tuning.widen_rows(packed.device, k, len(ends), None if group is None else group_columns),
             multiplier=multiplier, group_zero=group_zero, group=group, group_columns=group_columns)
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,

@@ -89,7 +89,7 @@ def _linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Ten
     k_fp = 0 if weight_fp is None else weight_fp.shape[1]
     kernel, index = tuning.split(config) if config else tuning.pick(
         tuning.Case(m, n, a_columns, weight_bits, input_bits, len(ends), k_fp, column_sums is not None, codes_out, activation,
-                    residual is not None, multiplier is not None), out.device.index)
+                    residual is not None, group_columns if multiplier is not None else 0), out.device.index)
     arguments = loader.Linear(
         a=codes.data_ptr(), lda=codes.stride(0) if m > 1 else round_up(codes.shape[1], 16), weight=weight.data_ptr(), m=m, n=n,
         k=k, a_columns=a_columns, a_bits=input_bits, weight_bits=weight_bits, segments=len(ends), segment_ends=ends,

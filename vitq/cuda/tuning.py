@@ -32,9 +32,10 @@ TABLE = Path(__file__).with_name("tuned.json")
 ALIASES = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200 NVL": "NVIDIA H200"}
 # A measured number of rows stands for others up to this factor away.
 NEAR = 1.5
-# Up to here a GEMM with 4-bit weights is bound by their bytes, so it widens them in registers; above, it pays on Hopper to widen
-# them once into a buffer and to run the 8-bit kernel.
-WIDEN_ROWS = 256
+# Hopper's GEMM widens 4-bit weights in its tiles, of which none keeps its weights. Where K is small those that do are faster with many rows, so
+# beyond WIDEN_ROWS the weights are widened before it; so are those that it cannot widen, while other kernels widen them in registers. Where K is
+# larger, groups of columns cost as much again as the products, so that beyond GROUP_ROWS it pays to multiply them once.
+WIDEN_ROWS, STREAMED_COLUMNS, GROUP_ROWS = 256, 2048, 512
 
 
 class Case(NamedTuple):
@@ -51,14 +52,14 @@ class Case(NamedTuple):
     codes: bool = False  # written, rather than floats
     activation: str = ""
     residual: bool = False
-    groups: bool = False  # of columns, with multipliers
+    groups: int = 0  # columns of one, where they have multipliers
 
     @property
     def kind(self) -> str:
         """Everything but the sizes, in words."""
         words = [f"w{self.weight_bits}a{self.input_bits}", "codes" if self.codes else "float", self.activation,
                  "residual" if self.residual else "", f"{self.segments}segments" if self.segments > 1 else "",
-                 f"fp{self.fp}" if self.fp else "", "shift" if self.shift else "", "groups" if self.groups else ""]
+                 f"fp{self.fp}" if self.fp else "", "shift" if self.shift else "", f"groups{self.groups}" if self.groups else ""]
         return " ".join(filter(None, words))
 
     @property
@@ -98,15 +99,17 @@ class HopperTile:
 
     def fits(self, case: Case) -> bool:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
-        if case.weight_bits != 8 or case.input_bits != 8 or case.groups:
+        packed = case.weight_bits == 4
+        if case.input_bits != 8 or (packed and (case.segments > 1 or self.index not in PACKED or case.groups % 128)) or (case.groups and not packed):
             return False
-        if not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 8, 10, 11, 12) if case.mixed else (1, 3, 11)):
+        if not packed and not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 8, 10, 11, 12) if case.mixed else (1, 3, 11)):
             return False
-        if case.plain and case.activation and not case.codes and self.index not in (1, 8, 11):
+        if not packed and case.plain and case.activation and not case.codes and self.index not in (1, 8, 11):
             return False
         pieces = -(-case.k // 128) + -(-case.fp // 64)
-        constants = 8 * self.columns * (3 if case.pair or case.mixed else 2)
-        fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 320
+        constants = 8 * self.columns * (3 if case.pair or case.mixed or packed else 2)
+        fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 448
+        fixed += 3 * 64 * self.columns * PACKED[self.index] if packed else 0
         stage = 128 * (self.rows + (0 if self.resident else self.columns))
         return not (self.resident and pieces > 16) and (227 * 1024 - fixed) // stage >= (3 if self.resident else 2)
 
@@ -124,6 +127,10 @@ class HopperTile:
             return first + rounds * max(products + epilogue, self.rows * case.k / 25)
         loads = (self.rows + self.columns) * case.k / 25
         return 2000 + -(-down * across // multiprocessors) * (max(products, loads) + 1.5 * epilogue)
+
+
+# Hopper's configurations for packed weights, and how many pieces of them each of three warps has in shared memory before it widens them.
+PACKED = {10: 1, 11: 2, 12: 4}
 
 
 @dataclass(frozen=True)
@@ -161,9 +168,14 @@ TILES: dict[str, tuple[HopperTile | AmpereTile | FewRowsTile, ...]] = {
 }
 
 
-def widen_rows(device: torch.device) -> int:
-    """Up to how many rows a GEMM reads packed 4-bit weights; with more it runs on weights that are widened to int8 before it."""
+def widen_rows(device: torch.device, k: int, segments: int = 1, groups: int | None = None) -> int:
+    """Up to how many rows a GEMM reads packed 4-bit weights; with more it runs on weights that are widened to int8 before it. groups: columns of
+    each, where they have multipliers, 0 where those are not as many in each."""
     hopper = device.type == "cuda" and loader.kernel_arch(_index(device)) == 90
+    if hopper and segments == 1 and (groups is None or groups and groups % 128 == 0):
+        return WIDEN_ROWS if k <= STREAMED_COLUMNS else sys.maxsize if groups is None else GROUP_ROWS
+    if groups is not None:
+        return loader.FEW_ROWS if groups else 0
     return WIDEN_ROWS if hopper else sys.maxsize
 
 
@@ -311,7 +323,7 @@ def example(case: Case, device: torch.device) -> dict[str, Any]:
         arguments["codes_fp"] = torch.zeros(case.m, case.fp, dtype=torch.float16, **on)
         arguments["weight_fp"] = torch.zeros(n_pad, case.fp, dtype=torch.float16, **on)
     if case.groups:
-        arguments |= {"multiplier": torch.ones(-(-case.k // 128), n_pad, dtype=torch.int8, **on), "group_columns": 128}
+        arguments |= {"multiplier": torch.ones(-(-case.k // case.groups), n_pad, dtype=torch.int8, **on), "group_columns": case.groups}
     return arguments
 
 

@@ -120,7 +120,7 @@ __device__ __forceinline__ RowAt row_at(const VitqLinear& p, int row) {
                     ? nullptr
                     : static_cast<const char*>(p.residual.data) +
                           (group * p.residual.group_stride + within * p.residual.row_stride) * element_size(p.residual.dtype);
-  at.scale = p.row_scale == nullptr ? 1.0f : __ldg(p.row_scale + safe);
+  at.scale = p.row_scale == nullptr ? 1.0f : p.row_scale[safe];
   return at;
 }
 

@@ -370,7 +370,7 @@ __device__ __forceinline__ void float_columns(const VitqLinear& p, int row0, int
   const int g = lane / 4, c = lane % 4;
   float acc[2][T::TILES][4] = {};
   const auto vector = [&](const void* data, int64_t row, int64_t stride, int column) {
-    return column < p.k_fp ? __ldg(reinterpret_cast<const uint4*>(static_cast<const __half*>(data) + row * stride + column)) : make_uint4(0, 0, 0, 0);
+    return column < p.k_fp ? read16(reinterpret_cast<const char*>(static_cast<const __half*>(data) + row * stride + column)) : make_uint4(0, 0, 0, 0);
   };
   for (int at = warp * 32; at < p.k_fp; at += blockDim.x) {
     const int column = at + c * 8;
@@ -509,7 +509,7 @@ __global__ void __launch_bounds__(THREADS)
     if (p.column_sums != nullptr) {
       float sums[COLUMNS];
       load8(p.column_sums + row0 + column, sums);
-      shift8(__ldg(p.row_shift + row), sums, y);
+      shift8(p.row_shift[row], sums, y);
     }
     accumulate8(whole, at.scale, p.row_scale != nullptr, scale, y);
     if (p.a_fp != nullptr) {
@@ -576,12 +576,9 @@ int launch(void (*kernel)(Operands, Arguments...), int config, bool fp, cudaStre
   if (bytes > gpu.shared) return VITQ_UNSUPPORTED;
   if (bytes > 48 * 1024)
     if (cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
-  cudaLaunchConfig_t how = {};
-  how.gridDim = dim3(blocks), how.blockDim = dim3(32 * warps), how.dynamicSmemBytes = bytes, how.stream = stream;
-  cudaLaunchAttribute early = {};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
-  if (gpu.major >= 9 && config >= 3) how.attrs = &early, how.numAttrs = 1;
-  return cudaLaunchKernelEx(&how, kernel, o, arguments...);
+  if (config >= 3) return launch_early(kernel, blocks, 32 * warps, bytes, stream, o, arguments...);
+  kernel<<<blocks, 32 * warps, bytes, stream>>>(o, arguments...);
+  return cudaGetLastError();
 }
 
 template <int FORMAT, bool GROUPED, class F>

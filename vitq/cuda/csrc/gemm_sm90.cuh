@@ -15,13 +15,14 @@
 
 #include <cuda_runtime.h>
 
+#include "gemm_sm90_packed.cuh"
 #include "gemm_sm90_tile.cuh"
 #include "launch.cuh"
 
 namespace vitq::sm90 {
 
 struct Barriers {
-  uint64_t full[MAX_STAGES], empty[MAX_STAGES], weights[MAX_RESIDENT];
+  uint64_t full[MAX_STAGES], empty[MAX_STAGES], weights[MAX_RESIDENT], packed[MAX_PACKED];
 };
 
 // Where a ring of `stages` slots is.
@@ -57,7 +58,8 @@ __global__ void __launch_bounds__(T::THREADS, 1)
   const int all_k_tiles = problem.k_tiles + problem.k_tiles_fp;
   char* resident = memory;
   char* ring = memory + (T::RESIDENT ? all_k_tiles * T::B_BYTES : 0);
-  float* constants = reinterpret_cast<float*>(ring + problem.stages * T::STAGE_BYTES);  // two buffers of scales and biases
+  char* packed = ring + problem.stages * T::STAGE_BYTES;
+  float* constants = reinterpret_cast<float*>(packed + WIDENERS * T::PACKED_DEPTH * T::PACKED_BYTES);  // two buffers of scales and biases
   Barriers* bars = reinterpret_cast<Barriers*>(constants + 2 * CONSTANTS<T, SEGMENTS>);
 
   const int warpgroup = threadIdx.x / 128, thread = threadIdx.x % 128;
@@ -67,13 +69,16 @@ __global__ void __launch_bounds__(T::THREADS, 1)
     prefetch_map(&a_map);
     prefetch_map(&b_map);
     for (int i = 0; i < stages; ++i) {
-      barrier_init(&bars->full[i], 1);
+      barrier_init(&bars->full[i], T::PACKED ? 2 : 1);  // who loads, and who widens
       barrier_init(&bars->empty[i], T::RESIDENT ? 4 : 4 * T::GROUPS);  // a thread of each warp that reads it
     }
     if (T::RESIDENT)
       for (int i = 0; i < all_k_tiles; ++i) barrier_init(&bars->weights[i], 1);
+    for (int i = 0; i < WIDENERS * T::PACKED_DEPTH; ++i) barrier_init(&bars->packed[i], 1);
     barrier_init_done();
   }
+  start_dependents();
+  wait_for_kernels_before();
   __syncthreads();
 
   // What this block works on. Resident: one column of tiles, every `step`-th row tile. Streaming: every `step`-th tile of all.
@@ -99,7 +104,71 @@ __global__ void __launch_bounds__(T::THREADS, 1)
 
   if (warpgroup == T::GROUPS) {  // the last warpgroup loads
     give_registers<T::LOAD_REGISTERS>();
-    if (thread == 0 && count > 0) {
+    if (T::PACKED && thread >= 32) {
+      if constexpr (T::PACKED) {
+        const int warp = thread / 32 - 1, lane = thread % 32, pieces = count * problem.k_tiles;
+        Widener<T> widener(problem.p, lane);
+        const int pieces_of_group = problem.p.multiplier == nullptr ? 1 : problem.p.group_columns / 128;
+        char* const places = packed + warp * T::PACKED_DEPTH * T::PACKED_BYTES;
+        uint64_t* const arrived = bars->packed + warp * T::PACKED_DEPTH;
+        // The pieces of this warp, in order: where it works, and what it fetches next. Divisions only where a tile begins.
+        struct Place {
+          int piece, tile, kt, column;
+        } now, next;
+        const auto find = [&](Place& place) {
+          int row_tile;
+          if (place.piece < pieces) locate(place.tile, row_tile, place.column);
+        };
+        const auto skip = [&](Place& place, int count) {
+          place.piece += count, place.kt += count;
+          if (place.kt < problem.k_tiles) return;
+          do ++place.tile; while ((place.kt -= problem.k_tiles) >= problem.k_tiles);
+          find(place);
+        };
+        now = {0, 0, 0, 0};
+        find(now);
+        skip(now, warp);
+        next = now;
+        Ring from, ahead, at;
+        const auto fetch = [&] {
+          if (lane == 0 && next.piece < pieces) {
+            barrier_expect(&arrived[ahead.slot], T::PACKED_BYTES);
+            load_box(&b_map, &arrived[ahead.slot], places + ahead.slot * T::PACKED_BYTES, next.kt * 64, next.column * T::N);
+          }
+          ahead.next(T::PACKED_DEPTH);
+          skip(next, WIDENERS);
+        };
+        const auto fetch_constants = [&] {
+          if (problem.p.multiplier != nullptr && now.piece < pieces)
+            widener.fetch(now.column * T::N, pieces_of_group == 1 ? now.kt : now.kt / pieces_of_group);
+        };
+        for (int i = 0; i < T::PACKED_DEPTH; ++i) fetch();
+        fetch_constants();
+        // Of `count` stages further on. A parity tells of a stage whether it is empty again only if its last turn was waited for as well.
+        const auto wait_for_stage = [&](int count) {
+          for (; count > stages; count -= stages) {
+            at.parity ^= 1;
+            barrier_wait(&bars->empty[at.slot], at.parity ^ 1);
+          }
+          for (at.slot += count; at.slot >= stages; at.slot -= stages) at.parity ^= 1;
+          barrier_wait(&bars->empty[at.slot], at.parity ^ 1);
+        };
+        for (int stages_on = warp; now.piece < pieces;) {
+          wait_for_stage(stages_on);
+          barrier_wait(&arrived[from.slot], from.parity);
+          widener.widen(places + from.slot * T::PACKED_BYTES, ring + at.slot * T::STAGE_BYTES + T::A_BYTES);
+          written_for_mma();
+          __syncwarp();
+          if (lane == 0) barrier_arrive(&bars->full[at.slot]);
+          fetch();
+          from.next(T::PACKED_DEPTH);
+          const int tile = now.tile;
+          skip(now, WIDENERS);
+          stages_on = WIDENERS + (now.tile - tile) * problem.k_tiles_fp;
+          fetch_constants();
+        }
+      }
+    } else if (thread == 0 && count > 0) {
       Ring at;
       bool first_tile = true;
       for (int i = 0; i < count; ++i) {
@@ -115,9 +184,11 @@ __global__ void __launch_bounds__(T::THREADS, 1)
           }
           barrier_wait(&bars->empty[at.slot], at.parity ^ 1);
           char* slot = ring + at.slot * T::STAGE_BYTES;
-          barrier_expect(&bars->full[at.slot], T::STAGE_BYTES);
+          const bool widened = T::PACKED && !fp;  // other warps bring the weight's part
+          barrier_expect(&bars->full[at.slot], widened ? T::A_BYTES : T::STAGE_BYTES);
           load_box(a, &bars->full[at.slot], slot, k, row_tile * T::ROWS);
-          if constexpr (!T::RESIDENT) load_box(b, &bars->full[at.slot], slot + T::A_BYTES, k, column * T::N);
+          if (!T::RESIDENT && !widened) load_box(b, &bars->full[at.slot], slot + T::A_BYTES, k, column * T::N);
+          if (T::PACKED && fp) barrier_arrive(&bars->full[at.slot]);
           at.next(stages);
         }
         first_tile = false;
@@ -272,7 +343,9 @@ __global__ void __launch_bounds__(T::THREADS, 1)
 
 // --- the host's side ----------------------------------------------------------------------------------------------------
 
-int encode_map(CUtensorMap* map, const void* data, bool halves, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows);
+// What boxes of a matrix hold of its rows: 128 bytes of codes or halves, or 64 of packed codes, swizzled by as many.
+enum Boxes { CODES, HALVES, PACKED_CODES };
+int encode_map(CUtensorMap* map, const void* data, Boxes boxes, int64_t rows, int64_t columns, int64_t row_bytes, int box_rows);
 int shared_memory_limit();
 int multiprocessors();
 
@@ -294,7 +367,8 @@ int launch(const VitqLinear& p, cudaStream_t stream) {
   problem.plain = plain_epilogue(p);
   const int all = problem.k_tiles + problem.k_tiles_fp;
   if (T::RESIDENT && all > MAX_RESIDENT) return VITQ_UNSUPPORTED;
-  const int fixed = 1024 + (T::RESIDENT ? all * T::B_BYTES : 0) + 2 * CONSTANTS<T, SEGMENTS> * int(sizeof(float)) + int(sizeof(Barriers));
+  const int fixed = 1024 + (T::RESIDENT ? all * T::B_BYTES : 0) + WIDENERS * T::PACKED_DEPTH * T::PACKED_BYTES +
+                    2 * CONSTANTS<T, SEGMENTS> * int(sizeof(float)) + int(sizeof(Barriers));
   problem.stages = (shared_memory_limit() - fixed) / T::STAGE_BYTES;
   if (problem.stages < (T::RESIDENT ? 3 : 2)) return VITQ_UNSUPPORTED;
   if (problem.stages > MAX_STAGES) problem.stages = MAX_STAGES;
@@ -303,11 +377,12 @@ int launch(const VitqLinear& p, cudaStream_t stream) {
   const int64_t n_pad = (p.n + 31) / 32 * 32;
   CUtensorMap a, b, a_fp, b_fp;
   // A box may not be larger than its matrix in bytes of a row only where the matrix is narrower than 128 bytes; TMA fills up.
-  int error = encode_map(&a, p.a, false, p.m, p.a_columns, p.lda, T::ROWS);
-  if (!error) error = encode_map(&b, p.weight, false, n_pad, p.k, p.k, T::N);
+  int error = encode_map(&a, p.a, CODES, p.m, p.a_columns, p.lda, T::ROWS);
+  const int64_t row_bytes = T::PACKED ? p.k / 2 : p.k;
+  if (!error) error = encode_map(&b, p.weight, T::PACKED ? PACKED_CODES : CODES, n_pad, row_bytes, row_bytes, T::N);
   if (!error && problem.k_tiles_fp) {
-    error = encode_map(&a_fp, p.a_fp, true, p.m, p.k_fp, p.lda_fp * 2, T::ROWS);
-    if (!error) error = encode_map(&b_fp, p.weight_fp, true, n_pad, p.k_fp, int64_t(p.k_fp) * 2, T::N);
+    error = encode_map(&a_fp, p.a_fp, HALVES, p.m, p.k_fp, p.lda_fp * 2, T::ROWS);
+    if (!error) error = encode_map(&b_fp, p.weight_fp, HALVES, n_pad, p.k_fp, int64_t(p.k_fp) * 2, T::N);
   } else {
     a_fp = a, b_fp = b;
   }
@@ -327,8 +402,7 @@ int launch(const VitqLinear& p, cudaStream_t stream) {
   auto kernel = gemm<T, EPILOGUE, SEGMENTS>;
   cudaError_t status = allow_shared(reinterpret_cast<const void*>(kernel));
   if (status != cudaSuccess) return status;
-  kernel<<<blocks, T::THREADS, shared, stream>>>(a, b, a_fp, b_fp, problem);
-  return cudaGetLastError();
+  return launch_early(kernel, blocks, T::THREADS, shared, stream, a, b, a_fp, b_fp, problem);
 }
 
 // Tiles by configuration number; gemm_sm90.cu documents them and tuning.py names them.
@@ -346,6 +420,9 @@ using Config10 = Tile<128, 2, 2, false>;
 using Config11 = Tile<128, 2, 1, false>;
 using Config12 = Tile<64, 2, 1, false>;
 constexpr int CONFIGS = 13;
+using Packed10 = Tile<128, 2, 2, false, 4>;
+using Packed11 = Tile<128, 2, 1, false, 4>;
+using Packed12 = Tile<64, 2, 1, false, 4>;
 
 int launch_float(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_codes(const VitqLinear& p, int config, cudaStream_t stream);
@@ -353,6 +430,7 @@ int launch_act_codes(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_act_float(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_segments(const VitqLinear& p, int config, cudaStream_t stream);
 int launch_mixed(const VitqLinear& p, int config, cudaStream_t stream);
+int launch_packed(const VitqLinear& p, int config, cudaStream_t stream);
 
 template <int EPILOGUE>
 int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {

@@ -7,20 +7,27 @@
 
 namespace vitq::sm90 {
 
-// Columns of a tile, warpgroups that compute, 64-row pieces each of them has, and how tiles are walked.
-template <int COLUMNS_, int GROUPS_, int PIECES_, bool RESIDENT_>
+// Columns of a tile, warpgroups that compute, 64-row pieces each of them has, how tiles are walked, and bits of the weight.
+template <int COLUMNS_, int GROUPS_, int PIECES_, bool RESIDENT_, int WEIGHT_BITS_ = 8>
 struct Tile {
   static constexpr int N = COLUMNS_, GROUPS = GROUPS_, PIECES = PIECES_;
-  static constexpr bool RESIDENT = RESIDENT_;
+  static constexpr bool RESIDENT = RESIDENT_, PACKED = WEIGHT_BITS_ == 4;
+  static_assert(!PACKED || (!RESIDENT && GROUPS == 2 && N <= 128), "packed weights stream past two warpgroups");
+  // Of packed weights: pieces that each warp that widens them has under way.
+  static constexpr int PACKED_BYTES = N * 64, PACKED_DEPTH = !PACKED ? 0 : N * PIECES >= 256 ? 1 : N == 128 ? 2 : 4;
   static constexpr int GROUP_ROWS = 64 * PIECES;
   static constexpr int ROWS = RESIDENT ? GROUP_ROWS : GROUP_ROWS * GROUPS;  // of one pass through the ring
   static constexpr int A_BYTES = ROWS * 128, B_BYTES = N * 128;            // a stage: 128 bytes of K
   static constexpr int STAGE_BYTES = RESIDENT ? A_BYTES : A_BYTES + B_BYTES;
   static constexpr int THREADS = 128 * (GROUPS + 1);
-  static constexpr int COMPUTE_REGISTERS = GROUPS == 2 ? 232 : 160, LOAD_REGISTERS = GROUPS == 2 ? 40 : 32;
+  // A block has 168 for each thread of three warpgroups, 128 for each of four: asking for more would wait for ever.
+  static constexpr int COMPUTE_REGISTERS = PACKED ? 208 : GROUPS == 2 ? 232 : 160, LOAD_REGISTERS = PACKED ? 88 : GROUPS == 2 ? 40 : 32;
+  static_assert(GROUPS * COMPUTE_REGISTERS + LOAD_REGISTERS <= (GROUPS == 2 ? 3 * 168 : 4 * 128), "registers of a block");
 };
 
 constexpr int MAX_STAGES = 12;
+constexpr int WIDENERS = 3;  // warps that widen packed weights
+constexpr int MAX_PACKED = 4 * WIDENERS;
 constexpr int MAX_RESIDENT = 16;  // 128-byte pieces of K
 
 struct Problem {
@@ -45,6 +52,10 @@ inline bool plain_epilogue(const VitqLinear& p) {
 // MIXED: one integer segment, whose sums become floats in their own registers, before fp16 columns are added there; shifted rows.
 // ANY: up to VITQ_MAX_SEGMENTS, fp16 columns, shifted rows; one segment's integers after the other's go to float sums.
 enum Segments { ONE, PAIR, MIXED, ANY };
+
+// What codes of packed weights without multipliers are multiplied with: they stay at the top of their bytes. Sums of up to 2^17 products still
+// fit 32 bits, and a power of two changes no float but its exponent.
+constexpr float PACKED_UNIT = 16.0f;
 
 // Floats of a tile's constants in shared memory: scales of each segment, of MIXED the weight's column sums, then biases.
 template <class T, Segments SEGMENTS>
@@ -140,8 +151,8 @@ struct Consumer {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = min(row_of(first_row, i, h), p.m - 1);
-        scale[i][h] = p.row_scale == nullptr ? 1.0f : __ldg(p.row_scale + row);
-        shift[i][h] = p.column_sums == nullptr ? 0.0f : __ldg(p.row_shift + row);
+        scale[i][h] = p.row_scale == nullptr ? 1.0f : p.row_scale[row];
+        shift[i][h] = p.column_sums == nullptr ? 0.0f : p.row_shift[row];
       }
     }
   }
@@ -377,11 +388,12 @@ struct Consumer {
 template <class T, int EPILOGUE, Segments SEGMENTS>
 __device__ __forceinline__ void load_constants(const VitqLinear& p, float* to, int first_column, int thread, int threads) {
   constexpr float UNIT = EPILOGUE == ACT_CODES_OUT && SEGMENTS != MIXED ? 1.0f / GELU_UNIT : 1.0f;
+  const float unit = T::PACKED && p.multiplier == nullptr ? UNIT / PACKED_UNIT : UNIT;
   const int64_t n_pad = (p.n + 31) / 32 * 32;
   for (int i = thread; i < T::N; i += threads) {
     const int column = first_column + i;
     const bool inside = column < p.n;
-    to[i] = inside ? __ldg(p.scale + column) * UNIT : 0.0f;
+    to[i] = inside ? __ldg(p.scale + column) * unit : 0.0f;
     if (SEGMENTS == PAIR) to[T::N + i] = inside ? __ldg(p.scale + n_pad + column) * UNIT : 0.0f;
     if (SEGMENTS == MIXED) to[T::N + i] = inside && p.column_sums != nullptr ? __ldg(p.column_sums + column) : 0.0f;
     to[CONSTANTS<T, SEGMENTS> - T::N + i] = inside && p.bias != nullptr ? __ldg(p.bias + column) * UNIT : 0.0f;

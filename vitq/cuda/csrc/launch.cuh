@@ -75,8 +75,10 @@ inline int check_linear(const VitqLinear& p) {
   return 0;
 }
 
-// A kernel may start while the one before it still runs, to fetch its weight into the L2, which changes nothing that anyone can see;
-// this waits for all that the others have written. (On sm_80 kernels start one after the other.)
+// Starting early (programmatic dependent launch): a kernel that `launch_early` starts may begin once all blocks of the one before it have called
+// `start_dependents` or have ended. It prepares what no one else can see, and then every thread of it calls `wait_for_kernels_before`, which
+// returns when all kernels before have ended and what they wrote can be read. Reads of it must not be __ldg, which the compiler may move across.
+// On chips before sm_90 kernels start one after the other.
 __device__ __forceinline__ void start_dependents() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -86,6 +88,29 @@ __device__ __forceinline__ void wait_for_kernels_before() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+
+// Whether the code for this GPU has these instructions: on sm_90 it is compiled for it, later chips run that of sm_80.
+inline bool starts_early(const Gpu& gpu) {
+#ifdef __CUDA_ARCH_LIST__
+  constexpr int compiled[] = {__CUDA_ARCH_LIST__};
+  for (int arch : compiled)
+    if (arch == 900) return gpu.major == 9;
+#endif
+  return false;
+}
+
+template <class... Parameters, class... Arguments>
+inline cudaError_t launch_early(void (*kernel)(Parameters...), unsigned blocks, int threads, int shared, cudaStream_t stream, const Arguments&... arguments) {
+  Gpu gpu;
+  if (int error = gpu_of_now(gpu)) return static_cast<cudaError_t>(error);
+  cudaLaunchConfig_t how = {};
+  how.gridDim = dim3(blocks), how.blockDim = dim3(threads), how.dynamicSmemBytes = shared, how.stream = stream;
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization, early.val.programmaticStreamSerializationAllowed = 1;
+  if (starts_early(gpu)) how.attrs = &early, how.numAttrs = 1;
+  return cudaLaunchKernelEx(&how, kernel, arguments...);
 }
 
 }  // namespace vitq

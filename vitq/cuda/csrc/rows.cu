@@ -269,10 +269,11 @@ __device__ __forceinline__ void rows_body(const RowsLaunch& p) {
 #pragma unroll
         for (int v = 0; v < V; v++) {
           if (!used(v)) continue;
-          float y[W];  // folded results back to the norm's own
+          __half y[W];  // folded results back to the norm's own
 #pragma unroll
-          for (int w = 0; w < W; w++) y[w] = EXACT ? x[v][w] : (x[v][w] - p.code.zero) * a.scale;
-          store_eight<__half>(halves, column(v), y);
+          for (int w = 0; w < W; w++) y[w] = to_half(EXACT ? x[v][w] : (x[v][w] - p.code.zero) * a.scale);
+          const auto* words = reinterpret_cast<const uint32_t*>(y);
+          *reinterpret_cast<uint4*>(halves + column(v)) = make_uint4(words[0], words[1], words[2], words[3]);
         }
         if constexpr (TOGETHER == 4) {
           if constexpr (ALL) __syncthreads(); else __syncwarp();
@@ -385,7 +386,8 @@ template <typename T, int V, Lanes LANES, Mode MODE, bool STAGED>
 __global__ void __launch_bounds__(LANES == WIDE ? wide_threads(sizeof(T)) : THREADS,
                                   LANES == WIDE ? 1 : resident(V, MODE, STAGED))
 rows_kernel(const __grid_constant__ RowsLaunch p) {
-  start_dependents();  // the GEMM of few rows fetches its weights meanwhile
+  start_dependents();
+  wait_for_kernels_before();
   rows_body<T, V, LANES, MODE, STAGED>(p);
 }
 
@@ -401,8 +403,7 @@ int launch(void (*kernel)(RowsLaunch), const RowsLaunch& p, int threads, int sha
   if (!resident) return VITQ_UNSUPPORTED;
   const int together = threads / p.lanes;
   const int64_t blocks = (int64_t(p.a.m) + together - 1) / together;
-  kernel<<<unsigned(std::min<int64_t>(blocks, int64_t(processors) * resident)), threads, shared, stream>>>(p);
-  return cudaGetLastError();
+  return launch_early(kernel, unsigned(std::min<int64_t>(blocks, int64_t(processors) * resident)), threads, shared, stream, p);
 }
 
 template <typename T, Mode MODE>
@@ -466,7 +467,7 @@ extern "C" int vitq_rows(const VitqRows* args, void* stream_) {
   if (const int error = check(a)) return error;
   if (!a.m) return 0;
   const auto stream = static_cast<cudaStream_t>(stream_);
-  if (takes_kept_rows(a)) return launch_kept_rows(a, stream);
+  if (takes_dynamic_rows(a)) return launch_dynamic_rows(a, stream);
   const bool codes = a.out_dtype == VITQ_S8 || a.out_dtype == VITQ_S4, packed = a.out_dtype == VITQ_S4;
   const bool dynamic = codes && a.row_scale, exact = codes && (dynamic || a.norm == VITQ_NO_NORM);
 

@@ -182,9 +182,15 @@ __device__ __forceinline__ void store_one(void* base, int dtype, int64_t offset,
   else static_cast<uint16_t*>(base)[offset] = dtype == VITQ_F16 ? half : brain;
 }
 
-// rows_kept.cu
-bool takes_kept_rows(const VitqRows& a);
-int launch_kept_rows(const VitqRows& a, cudaStream_t stream);
+// A feature that stays in float16: finite where x is.
+__device__ __forceinline__ __half to_half(float x) {
+  const __half largest = __ushort_as_half(0x7BFF);  // 65504
+  return __hmax_nan(__hmin_nan(__float2half_rn(x), largest), __hneg(largest));
+}
+
+// rows_dynamic.cu
+bool takes_dynamic_rows(const VitqRows& a);
+int launch_dynamic_rows(const VitqRows& a, cudaStream_t stream);
 
 struct Sum {
   template <typename V>

@@ -45,6 +45,7 @@ __device__ __forceinline__ float load_x(const RowsLaunch& p, const Place& at, in
 // A block shares a row and reads it again from the caches for each of its passes.
 __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_constant__ RowsLaunch p) {
   start_dependents();
+  wait_for_kernels_before();
   extern __shared__ __align__(16) uint8_t shared[];
   __shared__ uint32_t meeting[2][32];
   const VitqRows& a = p.a;
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_cons
         store_one(a.out, a.out_dtype, row * a.out_stride + c, y);
         continue;
       }
-      if (a.fp_out) halves[c] = __float2half_rn(y);
+      if (a.fp_out) halves[c] = to_half(y);
       codes[c] = kind.code(p, y, scale, range);
     }
     if (kind.floats) continue;
@@ -125,6 +126,7 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_kernel(const __grid_cons
 template <int V>
 __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid_constant__ RowsLaunch p) {
   start_dependents();
+  wait_for_kernels_before();
   extern __shared__ __align__(16) uint8_t shared[];
   const VitqRows& a = p.a;
   const AnyRow kind(a);
@@ -215,7 +217,7 @@ __global__ void __launch_bounds__(ANY_THREADS) rows_any_warp_kernel(const __grid
 #pragma unroll
     for (int v = 0; v < V; v++) {
       if (done(v) || !used(v)) continue;
-      if (a.fp_out) halves[lane + 32 * v] = __float2half_rn(x[v]);
+      if (a.fp_out) halves[lane + 32 * v] = to_half(x[v]);
       codes[beyond + lane + 32 * v] = kind.code(p, x[v], scale, range);
     }
     __syncwarp();

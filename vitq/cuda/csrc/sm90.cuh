@@ -56,6 +56,9 @@ __device__ __forceinline__ void named_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// What this thread wrote to shared memory can be read by the asynchronous MMAs of whoever it tells next.
+__device__ __forceinline__ void written_for_mma() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
