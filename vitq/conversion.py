@@ -340,7 +340,7 @@ def tune(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
 
 
 def explain(model: nn.Module) -> list[Row]:
-    """One row a layer: role, format, the backend and kernel that run it, bytes, and why where it fell back.
+    """One row a layer: role, format, the backend and kernel that run it, bytes stored and in memory, and why where it fell back.
 
     Raises TypeError for a model that vitq did not convert.
     """
@@ -361,7 +361,7 @@ def explain(model: nn.Module) -> list[Row]:
             counted.update(map(id, own))
             size = sum(p.numel() * p.element_size() for p in own)
             rows.append(Row(name or type(module).__name__, info.roles.get(name, "float"), str(info.dtype)[6:], "torch",
-                            "torch", size, info.floats[name]))
+                            "torch", size, size, info.floats[name]))
     return rows
 
 
