@@ -225,6 +225,20 @@ def test_hooks_on_what_the_fast_path_leaves_out_fire(name: str, parts: tuple[str
         seen.clear()
 
 
+@pytest.mark.parametrize("name, changes, readings", [
+    ("w8a8", [], ["statistics"]), ("erq-w4a4", [], ["statistics", "Gram matrices"]), ("gptq-w4a16", [], ["Gram matrices"]),
+    ("phq-mixed", ["solver=gptq"], ["scores", "statistics", "Gram matrices"])])
+def test_progress_says_each_reading_of_the_data(name: str, changes: list[str], readings: list[str]) -> None:
+    model, seen = build(depth=1, img_size=64, embed_dim=96, num_heads=4), []
+    recipe, data = quick(name, "calib_size=4", *changes), images(model, 5).split(3)
+    vitq.convert(model, recipe, data, progress=seen.append)
+    assert seen == [3, 1] * len(readings)
+    if "Gram matrices" in readings:
+        layers, seen[:] = sum(row.format.startswith("W") for row in vitq.explain(vitq.convert(model, recipe, data))), []
+        vitq.convert(model, recipe, data, memory=1.0, progress=seen.append)
+        assert seen == [3, 1] * (len(readings) - 1 + layers), "a reading for each layer's matrix"
+
+
 def test_no_head_gives_features() -> None:
     model = build(num_classes=0, depth=1)
     converted = convert(model, quick("w8a8"))

@@ -108,7 +108,9 @@ def quantize(args, recipe, loaded, data, console: Console):
             batches = images or vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)
             statistics = vitq.calibrate(loaded.model, recipe, batches, progress=bar.update)
     console.step(f"converting with the recipe {recipe.name}" + recipe.needs_inputs * f", whose solver {recipe.solver} takes seconds a layer")
-    return statistics, vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics, memory=args.memory * 1e9)
+    with console.bar("convert", sum(map(len, images)) if images else None) as bar:
+        model = vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics, memory=args.memory * 1e9, progress=bar.update)
+    return statistics, model
 
 
 def measure(args, report: dict, loaded, model, data, own_labels: bool, console: Console) -> torch.Tensor:

@@ -56,7 +56,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
     dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
         Logits of images are float32 always; those of text where the head is quantized.
-    progress: called with the number of images of each calibration batch, or with stream= once a block.
+    progress: called with the number of images of each calibration batch, each time that it is read; what stream= does is counted once a block.
     stream: None: the whole model is calibrated on its own device. Else one block at a time is on `device` while the rest of the float32
         copy stays where the model is, and hidden states wait on the CPU, in float32. `float`: each block reads what the float model gives it,
         and the result is that of None, bit for bit where the device is the same; `quantized`: what the quantized blocks before it give, and in a
@@ -134,7 +134,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         if recipe.scores_heads:
             calib = _kept(calib, recipe, prepared)
             check_calibration(calib, recipe, prepared)
-        recipe = choose_heads(prepared, recipe, calib)
+        recipe = choose_heads(prepared, recipe, calib, progress)
         part_heads(prepared, recipe.heads["chosen"])
     for site in prepared.linears:
         spec = recipe.resolve(site.role, site.name)
@@ -163,7 +163,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         return prepared, plan
     if stats is None and recipe.is_static:
         stats = collect(prepared, [recipe], data, progress=progress)
-    return prepared, choose(prepared, recipe, stats, data, memory)
+    return prepared, choose(prepared, recipe, stats, data, memory, progress)
 
 
 def _kept(calib: Iterable, recipe: Recipe, prepared: Prepared) -> Iterable:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq.calib.runner import checked, exact_float32
+from vitq.calib.runner import checked, exact_float32, reported
 from vitq.models import prepare
 from vitq.models.heads import PARTS, check_chosen, check_heads, rows_of
 from vitq.models.sites import HeadSite, Prepared
@@ -53,14 +53,14 @@ def head_scores(model: nn.Module, calib: Iterable, score: str = "contribution", 
 
 @torch.no_grad()
 def scores_of(prepared: Prepared, data: Iterable | None, score: str, *, cascade: bool, limit: int, seed: int,
-              bits: Callable[[HeadSite], Bits]) -> dict[str, Tensor]:
-    """As `head_scores`, of a prepared model. data: None will do for `random`."""
+              bits: Callable[[HeadSite], Bits], progress: Callable[[int], None] | None = None) -> dict[str, Tensor]:
+    """As `head_scores`, of a prepared model. data: None will do for `random`. progress: called with the number of images of each batch."""
     measures = {"l1": _l1, "contribution": _contribution, "sensitivity": partial(_sensitivity, bits=bits)}
     if score == "random":
         generator = torch.Generator().manual_seed(seed)
         found = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in prepared.heads}
     elif score in measures:
-        batches = checked(data, limit, prepared)
+        batches = reported(checked(data, limit, prepared), progress)
         with exact_float32():
             found = measures[score](prepared, batches)
     else:
@@ -74,10 +74,11 @@ def scores_of(prepared: Prepared, data: Iterable | None, score: str, *, cascade:
     return _cascaded(found) if cascade else found
 
 
-def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None) -> Recipe:
+def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None, progress: Callable[[int], None] | None = None) -> Recipe:
     """The recipe with its choice in it, `heads.chosen`: the units of each attention that are to be `least`.
 
-    data: iterable again; None where the recipe chooses without (`Recipe.scores_heads`). Raises ValueError where model and recipe do not fit.
+    data: iterable again; None where the recipe chooses without (`Recipe.scores_heads`). progress: as of `scores_of`. Raises ValueError where model
+    and recipe do not fit.
     """
     check_heads(prepared)
     heads = recipe.heads
@@ -98,7 +99,8 @@ def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None) -> R
     if heads.get("least") == 0:
         chosen: dict[str, list[int]] = {site.name: [] for site in prepared.heads}
     else:
-        scores = scores_of(prepared, data, score, cascade=heads.get("cascade", False), limit=recipe.calib_size, seed=heads.get("seed", 0), bits=bits)
+        scores = scores_of(prepared, data, score, cascade=heads.get("cascade", False), limit=recipe.calib_size, seed=heads.get("seed", 0), bits=bits,
+                           progress=progress)
         chosen = _within(prepared, recipe, scores, heads["budget"]) if "budget" in heads else \
             {site.name: _lowest(scores[site.name], _count(site, heads["least"])) for site in prepared.heads}
     return replace(recipe, heads={**heads, "chosen": chosen})

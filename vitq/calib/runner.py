@@ -155,6 +155,14 @@ def limited(data: Iterable, limit: int, tokens: bool = False) -> Iterator[Tensor
             return
 
 
+def reported(batches: Iterable[Tensor], progress: Callable[[int], None] | None) -> Iterator[Tensor]:
+    """The batches; after each was used, progress is called with the number of its images or sequences."""
+    for batch in batches:
+        yield batch
+        if progress is not None:
+            progress(len(batch))
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """TF32 off inside: statistics must not depend on the GPU's reduced-precision modes."""
@@ -209,11 +217,9 @@ def collect(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable, *,
     stats = Statistics(model=fingerprint(prepared.model))
     most = max(recipes, key=lambda recipe: recipe.calib_size)
     with observing(operands_of(prepared, recipes), stats), torch.inference_mode(), exact_float32():
-        for images in checked(data, most.calib_size, prepared):
+        for images in reported(checked(data, most.calib_size, prepared), progress):
             prepared.run(images)
             stats.samples += len(images)
-            if progress is not None:
-                progress(len(images))
     check_sample_count(stats.samples, most, prepared)
     return stats
 
