@@ -301,9 +301,9 @@ def check(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe], stati
     """Raises as `convert` with these arguments would, for what can be known without data: an unknown block, rules that match no layer or do not go
     together, heads of which the model has too few, statistics of another model or of operands that the recipe does not need.
 
-    It takes a float32 copy of the model, as `convert` does.
+    The model is copied without its weights; with statistics, which its float32 weights are compared with, as `convert` copies it.
     """
-    prepared = prepare(model)
+    prepared = prepare(model, weights=statistics is not None)
     if statistics is not None:
         check_statistics(statistics, prepared)
     for one in [recipe] if isinstance(recipe, (str, Recipe)) else recipe:
