@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vitq
 from vitq.calib import heads as scoring
+from vitq.conversion import quantize
 from vitq.models import prepare
 from vitq.models.heads import part_heads
 from vitq.models.sites import HeadSite, LinearSite, Prepared
@@ -135,6 +136,28 @@ def test_block_by_block(stream: str, decoder: nn.Module, tmp_path) -> None:
     if stream == "float":
         assert torch.equal(logits(parts[0], x), logits(whole, x))
     assert sqnr(logits(decoder, x), logits(parts[0], x)) > 12
+
+
+@pytest.mark.parametrize("stream", ["float", "quantized"])
+@pytest.mark.parametrize("changes", [[], ["transforms=[]", "solver=rtn"]], ids=str)
+def test_a_run_that_goes_on_keeps_its_choice(changes: list[str], stream: str, decoder: nn.Module, tmp_path, monkeypatch) -> None:
+    """It is not made again, by batches of another size; the data it was made by must be the same, also where nothing else looks at them."""
+    recipe, x = recipe_of("phq-mixed", *changes), data(decoder)
+    first = quantize(decoder, recipe, [x], stream=stream, resume=tmp_path / "run")
+    (tmp_path / "run" / "0002.safetensors").unlink()
+    chosen = first[1].recipe.heads["chosen"]
+    others = {name: [unit for unit in range(4) if unit not in units] for name, units in chosen.items()}
+    monkeypatch.setattr(scoring, "_lowest", lambda scores, count: others["model.layers.0.self_attn"])
+    again = quantize(decoder, recipe, list(x.split(1)), stream=stream, resume=tmp_path / "run")
+    assert again[1].recipe == first[1].recipe and again[1].layers.keys() == first[1].layers.keys()
+    with pytest.raises(ValueError, match="holds a run of other calibration data; give another folder"):
+        quantize(decoder, recipe, [x.flip(0)], stream=stream, resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run of .*another recipe"):
+        quantize(decoder, recipe.with_overrides(["heads.least=2"]), [x], stream=stream, resume=tmp_path / "run")
+    monkeypatch.undo()
+    small = language_models.build("Qwen2", hidden_size=128, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="holds a run of another model or other weights"):
+        quantize(small, recipe, [x], stream=stream, resume=tmp_path / "run")
 
 
 def test_a_parted_model_traces_into_one_graph(vit: nn.Module) -> None:

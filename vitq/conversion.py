@@ -14,6 +14,7 @@ from vitq.calib.choose import check_statistics, choose, find_histogram, linear_p
 from vitq.calib.gram import GRAM_MEMORY, gram_of
 from vitq.calib.heads import check_choice_of_heads, choose_heads
 from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.resume import kept_heads
 from vitq.calib.runner import check_calibration, collect, limited, operands_of
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
@@ -128,9 +129,12 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     if not memory > 0:
         raise ValueError(f"memory must be a number of bytes above 0; got {memory}")
     prepared = prepare(model)
+    scored = recipe.scores_heads  # by data that a folder's run is then of, whether a layer reads them or not
     if recipe.heads:
         if statistics is not None or isinstance(calib, Statistics):
             _check_whole(recipe)
+        if resume is not None and (chosen := kept_heads(resume, recipe, prepared.heads)) is not None:
+            recipe = dataclasses.replace(recipe, heads={**recipe.heads, "chosen": chosen})
         if recipe.scores_heads:
             calib = _kept(calib, recipe, prepared)
             check_calibration(calib, recipe, prepared)
@@ -156,7 +160,7 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         if recipe.needs_inputs and data is None:
             raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the calibration "
                              f"{prepared.samples} themselves, not statistics of them")
-        if not (recipe.needs_inputs or recipe.is_static and stats is None):
+        if not (recipe.needs_inputs or recipe.is_static and stats is None or scored):
             data = None  # nobody looks at it
         plan, _ = quantize_blocks(prepared, recipe, data, stream=stream, device=device, statistics=stats if recipe.is_static else None, memory=memory,
                                   resume=resume, progress=progress)
