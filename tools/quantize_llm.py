@@ -154,7 +154,7 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
     blocks, device = block_options(args, source, "," in (args.recipe or "")) if args.stream else {}, loaded.model.device
     if isinstance(source, vitq.Recipe):
         kept = stats if source.is_static else None
-        reads = source.needs_data if kept is None else source.needs_inputs
+        reads = source.needs_data if kept is None else source.needs_inputs or source.scores_heads
         calib = list(text.calib[:source.calib_size].split(args.batch_size)) if reads else None
         console.step(f"quantizing with the recipe {source.name}")
         cost: list[tuple[float, float]] = []

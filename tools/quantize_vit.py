@@ -100,9 +100,9 @@ def load(args, recipe, device: torch.device, console: Console):
 def quantize(args, recipe, loaded, data, console: Console):
     """Calibrates once. Returns the statistics (None for a dynamic recipe) and the converted model."""
     statistics = images = None
-    if recipe.needs_inputs or recipe.heads and recipe.needs_data:  # which reads them more than once
+    if recipe.needs_inputs or recipe.scores_heads:  # which reads them more than once
         images = list(vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size))
-    if recipe.is_static and not recipe.heads:  # whose parts are measured where they are made
+    if recipe.is_static:
         console.step(f"calibrating on up to {recipe.calib_size} images")
         with console.bar("calibrate", recipe.calib_size) as bar:
             batches = images or vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)

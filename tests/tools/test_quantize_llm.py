@@ -209,7 +209,6 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     (["--backend", "cuda"], "--backend cuda cannot run on cpu"), (["--recipe", "erq-w4a4-paper"], "is for simulation"),
     (["--load", "somewhere", "--recipe", "w8a8"], "--load takes a checkpoint as it is"),
     (["--recipe", "w8a8,w8a8"], "two of the recipes have one name"), (["--stats", "s.st"], "w8a8-dynamic measure nothing before they run"),
-    (["--stats", "s.st", "--recipe", "w8a8,phq-w8"], "phq-w8 chooses heads.*leave out --stats"),
     (["--stats", "short.txt/s.st", "--recipe", "w8a8"], "short.txt"), (["--simulate", "--eval", "none"], "leave out --eval none"),
     (["--recipe", "w8a8-dynamic,phq-w8", "--set", "heads.least=99"], "heads.least: 99;.*4 query heads: give that many at most")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, text, tmp_path, monkeypatch) -> None:

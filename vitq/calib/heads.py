@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq.calib.runner import checked, exact_float32, reported
+from vitq.calib.runner import checked, exact_float32, fingerprint, reported
+from vitq.calib.statistics import Statistics
 from vitq.models import prepare
-from vitq.models.heads import PARTS, check_chosen, check_heads, rows_of
+from vitq.models.heads import PARTS, check_chosen, check_heads, columns_of, rows_of, units_of
 from vitq.models.sites import HeadSite, Prepared
 from vitq.quantizers.uniform import fake_quantize_per_token
 from vitq.recipe import FLOAT_BITS, Recipe
@@ -104,6 +105,27 @@ def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None, prog
         chosen = _within(prepared, recipe, scores, heads["budget"]) if "budget" in heads else \
             {site.name: _lowest(scores[site.name], _count(site, heads["least"])) for site in prepared.heads}
     return replace(recipe, heads={**heads, "chosen": chosen})
+
+
+def statistics_of_parts(stats: Statistics, prepared: Prepared, chosen: Mapping[str, Sequence[int]]) -> Statistics:
+    """What was seen of a model, as of `prepared`, which is that model with these heads in parts. An input of which a part reads some features, and
+    that was not observed by channel, is left out."""
+    moved: dict[str, list[tuple[str, list[int] | None]]] = {}
+    for site in prepared.heads:
+        units = units_of(site, chosen)
+        moved[f"{site.qkv}:input"] = [(f"{site.qkv}.{part}:input", None) for part in units]
+        moved[f"{site.proj}:input"] = [(f"{site.proj}.{part}:input", columns_of(site, of)) for part, of in units.items()]
+        for key in (f"{site.name}.{operand}" for operand in ("qk:input", "qk:other", "pv:other")):  # of image models, whose heads are units
+            if key in stats and stats[key].channels is not None:
+                moved[key] = [(key, [unit for of in units.values() for unit in of])]
+    found = Statistics(fingerprint(prepared.model), stats.samples)
+    for key in stats:
+        for name, channels in moved.get(key, [(key, None)]):
+            if channels is None:
+                found[name] = stats[key]
+            elif stats[key].channels is not None:
+                found[name] = stats[key].selected(channels)
+    return found
 
 
 def check_choice_of_heads(prepared: Prepared, recipe: Recipe) -> None:
