@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 from types import ModuleType
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import vitq
+from vitq.models import prepare
 
 
 def sqnr(reference: Tensor, x: Tensor) -> float:
@@ -29,6 +31,15 @@ def build(name: str = "deit_tiny_patch16_224", *, num_classes: int = 10, seed: i
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.02 if parameter.ndim > 1 else 0.1))
     return model
+
+
+def check_sites_without_weights(model: nn.Module) -> None:
+    """What is known of a model prepared without its weights is what is known of it with them."""
+    whole, empty = (prepare(model, weights=weights) for weights in (True, False))
+    assert dataclasses.replace(whole, model=None) == dataclasses.replace(empty, model=None)
+    parameters = dict(empty.model.named_parameters())
+    assert {name: p.shape for name, p in parameters.items()} == {name: p.shape for name, p in whole.model.named_parameters()}
+    assert all(p.is_meta for p in parameters.values()) and not any(p.is_meta for p in model.parameters())
 
 
 def images(model: nn.Module, count: int = 2, seed: int = 1) -> Tensor:

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import vitq
 from vitq.formats import QTensor
+from vitq.models import prepare
 
 DEPTH = {"depth": 2}
 
@@ -223,6 +224,34 @@ def test_hooks_on_what_the_fast_path_leaves_out_fire(name: str, parts: tuple[str
         assert sqnr(expected, converted(x)) > 60 and len(seen) == 1
         handle.remove()
         seen.clear()
+
+
+def test_a_check_copies_no_weights(monkeypatch) -> None:
+    """Unless statistics are to be compared with them."""
+    model, made = build(depth=1, img_size=64, embed_dim=96, num_heads=4), []
+    monkeypatch.setattr("vitq.conversion.prepare", lambda *args, **kwargs: made.append(prepare(*args, **kwargs)) or made[-1])
+    vitq.check(model, ["w8a8", "quik-w4a4", "phq-w8"])
+    assert len(made) == 1 and all(p.is_meta for p in made[0].model.parameters())
+    vitq.check(model, "w8a8", vitq.calibrate(model, quick("w8a8"), [images(model, 4)]))
+    with pytest.raises(ValueError, match="matches no layer"):
+        vitq.check(model, vitq.Recipe.from_yaml("w8a8").with_overrides(["name:block.0.*.weight.bits=8"]))
+    model.blocks[0].mlp.fc1.weight[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="'blocks.0.mlp.fc1.weight' holds 1 NaN"):
+        vitq.check(model, "w8a8")
+
+
+@pytest.mark.parametrize("name, changes, readings", [
+    ("w8a8", [], ["statistics"]), ("erq-w4a4", [], ["statistics", "Gram matrices"]), ("gptq-w4a16", [], ["Gram matrices"]),
+    ("phq-mixed", ["solver=gptq"], ["scores", "statistics", "Gram matrices"])])
+def test_progress_says_each_reading_of_the_data(name: str, changes: list[str], readings: list[str]) -> None:
+    model, seen = build(depth=1, img_size=64, embed_dim=96, num_heads=4), []
+    recipe, data = quick(name, "calib_size=4", *changes), images(model, 5).split(3)
+    vitq.convert(model, recipe, data, progress=seen.append)
+    assert seen == [3, 1] * len(readings)
+    if "Gram matrices" in readings:
+        layers, seen[:] = sum(row.format.startswith("W") for row in vitq.explain(vitq.convert(model, recipe, data))), []
+        vitq.convert(model, recipe, data, memory=1.0, progress=seen.append)
+        assert seen == [3, 1] * (len(readings) - 1 + layers), "a reading for each layer's matrix"
 
 
 def test_no_head_gives_features() -> None:

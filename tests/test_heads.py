@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import vitq
 from vitq.calib import heads as scoring
+from vitq.conversion import quantize
 from vitq.models import prepare
 from vitq.models.heads import part_heads
 from vitq.models.sites import HeadSite, LinearSite, Prepared
@@ -135,6 +136,28 @@ def test_block_by_block(stream: str, decoder: nn.Module, tmp_path) -> None:
     if stream == "float":
         assert torch.equal(logits(parts[0], x), logits(whole, x))
     assert sqnr(logits(decoder, x), logits(parts[0], x)) > 12
+
+
+@pytest.mark.parametrize("stream", ["float", "quantized"])
+@pytest.mark.parametrize("changes", [[], ["transforms=[]", "solver=rtn"]], ids=str)
+def test_a_run_that_goes_on_keeps_its_choice(changes: list[str], stream: str, decoder: nn.Module, tmp_path, monkeypatch) -> None:
+    """It is not made again, by batches of another size; the data it was made by must be the same, also where nothing else looks at them."""
+    recipe, x = recipe_of("phq-mixed", *changes), data(decoder)
+    first = quantize(decoder, recipe, [x], stream=stream, resume=tmp_path / "run")
+    (tmp_path / "run" / "0002.safetensors").unlink()
+    chosen = first[1].recipe.heads["chosen"]
+    others = {name: [unit for unit in range(4) if unit not in units] for name, units in chosen.items()}
+    monkeypatch.setattr(scoring, "_lowest", lambda scores, count: others["model.layers.0.self_attn"])
+    again = quantize(decoder, recipe, list(x.split(1)), stream=stream, resume=tmp_path / "run")
+    assert again[1].recipe == first[1].recipe and again[1].layers.keys() == first[1].layers.keys()
+    with pytest.raises(ValueError, match="holds a run of other calibration data; give another folder"):
+        quantize(decoder, recipe, [x.flip(0)], stream=stream, resume=tmp_path / "run")
+    with pytest.raises(ValueError, match="holds a run of .*another recipe"):
+        quantize(decoder, recipe.with_overrides(["heads.least=2"]), [x], stream=stream, resume=tmp_path / "run")
+    monkeypatch.undo()
+    small = language_models.build("Qwen2", hidden_size=128, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1)
+    with pytest.raises(ValueError, match="holds a run of another model or other weights"):
+        quantize(small, recipe, [x], stream=stream, resume=tmp_path / "run")
 
 
 def test_a_parted_model_traces_into_one_graph(vit: nn.Module) -> None:
@@ -330,12 +353,55 @@ def test_heads_that_cannot_be_told_apart(model, message: str) -> None:
             act()
 
 
-def test_statistics_do_not_serve_parts(vit: nn.Module) -> None:
-    statistics, recipe = vitq.calibrate(vit, quick("w8a8", "calib_size=4"), [data(vit)]), recipe_of("phq-w8")
-    for act in (lambda: vitq.convert(vit, recipe, statistics), lambda: vitq.convert(vit, recipe, [data(vit)], statistics=statistics),
-                lambda: vitq.calibrate(vit, recipe, [data(vit)]), lambda: vitq.calibrate(vit, ["w8a8", recipe], [data(vit)])):
-        with pytest.raises(ValueError, match="statistics of the whole layers do not serve it"):
+@pytest.mark.parametrize("kind, name, changes", [
+    ("vit", "phq-w8", []), ("decoder", "phq-mixed", []), ("vit", "phq-mixed", ["heads.least=1.0"]), ("decoder", "phq-w8", ["heads.least=0"]),
+    ("vit", "w8a8", ["qk.input.granularity=per_head", "qk.other.granularity=per_head", "pv.other.granularity=per_head"]),
+    ("decoder", "w8a8", ["transforms=[]"]), ("vit", "quik-w4a4", ["input.outliers=16", "input.outlier_limit=0.3", "name:*.rest.input.outliers=0"]),
+    ("decoder", "w8a8", ["name:*_proj.least.input.dynamic=true"])])
+def test_statistics_of_the_whole_layers_serve_their_parts(kind: str, name: str, changes: list[str], request: pytest.FixtureRequest, tmp_path) -> None:
+    """From a file that another recipe was measured for too, in one run and block by block: formats and choice are those of the data."""
+    model = request.getfixturevalue(kind)
+    x, own = data(model, 16), [] if name.startswith("phq") else ["heads={least: 0.5, score: l1}", "name:*.least.weight.bits=3"]
+    ends = [f"{operand}.observer=minmax" for operand in ("input", "qk.input", "qk.other", "pv.other")]
+    recipe = quick(name, "calib_size=16", *ends, *own, *changes)
+    vitq.calibrate(model, [quick("w8a8", "calib_size=16"), recipe], [x]).save(tmp_path / "s")
+    statistics, (prepared, wanted) = vitq.Statistics.load(tmp_path / "s"), quantize(model, recipe, [x])
+    for kwargs in ({}, {"stream": "float", "resume": tmp_path / "run"}):
+        found = quantize(model, recipe, [x], statistics=statistics, **kwargs)[1]
+        assert found.recipe == wanted.recipe and found.notes == wanted.notes and found.layers.keys() == wanted.layers.keys()
+        for layer, params in found.layers.items():
+            for operand in ("input", "q", "k", "v"):
+                one, other = (getattr(of, operand, None) for of in (params, wanted.layers[layer]))
+                if other is not None and not other.dynamic:
+                    torch.testing.assert_close(one.scale, other.scale, rtol=1e-4, atol=0, msg=f"{layer}: {operand}")
+                if other is not None and other.columns is not None:
+                    assert torch.equal(one.columns.fp, other.columns.fp)
+    assert not (tmp_path / "run" / "statistics.safetensors").exists(), "they are not of the whole layers"
+    assert sqnr(logits(vitq.simulate(model, recipe, [x]), x), logits(vitq.simulate(model, recipe, [x], statistics=statistics), x)) > 20
+
+
+def test_a_choice_that_was_made_needs_statistics_alone(vit: nn.Module) -> None:
+    x, recipe = data(vit), recipe_of("phq-w8")
+    statistics = vitq.calibrate(vit, recipe, [x])
+    chosen = dataclasses.replace(recipe, heads={"chosen": {"blocks.0.attn": [3, 1], "blocks.1.attn": []}})
+    assert sqnr(vitq.convert(vit, chosen, [x], dtype=torch.float32)(x), vitq.convert(vit, chosen, statistics, dtype=torch.float32)(x)) > 40
+    vitq.check(vit, recipe, statistics)
+
+
+def test_what_statistics_do_not_tell(vit: nn.Module) -> None:
+    x, recipe = data(vit), recipe_of("phq-w8")
+    statistics = vitq.calibrate(vit, quick("w8a8", "transforms=[]"), [x])
+    with pytest.raises(ValueError, match="chooses heads by what they write, which statistics do not tell: give the calibration images as calib= and"):
+        vitq.convert(vit, recipe, vitq.calibrate(vit, recipe, [x]))
+    static = quick("w8a8", "transforms=[]", "heads={least: 0.5}", "name:*.least.weight.bits=4")
+    for act in (lambda: vitq.convert(vit, static, [x], statistics=statistics), lambda: vitq.check(vit, static, statistics)):
+        with pytest.raises(ValueError, match="no fitting statistics for 'blocks.0.attn.proj(.least)?:input'"):
             act()
+    other = build(DEIT, depth=2, img_size=64, embed_dim=96, num_heads=4, seed=3)
+    with pytest.raises(ValueError, match="collected on another model"):
+        vitq.convert(other, static, [x], statistics=vitq.calibrate(vit, static, [x]))
+    with pytest.raises(ValueError, match="'blocks.0.attn' has 4 query heads"):
+        vitq.calibrate(vit, recipe_of("phq-w8", "heads.least=5"), [x])
 
 
 def test_data_that_does_not_do(vit: nn.Module, decoder: nn.Module) -> None:

@@ -69,6 +69,28 @@ def test_outliers_do_not_widen_the_others_range(fmt: ActivationFormat) -> None:
     assert torch.equal(fake[:, columns.fp.long()], x[:, columns.fp.long()].half().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@torch.no_grad()
+def test_what_float16_does_not_hold_becomes_its_largest(backend: str, dtype: torch.dtype) -> None:
+    """At run time alone: calibration refuses such inputs. The simulation says the same, and NaN stays what it is."""
+    layer, x = linear(), inputs()
+    recipe = quick("quik-w4a4", "fc1.input.outliers=16", "fc1.input.outlier_limit=0.2", "solver=rtn")
+    module = vitq.linear_module(layer, recipe, x, backend=backend, dtype=torch.float32)
+    x, kept = x[:5].to(dtype), module.fp_columns
+    x[:4, STRONG[0]] = torch.tensor([7e4, -1e6, torch.inf, -torch.inf])
+    x[4, STRONG[1]] = torch.nan
+    at = kept.tolist().index(STRONG[0])
+    most = torch.tensor([65504.0, -65504, 65504, -65504])
+    fp = vitq.ops.quantize(x, bits=4, symmetric=False, kept=kept, backend=backend).fp
+    assert torch.equal(fp[:4, at].float(), most) and torch.equal(fp[4].isnan(), kept == STRONG[1])
+    fake = fake_activation(x, module.input_format())
+    assert torch.equal(fake[:4, STRONG[0]], most) and fake[4, STRONG[1]].isnan()
+    bounded = x[:4].float()
+    bounded[:, STRONG[0]] = most
+    assert torch.equal(module(x)[:4], module(bounded)) and module(x)[4].isnan().all()
+
+
 @pytest.mark.parametrize("solver", sorted(SOLVERS))
 def test_what_the_codes_miss_moves_into_the_kept_columns(solver: str) -> None:
     """Every solver but rounding leaves less error with columns that it may move than with the same ones fixed."""

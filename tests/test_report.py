@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from helpers import quick
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -68,12 +69,27 @@ def test_accuracy_by_class_name():
     assert "recall" not in report.accuracy_table({"float": figures}, most_classes=2)
 
 
+@pytest.mark.parametrize("recipe, backend, kernel, size", [
+    ("gptq-w4a16", "reference", "torch-float32", 0.5 + 0.5), ("gptq-w4a16", "cpu", "torch-int4", 0.5 + 0.5 + 0.5),
+    ("w8a8-dynamic", "reference", "torch-int32", 1), ("w8a8-dynamic", "cpu", "onednn-u8s8", 1 + 1),
+    ("dgq-w4a8", "cpu", "onednn-u8s8", 0.5 + 1), ("quik-w4a4", "cpu", "onednn-u8s8", 0.5 + 1)])
+def test_memory_counts_what_kernels_made_of_a_weight(recipe, backend, kernel, size):
+    """In bytes a weight: the buffers, and each copy beside them, whose memory none shares."""
+    x = torch.randn(8, 512, generator=torch.Generator().manual_seed(0))
+    module = vitq.linear_module(nn.Linear(512, 512), quick(recipe, "solver=rtn"), x, backend=backend, dtype=torch.bfloat16)
+    row = module.row("a", "fc1")
+    if row.kernel != kernel:
+        pytest.skip(row.note)
+    assert row.bytes == sum(b.numel() * b.element_size() for b in module.buffers())
+    assert size - 0.1 < row.memory / 512**2 < size + 0.45 and row.memory >= row.bytes
+
+
 def test_kernels_are_counted_and_reasons_kept_once():
-    rows = [Row("b.0.qkv", "qkv", "W8A8", "cpu", "k", 10, "fell back: x; fold"), Row("b.1.qkv", "qkv", "W8A8", "cpu", "k", 5, "fold"),
-            Row("head", "head", "W8A8", "reference", "torch", 1)]
+    rows = [Row("b.0.qkv", "qkv", "W8A8", "cpu", "k", 10, 30, "fell back: x; fold"), Row("b.1.qkv", "qkv", "W8A8", "cpu", "k", 5, 6, "fold"),
+            Row("head", "head", "W8A8", "reference", "torch", 1, 1)]
     groups = report.kernel_summary(rows)
-    assert [(g["role"], g["count"], g["bytes"], g["notes"]) for g in groups] == \
-        [("qkv", 2, 15, ["fell back: x", "fold"]), ("head", 1, 1, [])]
+    assert [(g["role"], g["count"], g["bytes"], g["memory"], g["notes"]) for g in groups] == \
+        [("qkv", 2, 15, 36, ["fell back: x", "fold"]), ("head", 1, 1, 1, [])]
     assert "fell back: x; fold" in report.kernel_table(groups)
     assert len(report.layer_table(rows).splitlines()) == 5
 

@@ -22,8 +22,6 @@ def kept_statistics(args: argparse.Namespace, recipes: list) -> Any:
     """What the file of --stats holds, None where there is none yet. Raises ValueError for recipes that none serve, and a file that holds none."""
     if not args.stats:
         return None
-    if heads := next((recipe.name for recipe in recipes if recipe.heads), ""):
-        raise ValueError(f"--stats: {heads} chooses heads, whose parts no statistics of whole layers serve: leave out --stats")
     if not any(recipe.is_static for recipe in recipes):
         raise ValueError(f"--stats: {', '.join(recipe.name for recipe in recipes)} measure nothing before they run: leave out --stats")
     return vitq.Statistics.load(args.stats) if args.stats.exists() else None

@@ -154,11 +154,11 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
     blocks, device = block_options(args, source, "," in (args.recipe or "")) if args.stream else {}, loaded.model.device
     if isinstance(source, vitq.Recipe):
         kept = stats if source.is_static else None
-        reads = source.needs_data if kept is None else source.needs_inputs
+        reads = source.needs_data if kept is None else source.needs_inputs or source.scores_heads
         calib = list(text.calib[:source.calib_size].split(args.batch_size)) if reads else None
         console.step(f"quantizing with the recipe {source.name}")
         cost: list[tuple[float, float]] = []
-        total, away = source.calib_size if calib and not blocks else None, args.calib_device
+        total, away = sum(map(len, calib)) if calib and not blocks else None, args.calib_device
         backend, dtype = args.backend, dtype_of(args)
         if away:  # what is made on the CPU is to run on the device
             backend, dtype = "auto" if backend == device.type else backend, dtype or (torch.float16 if device.type == "cuda" else None)

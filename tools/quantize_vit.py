@@ -100,15 +100,17 @@ def load(args, recipe, device: torch.device, console: Console):
 def quantize(args, recipe, loaded, data, console: Console):
     """Calibrates once. Returns the statistics (None for a dynamic recipe) and the converted model."""
     statistics = images = None
-    if recipe.needs_inputs or recipe.heads and recipe.needs_data:  # which reads them more than once
+    if recipe.needs_inputs or recipe.scores_heads:  # which reads them more than once
         images = list(vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size))
-    if recipe.is_static and not recipe.heads:  # whose parts are measured where they are made
+    if recipe.is_static:
         console.step(f"calibrating on up to {recipe.calib_size} images")
         with console.bar("calibrate", recipe.calib_size) as bar:
             batches = images or vitq.batches(data.calib, args.batch_size, limit=recipe.calib_size)
             statistics = vitq.calibrate(loaded.model, recipe, batches, progress=bar.update)
     console.step(f"converting with the recipe {recipe.name}" + recipe.needs_inputs * f", whose solver {recipe.solver} takes seconds a layer")
-    return statistics, vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics, memory=args.memory * 1e9)
+    with console.bar("convert", sum(map(len, images)) if images else None) as bar:
+        model = vitq.convert(loaded.model, recipe, images, args.backend, statistics=statistics, memory=args.memory * 1e9, progress=bar.update)
+    return statistics, model
 
 
 def measure(args, report: dict, loaded, model, data, own_labels: bool, console: Console) -> torch.Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from vitq.calib.blocks import STREAMS, collect_blocks, quantize_blocks
 from vitq.calib.choose import check_statistics, choose, find_histogram, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
-from vitq.calib.heads import check_choice_of_heads, choose_heads
+from vitq.calib.heads import check_choice_of_heads, choose_heads, statistics_of_parts
 from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.resume import kept_heads
 from vitq.calib.runner import check_calibration, collect, limited, operands_of
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
@@ -52,18 +53,18 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
         A solver that looks at the inputs (`recipe.needs_inputs`) needs the images; they are then kept and read twice. So does a recipe that
         chooses heads by them (`recipe.scores_heads`), which the whole float model does on its own device, with stream= too.
     backend: auto (the device's own), reference, cpu or cuda.
-    statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver alone.
+    statistics: ranges that `vitq.calibrate` measured before; images in calib are then for the solver and the scores of heads alone.
     memory: bytes that the Gram matrices of such a solver may take at once; with less, the images are read more often.
     dtype: of what stays in float; default float16 on cuda, bfloat16 on a CPU with AMX or AVX512-BF16, else float32.
         Logits of images are float32 always; those of text where the head is quantized.
-    progress: called with the number of images of each calibration batch, or with stream= once a block.
+    progress: called with the number of images of each calibration batch, each time that it is read; what stream= does is counted once a block.
     stream: None: the whole model is calibrated on its own device. Else one block at a time is on `device` while the rest of the float32
         copy stays where the model is, and hidden states wait on the CPU, in float32. `float`: each block reads what the float model gives it,
         and the result is that of None, bit for bit where the device is the same; `quantized`: what the quantized blocks before it give, and in a
         block each group of layers that share an input what the quantized groups before it give.
     device: with stream=, where blocks are calibrated, cpu or cuda (default: the model's device). The result is on the model's device all the same.
     resume: with stream=, a folder in which each finished block is kept; the same call goes on after them. With stream='float' it holds
-        `statistics.safetensors` at the end, for `Statistics.load`.
+        `statistics.safetensors` at the end, for `Statistics.load`; not of a recipe with heads, whose layers are in parts by then.
 
     Raises ValueError (a static recipe without calib, unusable data, NaN weights, an unknown block, a bad recipe) or
     TypeError, naming what was given and what to do; with stream=, torch.OutOfMemoryError that says what is kept.
@@ -107,13 +108,15 @@ def calibrate(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe] = 
     if not several:
         raise ValueError("no recipe to calibrate for: give one, or several")
     recipes, device = [_recipe(one, calib) for one in several], _calibration_device(stream, device)
-    for one in recipes:
-        _check_whole(one)
     if stream == "quantized":
         raise ValueError("statistics are of the float model: give stream='float', or None")
+    prepared = prepare(model)
+    for one in recipes:
+        if one.heads:
+            check_choice_of_heads(prepared, one)
     if stream is None:
-        return collect(prepare(model), recipes, calib, progress=progress)
-    return collect_blocks(prepare(model), recipes, calib, device=device, progress=progress)
+        return collect(prepared, recipes, calib, progress=progress)
+    return collect_blocks(prepared, recipes, calib, device=device, progress=progress)
 
 
 def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *, statistics: Statistics | None = None,
@@ -122,60 +125,55 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
     device = _calibration_device(stream, device, resume)
     if (recipe.is_static and statistics is None or recipe.needs_inputs or recipe.scores_heads) and calib is None:
-        what = "is static" if recipe.is_static else f"solves by {recipe.solver!r}" if recipe.needs_inputs else "chooses heads by what they write"
+        what = "is static" if recipe.is_static and statistics is None else f"solves by {recipe.solver!r}" if recipe.needs_inputs else \
+            "chooses heads by what they write"
         raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
         raise ValueError(f"memory must be a number of bytes above 0; got {memory}")
     prepared = prepare(model)
+    stats, data = (calib, None) if isinstance(calib, Statistics) else (statistics, calib)
+    scored = recipe.scores_heads  # by data that a folder's run is then of, whether a layer reads them or not
     if recipe.heads:
-        if statistics is not None or isinstance(calib, Statistics):
-            _check_whole(recipe)
+        if stats is not None:
+            check_statistics(stats, prepared)
+        if resume is not None and (chosen := kept_heads(resume, recipe, prepared.heads)) is not None:
+            recipe = dataclasses.replace(recipe, heads={**recipe.heads, "chosen": chosen})
         if recipe.scores_heads:
-            calib = _kept(calib, recipe, prepared)
-            check_calibration(calib, recipe, prepared)
-        recipe = choose_heads(prepared, recipe, calib)
+            if data is None:
+                raise ValueError(f"recipe {recipe.name!r} chooses heads by what they write, which statistics do not tell: give the calibration "
+                                 f"{prepared.samples} as calib= and these as statistics=, or the choice as heads.chosen")
+            data = _kept(data, recipe, prepared)
+            check_calibration(data, recipe, prepared)
+        recipe = choose_heads(prepared, recipe, data, progress)
         part_heads(prepared, recipe.heads["chosen"])
+        stats = None if stats is None else statistics_of_parts(stats, prepared, recipe.heads["chosen"])
     for site in prepared.linears:
         spec = recipe.resolve(site.role, site.name)
         if site.role == "patch_embed" and not spec.is_float and spec.input.dynamic:
             raise ValueError(f"recipe {recipe.name!r} asks for a dynamic input of {site.name!r}: a patch embedding reads "
                              "pixels, which have no token yet; use a static input or bits: 16")
-    stats, data = statistics, None
-    if isinstance(calib, Statistics):
-        stats = calib
-    elif stream is not None:
-        data = calib
-    elif calib is not None:
-        data = calib
-        if recipe.needs_inputs:  # read more than once, and a loader may shuffle
-            data = _kept(calib, recipe, prepared)
-            if stats is not None or not recipe.is_static:  # nothing else looks at them first
-                check_calibration(data, recipe, prepared)
+    if stream is None and data is not None and recipe.needs_inputs:  # read more than once, and a loader may shuffle
+        data = _kept(data, recipe, prepared)
+        if stats is not None or not recipe.is_static:  # nothing else looks at them first
+            check_calibration(data, recipe, prepared)
     if stream is not None:
         if recipe.needs_inputs and data is None:
             raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the calibration "
                              f"{prepared.samples} themselves, not statistics of them")
-        if not (recipe.needs_inputs or recipe.is_static and stats is None):
+        if not (recipe.needs_inputs or recipe.is_static and stats is None or scored):
             data = None  # nobody looks at it
         plan, _ = quantize_blocks(prepared, recipe, data, stream=stream, device=device, statistics=stats if recipe.is_static else None, memory=memory,
                                   resume=resume, progress=progress)
         return prepared, plan
     if stats is None and recipe.is_static:
         stats = collect(prepared, [recipe], data, progress=progress)
-    return prepared, choose(prepared, recipe, stats, data, memory)
+    return prepared, choose(prepared, recipe, stats, data, memory, progress)
 
 
 def _kept(calib: Iterable, recipe: Recipe, prepared: Prepared) -> Iterable:
     """What is read of `calib`, to be read again."""
     return calib if isinstance(calib, (list, tuple, Tensor)) else list(limited(calib, recipe.calib_size, prepared.tokens))
-
-
-def _check_whole(recipe: Recipe) -> None:
-    """Raises ValueError for a recipe that puts attentions into parts, of which statistics do not hold."""
-    if recipe.heads:
-        raise ValueError(f"recipe {recipe.name!r} chooses heads, and what is measured is of the parts it makes: statistics of the whole layers do "
-                         "not serve it, nor its own another recipe; give calib= with the data to vitq.convert or vitq.simulate")
 
 
 def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec], *, dtype: torch.dtype, backend: str,
@@ -301,16 +299,15 @@ def check(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe], stati
     """Raises as `convert` with these arguments would, for what can be known without data: an unknown block, rules that match no layer or do not go
     together, heads of which the model has too few, statistics of another model or of operands that the recipe does not need.
 
-    It takes a float32 copy of the model, as `convert` does.
+    The model is copied without its weights; with statistics, which its float32 weights are compared with, as `convert` copies it.
     """
-    prepared = prepare(model)
+    prepared = prepare(model, weights=statistics is not None)
     if statistics is not None:
         check_statistics(statistics, prepared)
     for one in [recipe] if isinstance(recipe, (str, Recipe)) else recipe:
         one = _recipe(one, ())
         if one.heads:
             check_choice_of_heads(prepared, one)
-            continue
         wanted = operands_of(prepared, [one])
         if statistics is not None:
             for key, operand in wanted.items():
@@ -340,7 +337,7 @@ def tune(model: nn.Module, images: Tensor) -> dict[str, dict[str, float]]:
 
 
 def explain(model: nn.Module) -> list[Row]:
-    """One row a layer: role, format, the backend and kernel that run it, bytes, and why where it fell back.
+    """One row a layer: role, format, the backend and kernel that run it, bytes stored and in memory, and why where it fell back.
 
     Raises TypeError for a model that vitq did not convert.
     """
@@ -361,7 +358,7 @@ def explain(model: nn.Module) -> list[Row]:
             counted.update(map(id, own))
             size = sum(p.numel() * p.element_size() for p in own)
             rows.append(Row(name or type(module).__name__, info.roles.get(name, "float"), str(info.dtype)[6:], "torch",
-                            "torch", size, info.floats[name]))
+                            "torch", size, size, info.floats[name]))
     return rows
 
 

@@ -96,9 +96,10 @@ def kernel_summary(rows: Iterable[Row]) -> list[dict[str, Any]]:
     for row in rows:
         key = row.role, row.format, row.backend, row.kernel
         group = groups.setdefault(key, {"role": row.role, "format": row.format, "backend": row.backend,
-                                        "kernel": row.kernel, "count": 0, "bytes": 0, "notes": []})
+                                        "kernel": row.kernel, "count": 0, "bytes": 0, "memory": 0, "notes": []})
         group["count"] += 1
         group["bytes"] += row.bytes
+        group["memory"] += row.memory
         group["notes"] += [note for note in row.note.split("; ") if note and note not in group["notes"]]
     return list(groups.values())
 
@@ -121,13 +122,13 @@ def accuracy_table(accuracies: Mapping[str, Mapping[str, Any]], most_classes: in
 
 def kernel_table(summary: Iterable[Mapping[str, Any]]) -> str:
     """`kernel_summary` as text."""
-    columns = ("role", "format", "backend", "kernel", "count", "bytes", "notes")
+    columns = ("role", "format", "backend", "kernel", "count", "bytes", "memory", "notes")
     return table(columns, [[*(group[c] for c in columns[:-1]), "; ".join(group["notes"])] for group in summary])
 
 
 def layer_table(rows: Iterable[Row]) -> str:
     """`vitq.explain`'s rows as text."""
-    columns = ("layer", "role", "format", "backend", "kernel", "bytes", "note")
+    columns = ("layer", "role", "format", "backend", "kernel", "bytes", "memory", "note")
     return table(columns, [[getattr(row, column) for column in columns] for row in rows])
 
 

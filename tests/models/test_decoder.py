@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from helpers import sqnr
+from helpers import check_sites_without_weights, sqnr
 from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
@@ -34,6 +34,11 @@ def test_canonical_form_computes_the_same(family: str, kwargs: dict) -> None:
     assert torch.equal(generated(model, ids()), generated(canonical, ids()))
     assert str(model) == modules != str(canonical), "the given model is not touched"
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+@pytest.mark.parametrize("family, kwargs", CASES)
+def test_sites_are_known_without_weights(family: str, kwargs: dict) -> None:
+    check_sites_without_weights(build(family, **kwargs))
 
 
 @pytest.mark.parametrize("family, kwargs", CASES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import build, images
+from helpers import build, check_sites_without_weights, images
 from torch import nn
 from zoo_names import NAMES
 
@@ -21,6 +21,11 @@ def test_prepared_model_equals_the_source(name: str) -> None:
     found = {site.name for site in prepared.linears}
     assert {n for n, m in model.named_modules() if isinstance(m, nn.Linear)} <= found
     assert len(found) == len(prepared.linears), "a layer was listed twice"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sites_are_known_without_weights(name: str) -> None:
+    check_sites_without_weights(build(name, **NAMES[name][0]))
 
 
 def test_half_precision_source_is_prepared_in_float32() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import random
 import re
@@ -19,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="needs pip install vit
 from language_models import build  # noqa: E402
 
 import quantize_llm  # noqa: E402
+from _console import Bar  # noqa: E402
 import vitq  # noqa: E402
 
 WORDS = [f"word{i}" for i in range(120)]
@@ -207,7 +209,6 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     (["--backend", "cuda"], "--backend cuda cannot run on cpu"), (["--recipe", "erq-w4a4-paper"], "is for simulation"),
     (["--load", "somewhere", "--recipe", "w8a8"], "--load takes a checkpoint as it is"),
     (["--recipe", "w8a8,w8a8"], "two of the recipes have one name"), (["--stats", "s.st"], "w8a8-dynamic measure nothing before they run"),
-    (["--stats", "s.st", "--recipe", "w8a8,phq-w8"], "phq-w8 chooses heads.*leave out --stats"),
     (["--stats", "short.txt/s.st", "--recipe", "w8a8"], "short.txt"), (["--simulate", "--eval", "none"], "leave out --eval none"),
     (["--recipe", "w8a8-dynamic,phq-w8", "--set", "heads.least=99"], "heads.least: 99;.*4 query heads: give that many at most")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, text, tmp_path, monkeypatch) -> None:
@@ -286,6 +287,16 @@ def test_the_tool_is_thin() -> None:
     source = Path(quantize_llm.__file__).read_text()
     assert len(source.splitlines()) < 250 and "from vitq" not in source and "import transformers" not in source
     assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.parametrize("total, shown", [(5, [3, 5, 3, 5, 3]), (None, [3, 5, 8, 10, 13])])
+def test_a_bar_starts_over_with_each_reading(total: int | None, shown: list[int]) -> None:
+    found = []
+    with Bar(total=total, file=io.StringIO()) as bar:
+        for n in (3, 2, 3, 2, 3):
+            bar.update(n)
+            found.append(bar.n)
+    assert found == shown
 
 
 # Block by block ---------------------------------------------------------------------------------------------------------

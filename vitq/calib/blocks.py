@@ -259,7 +259,7 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
     check_transformed(plan)
     record_thresholds(prepared, plan)
     plan.samples = statistics.samples if statistics is not None else samples if wanted else 0
-    if folder is not None and stream == "float" and len(seen):
+    if folder is not None and stream == "float" and len(seen) and not recipe.heads:  # whose statistics are of the parts
         seen.save(folder.path / STATISTICS)
     return plan, seen
 

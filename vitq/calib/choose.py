@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -30,12 +30,12 @@ log = logging.getLogger("vitq")
 
 @torch.no_grad()
 def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: Iterable | None = None,
-           memory: float = GRAM_MEMORY) -> Plan:
+           memory: float = GRAM_MEMORY, progress: Callable[[int], None] | None = None) -> Plan:
     """Fold, choose formats, solve. Changes `prepared.model` by the transforms only.
 
     stats may be None for a recipe with no static operand. data: the calibration images, to be iterated again, for a solver that looks
-    at the inputs; memory: bytes that the Gram matrices may take at once. Raises ValueError naming the layer for NaN weights, and for
-    statistics that were collected on another model or without an operand that this recipe needs.
+    at the inputs; memory: bytes that the Gram matrices may take at once; progress: as of `collect_grams`. Raises ValueError
+    naming the layer for NaN weights, and for statistics that were collected on another model or without an operand that this recipe needs.
     """
     if stats is not None:
         check_statistics(stats, prepared)
@@ -47,7 +47,7 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     if recipe.needs_inputs and data is None:
         raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
                          f"calibration {prepared.samples} themselves, not statistics of them")
-    grams = collect_grams(prepared, formats, data, recipe.calib_size, memory) if recipe.needs_inputs else ((name, None) for name in formats)
+    grams = collect_grams(prepared, formats, data, recipe.calib_size, memory, progress) if recipe.needs_inputs else ((name, None) for name in formats)
     for name, gram in grams:
         plan.layers[name] = solved(prepared.model, name, plan, formats[name], gram)
     for site in prepared.attentions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq.calib.runner import exact_float32, limited
+from vitq.calib.runner import exact_float32, limited, reported
 from vitq.formats import ActivationFormat
 from vitq.models.sites import Prepared
 from vitq.quantizers.activation import fake_activation
@@ -56,15 +56,16 @@ def gram_of(sample: Tensor, fmt: ActivationFormat | None) -> Gram:
 
 
 def collect_grams(prepared: Prepared, formats: Mapping[str, ActivationFormat | None], data: Iterable, limit: int,
-                  memory: float = GRAM_MEMORY) -> Iterator[tuple[str, Gram]]:
+                  memory: float = GRAM_MEMORY, progress: Callable[[int], None] | None = None) -> Iterator[tuple[str, Gram]]:
     """The Gram matrices of the layers in `formats`, in the model's order, over at most `limit` images of `data`.
 
     The float model runs once for as many layers as have room in `memory` bytes; their matrices are the caller's to drop before the
-    next ones are made. data must give the same images each time it is iterated.
+    next ones are made. data must give the same images each time it is iterated. progress: called with the number of images of each batch of
+    each run.
     """
     for layers in divided(prepared.model, formats, memory):
         with gathering(prepared.model, layers) as grams, torch.no_grad(), exact_float32():
-            for batch in limited(data, limit, prepared.tokens):
+            for batch in reported(limited(data, limit, prepared.tokens), progress):
                 prepared.run(batch)
         while grams:
             name = next(iter(grams))

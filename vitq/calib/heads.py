@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitq.calib.runner import checked, exact_float32
+from vitq.calib.runner import checked, exact_float32, fingerprint, reported
+from vitq.calib.statistics import Statistics
 from vitq.models import prepare
-from vitq.models.heads import PARTS, check_chosen, check_heads, rows_of
+from vitq.models.heads import PARTS, check_chosen, check_heads, columns_of, rows_of, units_of
 from vitq.models.sites import HeadSite, Prepared
 from vitq.quantizers.uniform import fake_quantize_per_token
 from vitq.recipe import FLOAT_BITS, Recipe
@@ -53,14 +54,14 @@ def head_scores(model: nn.Module, calib: Iterable, score: str = "contribution", 
 
 @torch.no_grad()
 def scores_of(prepared: Prepared, data: Iterable | None, score: str, *, cascade: bool, limit: int, seed: int,
-              bits: Callable[[HeadSite], Bits]) -> dict[str, Tensor]:
-    """As `head_scores`, of a prepared model. data: None will do for `random`."""
+              bits: Callable[[HeadSite], Bits], progress: Callable[[int], None] | None = None) -> dict[str, Tensor]:
+    """As `head_scores`, of a prepared model. data: None will do for `random`. progress: called with the number of images of each batch."""
     measures = {"l1": _l1, "contribution": _contribution, "sensitivity": partial(_sensitivity, bits=bits)}
     if score == "random":
         generator = torch.Generator().manual_seed(seed)
         found = {site.name: torch.rand(site.units, generator=generator, dtype=torch.float64) for site in prepared.heads}
     elif score in measures:
-        batches = checked(data, limit, prepared)
+        batches = reported(checked(data, limit, prepared), progress)
         with exact_float32():
             found = measures[score](prepared, batches)
     else:
@@ -74,10 +75,11 @@ def scores_of(prepared: Prepared, data: Iterable | None, score: str, *, cascade:
     return _cascaded(found) if cascade else found
 
 
-def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None) -> Recipe:
+def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None, progress: Callable[[int], None] | None = None) -> Recipe:
     """The recipe with its choice in it, `heads.chosen`: the units of each attention that are to be `least`.
 
-    data: iterable again; None where the recipe chooses without (`Recipe.scores_heads`). Raises ValueError where model and recipe do not fit.
+    data: iterable again; None where the recipe chooses without (`Recipe.scores_heads`). progress: as of `scores_of`. Raises ValueError where model
+    and recipe do not fit.
     """
     check_heads(prepared)
     heads = recipe.heads
@@ -98,10 +100,32 @@ def choose_heads(prepared: Prepared, recipe: Recipe, data: Iterable | None) -> R
     if heads.get("least") == 0:
         chosen: dict[str, list[int]] = {site.name: [] for site in prepared.heads}
     else:
-        scores = scores_of(prepared, data, score, cascade=heads.get("cascade", False), limit=recipe.calib_size, seed=heads.get("seed", 0), bits=bits)
+        scores = scores_of(prepared, data, score, cascade=heads.get("cascade", False), limit=recipe.calib_size, seed=heads.get("seed", 0), bits=bits,
+                           progress=progress)
         chosen = _within(prepared, recipe, scores, heads["budget"]) if "budget" in heads else \
             {site.name: _lowest(scores[site.name], _count(site, heads["least"])) for site in prepared.heads}
     return replace(recipe, heads={**heads, "chosen": chosen})
+
+
+def statistics_of_parts(stats: Statistics, prepared: Prepared, chosen: Mapping[str, Sequence[int]]) -> Statistics:
+    """What was seen of a model, as of `prepared`, which is that model with these heads in parts. An input of which a part reads some features, and
+    that was not observed by channel, is left out."""
+    moved: dict[str, list[tuple[str, list[int] | None]]] = {}
+    for site in prepared.heads:
+        units = units_of(site, chosen)
+        moved[f"{site.qkv}:input"] = [(f"{site.qkv}.{part}:input", None) for part in units]
+        moved[f"{site.proj}:input"] = [(f"{site.proj}.{part}:input", columns_of(site, of)) for part, of in units.items()]
+        for key in (f"{site.name}.{operand}" for operand in ("qk:input", "qk:other", "pv:other")):  # of image models, whose heads are units
+            if key in stats and stats[key].channels is not None:
+                moved[key] = [(key, [unit for of in units.values() for unit in of])]
+    found = Statistics(fingerprint(prepared.model), stats.samples)
+    for key in stats:
+        for name, channels in moved.get(key, [(key, None)]):
+            if channels is None:
+                found[name] = stats[key]
+            elif stats[key].channels is not None:
+                found[name] = stats[key].selected(channels)
+    return found
 
 
 def check_choice_of_heads(prepared: Prepared, recipe: Recipe) -> None:

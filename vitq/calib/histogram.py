@@ -5,6 +5,8 @@ Memory does not grow with the number of images, and the result does not depend o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,11 @@ class Histogram:
         index = (value * (half / 2.0 ** int(one.exponent))).floor().long().clamp(-half, half - 1) + half
         one.counts.view(-1).scatter_add_(0, index.reshape(-1), counts.reshape(-1))
         return one
+
+    def selected(self, channels: Sequence[int]) -> Histogram:
+        """What is here of these channels, in this order."""
+        index = torch.tensor(channels)
+        return Histogram.from_state({name: tensor[index] for name, tensor in self.state().items()}, len(channels), self.dim)
 
     def quantile(self, p: float) -> Tensor:
         """Of each channel, float64 [C]; see `_quantiles`."""

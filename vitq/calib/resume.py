@@ -18,7 +18,9 @@ from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics, digest
 from vitq.formats import ActivationFormat, Columns
+from vitq.models.sites import HeadSite
 from vitq.plan import AttentionParams, CacheParams, LinearParams
+from vitq.recipe import Recipe
 
 SCHEMA = 1
 FORMAT = "vitq-blocks"
@@ -44,6 +46,19 @@ def fingerprint_of(batches: Iterable[Tensor]) -> str:
             found.update(f"{sample.dtype}{tuple(sample.shape)}".encode())
             found.update(sample.detach().cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def kept_heads(path: str | Path, recipe: Recipe, sites: Iterable[HeadSite]) -> dict[str, list[int]] | None:
+    """What a run of this recipe in that folder chose of these attentions, its `heads.chosen`; None without such a run. Whether it is this one
+    `Folder` says."""
+    units = {site.name: range(site.units) for site in sites}
+    try:
+        there = json.loads((Path(path) / HEADER).read_text(encoding="utf-8"))["run"]["recipe"]
+        chosen = there["heads"].pop("chosen")
+        fits = chosen.keys() == units.keys() and all(unit in units[name] for name in chosen for unit in chosen[name])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return chosen if fits and there == json.loads(json.dumps(recipe.to_dict())) else None
 
 
 class Folder:

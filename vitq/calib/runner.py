@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -23,8 +24,10 @@ log = logging.getLogger("vitq")
 
 
 def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
-    """What the recipe asks of each linear and each attention matmul, by layer name; of a matmul in float only where it quantizes a cache."""
-    found = {site.name: recipe.resolve(site.role, site.name) for site in prepared.linears}
+    """What the recipe asks of each linear and each attention matmul, by layer name; of a matmul in float only where it quantizes a cache. Of a layer
+    that is to be put into parts it is what it asks of these."""
+    parts = parts_to_come(prepared, recipe)
+    found = {name: recipe.resolve(site.role, name) for site in prepared.linears for name in parts.get(site.name, (site.name,))}
     layers = [*found, *(name for site in (*prepared.attentions, *prepared.caches) for name in (site.qk, site.pv))]
     if recipe.heads:  # in parts, of which a layer may lack one
         layers += [f"{name}.{part}" for site in prepared.heads for name in (site.qkv, site.proj) for part in PARTS]
@@ -43,6 +46,12 @@ def specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
                              "give qk and pv static operands of <= 8 bits, or 16 bits")
         found[site.qk], found[site.pv] = qk, pv
     return found | cache_specs(prepared, recipe)
+
+
+def parts_to_come(prepared: Prepared, recipe: Recipe) -> dict[str, list[str]]:
+    """The names of the parts of each linear layer that the recipe's heads will divide, by its own; none where it is done."""
+    there = {site.name for site in prepared.linears}
+    return {name: [f"{name}.{part}" for part in PARTS] for site in prepared.heads if recipe.heads for name in (site.qkv, site.proj) if name in there}
 
 
 def cache_specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
@@ -155,6 +164,14 @@ def limited(data: Iterable, limit: int, tokens: bool = False) -> Iterator[Tensor
             return
 
 
+def reported(batches: Iterable[Tensor], progress: Callable[[int], None] | None) -> Iterator[Tensor]:
+    """The batches; after each was used, progress is called with the number of its images or sequences."""
+    for batch in batches:
+        yield batch
+        if progress is not None:
+            progress(len(batch))
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """TF32 off inside: statistics must not depend on the GPU's reduced-precision modes."""
@@ -177,18 +194,22 @@ class Operand(NamedTuple):
 
 
 def operands(prepared: Prepared, recipe: Recipe) -> dict[str, Operand]:
-    """Every operand whose statistics the recipe needs, by its key."""
+    """Every operand whose statistics the recipe needs, by its key. Layers that are to be put into parts are observed whole, and proj, of which each
+    part reads some features, by channel."""
     model, found, layer_specs = prepared.model, {}, specs(prepared, recipe)
-    for sites in prepared.input_groups():
+    parts, divided = parts_to_come(prepared, recipe), {site.proj for site in prepared.heads if recipe.heads}
+    for whole in prepared.input_groups():
+        named = [(name, site) for site in whole for name in parts.get(site.name, (site.name,))]
+        sites = [replace(site, name=name) for name, site in named]
         inputs = [layer_specs[site.name].input for site in sites]
         by_channel = transform_of(sites, layer_specs, recipe, model) is not None or any(s.outliers for s in inputs if s.bits != FLOAT_BITS)
-        for site, spec in zip(sites, inputs):
-            module = model.get_submodule(site.name)
-            channels = module.in_features if by_channel else None
+        for i, ((_, site), spec) in enumerate(zip(named, inputs)):
+            key, module = f"{site.name}:input", model.get_submodule(site.name)
+            channels = module.in_features if by_channel or site.name in divided else None
             if spec.bits != FLOAT_BITS and not spec.dynamic:
-                found[f"{site.name}:input"] = Operand(module, True, channels)
-            elif channels is not None and site is sites[0]:
-                found[f"{site.name}:input"] = Operand(module, True, channels, LEAST_BINS)  # for the largest values alone
+                found[key] = Operand(module, True, channels)
+            elif by_channel and i == 0:
+                found[key] = Operand(module, True, channels, LEAST_BINS)  # for the largest values alone
     for site in prepared.attentions:
         attn, qk, pv = model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv]
         for key, tap, spec in ((f"{site.qk}:input", attn.tap_q, qk.input), (f"{site.qk}:other", attn.tap_k, qk.other),
@@ -209,11 +230,9 @@ def collect(prepared: Prepared, recipes: Sequence[Recipe], data: Iterable, *,
     stats = Statistics(model=fingerprint(prepared.model))
     most = max(recipes, key=lambda recipe: recipe.calib_size)
     with observing(operands_of(prepared, recipes), stats), torch.inference_mode(), exact_float32():
-        for images in checked(data, most.calib_size, prepared):
+        for images in reported(checked(data, most.calib_size, prepared), progress):
             prepared.run(images)
             stats.samples += len(images)
-            if progress is not None:
-                progress(len(images))
     check_sample_count(stats.samples, most, prepared)
     return stats
 

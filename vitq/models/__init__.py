@@ -29,10 +29,11 @@ def adapters_of(library: str) -> dict[type, object]:
     return {VisionTransformer: vit.fill, VisionTransformerDistilled: vit.fill, SwinTransformer: swin.fill}
 
 
-def prepare(model: nn.Module, *, check: bool = True) -> Prepared:
+def prepare(model: nn.Module, *, check: bool = True, weights: bool = True) -> Prepared:
     """A canonical float32 copy of `model` with its sites listed; the given model is not touched.
 
     check: False skips the search for NaN, for a model built without its weights.
+    weights: False leaves the copy's on the meta device, for what is known of the sites without them; it takes no memory.
     Raises TypeError for what is not a module, ValueError for NaN or infinite weights, and UnsupportedModelError (a
     ValueError) naming the module or attribute that no adapter knows.
     """
@@ -50,7 +51,8 @@ def prepare(model: nn.Module, *, check: bool = True) -> Prepared:
     if check:
         check_weights(model)
     with torch.no_grad():
-        clone = copy.deepcopy(model).to(torch.float32).eval().requires_grad_(False)
+        meta = {} if weights else {id(p): nn.Parameter(p.to("meta"), requires_grad=False) for p in model.parameters()}
+        clone = copy.deepcopy(model, meta).to(torch.float32).eval().requires_grad_(False)
         prepared = Prepared(clone)
         fill(prepared)
     check_covered(prepared)

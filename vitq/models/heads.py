@@ -74,6 +74,13 @@ class KeyValueParts(KeyValues):
         return tuple(torch.cat(heads, dim=1) for heads in zip(*(part.tapped(*heads) for part, *heads in parts)))
 
 
+def units_of(site: HeadSite, chosen: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """The units of each part of an attention in their new order; a part without units is left out."""
+    least = sorted(chosen.get(site.name, ()))
+    units = dict(zip(PARTS, (least, [unit for unit in range(site.units) if unit not in least])))
+    return {part: of for part, of in units.items() if of}
+
+
 def rows_of(site: HeadSite, units: Collection[int]) -> list[int]:
     """Rows of qkv of these units, section by section."""
     rows, start = [], 0
@@ -118,9 +125,8 @@ def part_heads(prepared: Prepared, chosen: Mapping[str, Sequence[int]]) -> None:
     caches: dict[str, list[CacheSite]] = {}
     linears = {site.name: site for site in prepared.linears}
     for site in prepared.heads:
-        first = sorted(chosen.get(site.name, ()))
-        units = dict(zip(PARTS, (first, [unit for unit in range(site.units) if unit not in first])))
-        units = {part: of for part, of in units.items() if of}
+        units = units_of(site, chosen)
+        first = units.get("least", [])
         qkv, proj = (prepared.model.get_submodule(name) for name in (site.qkv, site.proj))
         rows = {part: _part(qkv, rows=rows_of(site, of)) for part, of in units.items()}
         biased = list(units)[-1]  # one of the two adds it

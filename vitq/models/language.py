@@ -98,7 +98,7 @@ def joined(*linears: nn.Linear, known: type = nn.Linear) -> nn.Linear:
         raise UnsupportedModelError(f"a {type(odd).__name__} stands where a {known.__name__} is expected: merge it into a plain one (LoRA: "
                                     "merge the adapter) and convert again")
     biased = [linear.bias is not None for linear in linears]
-    one = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=any(biased))
+    one = nn.Linear(linears[0].in_features, sum(linear.out_features for linear in linears), bias=any(biased), device="meta")
     one.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
     if any(biased):
         parts = [linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]

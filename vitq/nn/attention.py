@@ -156,7 +156,7 @@ class QuantAttention(PackedModule):
     def rows(self, layer: str) -> list[Row]:
         if not self.quantized:
             note = "the recipe leaves the attention matmuls in float"
-            return [Row(f"{layer}.{op}", op, str(self.dtype)[6:], "torch", "sdpa", 0, note) for op in ("qk", "pv")]
+            return [Row(f"{layer}.{op}", op, str(self.dtype)[6:], "torch", "sdpa", 0, 0, note) for op in ("qk", "pv")]
         choice = self.packed()["attention"][0]
         note = f"fell back: {choice.reason}" if choice.reason else ""
         if not self._codes_in:
@@ -166,9 +166,8 @@ class QuantAttention(PackedModule):
         (q, k, v), (q_each, k_each, v_each) = self.bits, ("per head" if each else "per tensor" for each in self.per_head)
         qk_each = q_each if q_each == k_each else f"{q_each} and {k_each}"
         formats = (f"A{q}·A{k} static {qk_each}", f"P{self.p_bits} per row · A{v} static {v_each}")
-        own = self.own_bytes()
-        return [Row(f"{layer}.{op}", op, fmt, choice.backend, choice.kernel.name, own if op == "qk" else 0, note)
-                for op, fmt in zip(("qk", "pv"), formats)]
+        sizes = (self.own_bytes(), self.held_bytes()), (0, 0)  # qk's row is for both
+        return [Row(f"{layer}.{op}", op, fmt, choice.backend, choice.kernel.name, *size, note) for op, fmt, size in zip(("qk", "pv"), formats, sizes)]
 
 
 def window_mask(attn_mask: Tensor | None, is_causal: bool, batch: int, n: int, device: torch.device) -> Tensor | None:

@@ -124,7 +124,7 @@ class QuantKeyValues(nn.Module):
         size = sum(codes.size(self.head_dim) if isinstance(codes, HeadCodes) else heads * (2 * self.head_dim if codes is None else codes.size(
             self.head_dim)) for codes in self.codes)
         note = f"in a cache {size} bytes a {what}, {4 * heads * self.head_dim} in 16-bit floats"
-        return Row(layer, "kv", "K{} V{}".format(*map(name, self.codes)), "torch", "cache", 0, note)
+        return Row(layer, "kv", "K{} V{}".format(*map(name, self.codes)), "torch", "cache", 0, 0, note)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={codes}" for name, codes in zip("kv", self.codes))

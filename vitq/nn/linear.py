@@ -156,7 +156,7 @@ class QuantLinear(CodedLinear):
                  *(c.reason and f"a float input is quantized by {c.kernel.name}: {c.reason}" for c in choices.values())]
         kind = self.timing() + self.described()
         return Row(layer, role, f"W{self.weight_bits}A{self.input_bits} {kind}", choice.backend, choice.kernel.name,
-                   self.own_bytes(), "; ".join(n for n in notes if n))
+                   self.own_bytes(), self.held_bytes(), "; ".join(n for n in notes if n))
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}A{self.input_bits}, {self.timing()}{self.described()}"

@@ -39,7 +39,7 @@ class QuantLayerNorm(PackedModule):
     def row(self, layer: str) -> Row:
         choice, fmt = self.packed()["layer_norm_quantize"][0], self._output
         kind = "dynamic per token" if fmt.dynamic else "static per tensor"
-        return Row(layer, "norm", f"float -> A{fmt.bits} {kind}", choice.backend, choice.kernel.name, self.own_bytes(),
+        return Row(layer, "norm", f"float -> A{fmt.bits} {kind}", choice.backend, choice.kernel.name, self.own_bytes(), self.held_bytes(),
                    f"fell back: {choice.reason}" if choice.reason else "")
 
 
@@ -60,5 +60,5 @@ class FloatLayerNorm(PackedModule):
 
     def row(self, layer: str) -> Row:
         choice = self.packed()["layer_norm"][0]
-        return Row(layer, "norm", str(self.dtype)[6:], choice.backend, choice.kernel.name, self.own_bytes(),
+        return Row(layer, "norm", str(self.dtype)[6:], choice.backend, choice.kernel.name, self.own_bytes(), self.held_bytes(),
                    f"fell back: {choice.reason}" if choice.reason else "")

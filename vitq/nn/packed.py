@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from vitq.ops import dispatch
 
 @dataclass(frozen=True)
 class Row:
-    """One line of `vitq.explain`."""
+    """One line of `vitq.explain`. bytes: what the layer stores, in a checkpoint too; memory: the bytes that it takes here, with what kernels made
+    of that."""
 
     layer: str
     role: str
@@ -21,6 +23,7 @@ class Row:
     backend: str
     kernel: str
     bytes: int
+    memory: int
     note: str = ""
 
 
@@ -84,7 +87,12 @@ class PackedModule(nn.Module):
         self._packed, self._derived = None, {}
 
     def own_bytes(self) -> int:
+        """Of the buffers."""
         return sum(b.numel() * b.element_size() for b in self.buffers(recurse=False))
+
+    def held_bytes(self) -> int:
+        """Of the buffers, the packed form and what is derived: each piece of memory once."""
+        return sum(dict(map(_memory, _tensors([*self.buffers(recurse=False), self.packed(), self._derived]))).values())
 
     def _apply(self, fn, recurse: bool = True):
         check_keeps_dtype(fn)
@@ -98,6 +106,25 @@ class PackedModule(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None, "_derived": {}}
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Those in `value`, however deep in dataclasses, sequences and mappings."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from _tensors([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
+
+
+def _memory(tensor: Tensor) -> tuple[int, int]:
+    """What tells a tensor's memory from others', and its bytes."""
+    if tensor.layout != torch.strided:  # oneDNN's own, which shows no storage
+        return id(tensor), tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def check_keeps_dtype(fn) -> None:

@@ -45,7 +45,7 @@ class WeightOnlyLinear(CodedLinear):
     def row(self, layer: str, role: str, note: str = "") -> Row:
         choice, _ = self.packed()["weight_only"]
         notes = [note, self.stored(), choice.reason and f"fell back: {choice.reason}"]
-        return Row(layer, role, f"W{self.weight_bits}A16{self.described()}", choice.backend, choice.kernel.name, self.own_bytes(),
+        return Row(layer, role, f"W{self.weight_bits}A16{self.described()}", choice.backend, choice.kernel.name, self.own_bytes(), self.held_bytes(),
                    "; ".join(n for n in notes if n))
 
     def extra_repr(self) -> str:

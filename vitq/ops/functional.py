@@ -34,7 +34,7 @@ def quantize(x: Tensor, bits: int = 8, scale: float | Tensor | None = None, zero
 
     scale None: one scale a row (the last dimension), found from the row, and unless symmetric a shift too: x ≈ codes·scale + shift. Else
     static per tensor: code = clamp(round(x / scale) + zero_point). kept: integers [F], features that become the result's `fp`, float16
-    [..., F], and have no codes: these are then [..., K - F], in the order of the others. Raises TypeError for what is not a float tensor, or integers,
+    [..., F], at most ±65504, and have no codes: these are then [..., K - F], in the order of the others. Raises TypeError for what is not a float tensor, or integers,
     ValueError for bits outside 2..8, a scale that is not positive, a zero point outside the code range, features that are not among K or
     all of them, or a static format that is to be asymmetric by `symmetric`.
     """

@@ -136,10 +136,11 @@ class ReferenceLinear:
 
 
 class OneDnnWeights(NamedTuple):
-    """What `OneDnnLinear.pack` makes. bias holds every folded constant; tail is the layer's own bias where the input is
-    dynamic (added after the row scale); limits clamp codes of fewer than 8 bits, which oneDNN saturates to 8."""
+    """What `OneDnnLinear.pack` makes, of the spec what runs alone: its codes would stay in memory. bias holds every folded constant; tail is the
+    layer's own bias where the input is dynamic (added after the row scale); limits clamp codes of fewer than 8 bits, which oneDNN saturates to 8."""
 
-    spec: LinearSpec
+    activation: str | None
+    output: OutputFormat | None
     weight: Tensor
     scale: Tensor
     zeros: Tensor
@@ -190,30 +191,30 @@ class OneDnnLinear:
             elif spec.output is not None:
                 out_scale, out_zero = float(spec.output.scale), int(spec.output.zero_point) + shift
         weight = torch.ops.onednn.qlinear_prepack(params.integers.contiguous(), None)
-        return OneDnnWeights(spec, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale, out_zero,
-                             tail, handed_on, limits)
+        return OneDnnWeights(spec.activation, spec.output, weight, scale.float(), torch.zeros(n, dtype=torch.int32), bias.float(), out_scale,
+                             out_zero, tail, handed_on, limits)
 
     def run(self, packed: OneDnnWeights | OneDnnSegments, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:
-        check_float_only(packed.spec.output, residual, out)
+        check_float_only(packed.output, residual, out)
         segmented = isinstance(packed, OneDnnSegments)
         y = _run_segments(packed, x, dtype, residual) if segmented else self._run(packed, x, dtype, residual, inplace)
         return y if out is None else out.copy_(y)
 
     def _run(self, packed: OneDnnWeights, x: QTensor, dtype: torch.dtype, residual: Tensor | None,
              inplace: bool) -> Tensor | QTensor:
-        spec, weight, scale, zeros, bias, out_scale, out_zero, tail, handed_on, limits = packed
+        activation, output, weight, scale, zeros, bias, out_scale, out_zero, tail, handed_on, limits = packed
         codes = unsigned(x)
         if tail is not None:
             return self._dynamic(packed, x, codes, dtype, residual)
-        post, algorithm = _ONEDNN_ACTIVATIONS[spec.activation]
-        if spec.output is not None:
-            kind = torch.int8 if spec.output.signed_only else torch.uint8
+        post, algorithm = _ONEDNN_ACTIVATIONS[activation]
+        if output is not None:
+            kind = torch.int8 if output.signed_only else torch.uint8
             y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, weight, scale, zeros, bias, out_scale, out_zero, kind,
                                                    post, [], algorithm)
             if limits is not None:
                 y.clamp_(*limits)
-            return QTensor(y, spec.output.scale, handed_on)
+            return QTensor(y, output.scale, handed_on)
         if dtype == torch.float16:  # which oneDNN does not write
             return self._run(packed, x, torch.float32, None if residual is None else residual.float(), False).to(dtype)
         if residual is None:
@@ -227,9 +228,9 @@ class OneDnnLinear:
                  residual: Tensor | None) -> Tensor | QTensor:
         y = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 0, packed.weight, packed.scale, packed.zeros, packed.bias, 1.0, 0,
                                                torch.float32, "none", [], "")
-        y = activate(torch.addcmul(packed.tail, y, x.scale), packed.spec.activation)
-        if packed.spec.output is not None:
-            return requantize(y, packed.spec.output)
+        y = activate(torch.addcmul(packed.tail, y, x.scale), packed.activation)
+        if packed.output is not None:
+            return requantize(y, packed.output)
         return (y if residual is None else y.add_(residual)).to(dtype)
 
 
@@ -237,7 +238,9 @@ class OneDnnSegments(NamedTuple):
     """What `_pack_segments` makes. parts: (start, end, weight, scale, bias) of each segment; the first one's bias holds all
     folded constants, or where the input is dynamic the shift to u8 alone. limits: see `OneDnnWeights`. weight_fp: float32 [N, F]."""
 
-    spec: LinearSpec
+    activation: str | None
+    output: OutputFormat | None
+    dynamic: bool
     constants: Constants
     parts: list[tuple[int, int, Tensor, Tensor, Tensor]]
     zeros: Tensor
@@ -262,14 +265,14 @@ def _pack_segments(spec: LinearSpec) -> OneDnnSegments:
             bias = bias + constants.bias.double() + shift
         parts.append((start, end, torch.ops.onednn.qlinear_prepack(codes, None), scale.contiguous(), bias.float()))
     weight_fp = None if constants.weight_fp is None else constants.weight_fp.float()
-    return OneDnnSegments(spec, constants, parts, torch.zeros(params.codes.shape[0], dtype=torch.int32), limits, weight_fp)
+    zeros = torch.zeros(params.codes.shape[0], dtype=torch.int32)
+    return OneDnnSegments(spec.activation, spec.output, params.input.dynamic, constants, parts, zeros, limits, weight_fp)
 
 
 def _run_segments(packed: OneDnnSegments, x: QTensor, dtype: torch.dtype, residual: Tensor | None) -> Tensor | QTensor:
     """A GEMM for each segment, which adds to the float32 result of those before; without an activation or float16 columns the last one
     writes the codes. (All rows at once: chunks that stay in a core's cache took 1.3 to 1.6 times as long, since few rows suit oneDNN less.)"""
-    spec, constants, parts, zeros, limits, weight_fp = packed
-    output, dynamic = spec.output, spec.params.input.dynamic
+    activation, output, dynamic, constants, parts, zeros, limits, weight_fp = packed
     writes_codes = constants.to_codes and not dynamic and weight_fp is None
     codes, y = unsigned(x), None
     for start, end, weight, scale, bias in parts:
@@ -294,7 +297,7 @@ def _run_segments(packed: OneDnnSegments, x: QTensor, dtype: torch.dtype, residu
     if dynamic or weight_fp is not None:
         if constants.to_codes:
             return QTensor(torch.round(y).clamp_(*int_range(output.bits)).to(torch.int8), output.scale, output.zero_point)
-    y = activate(y, spec.activation)
+    y = activate(y, activation)
     if output is None:
         return (y if residual is None else y.add_(residual)).to(dtype)
     if output.scale.ndim or output.signed_only or loader.why_unavailable():

@@ -11,6 +11,7 @@ from vitq.cpu import loader
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
 from vitq.quantizers import uniform
+from vitq.quantizers.outliers import to_float16
 
 
 @register("quantize", "cpu")
@@ -44,7 +45,7 @@ class ReferenceQuantize:
     def run(self, packed: ActivationFormat, x: Tensor) -> QTensor:
         columns, x, fp = packed.columns, x.float(), None
         if columns is not None:
-            fp = None if columns.fp is None else x[..., columns.fp.long()].half()
+            fp = None if columns.fp is None else to_float16(x[..., columns.fp.long()])
             if columns.order is not None:
                 x = x[..., columns.order.clamp_min(0).long()].masked_fill(columns.order < 0, 0.0)
         if packed.dynamic and not packed.symmetric:

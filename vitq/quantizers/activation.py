@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from vitq.formats import ActivationFormat
+from vitq.quantizers.outliers import to_float16
 from vitq.quantizers.uniform import fake_quantize, fake_quantize_per_token, quantize_per_token_asymmetric
 
 
@@ -19,7 +20,7 @@ def fake_activation(x: Tensor, fmt: ActivationFormat | None) -> Tensor:
         kept, order = fmt.columns.fp.long().to(x.device), fmt.columns.order.long().to(x.device)
         fake = x.float().clone()
         fake[..., order] = fake_activation(x[..., order], replace(fmt, columns=None))
-        fake[..., kept] = x[..., kept].half().float()
+        fake[..., kept] = to_float16(x[..., kept]).float()
         return fake
     if fmt.dynamic and not fmt.symmetric:
         codes, scale, shift = quantize_per_token_asymmetric(x, fmt.bits)
