@@ -307,8 +307,11 @@ def kept_rows(m: int, k: int, kept: int, dtype: torch.dtype, bits: int, shift: b
     columns = torch.randperm(k, generator=generator(6))
     order, fp = columns[kept:].sort().values.to(torch.int32), columns[:kept].sort().values.to(torch.int32)
     width = round_up(k - kept, 16)  # as layers allocate them
+    x = awkward(m, k).to(dtype)
+    if kept and dtype != torch.float16:
+        x[0, fp[0]], x[-1, fp[-1]] = 1e6, float("-inf")  # beyond float16, where they end at its largest number
     result: dict[str, Any] = dict(
-        out=torch.zeros(m, width, dtype=torch.int8)[:, : k - kept], x=awkward(m, k).to(dtype), bits=bits, order=order, row_scale=torch.zeros(m),
+        out=torch.zeros(m, width, dtype=torch.int8)[:, : k - kept], x=x, bits=bits, order=order, row_scale=torch.zeros(m),
         counted=bits_of(order, k), starts=starts_of(order, fp, k))
     if shift:
         result["row_shift"] = torch.zeros(m)

@@ -16,6 +16,7 @@ from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, un
 from vitq.formats import RANGE_MIN, int_range, pack_int4, unpack_int4
 from vitq.ops.common import activate, fma32
 from vitq.ops.linear import int_matmul
+from vitq.quantizers.outliers import to_float16
 
 
 def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,
@@ -167,7 +168,7 @@ def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor 
         out.copy_(y.view(out.shape))
         return
     if fp_out is not None:
-        fp_out.copy_(y[:, fp_order.clamp_min(0).long()].masked_fill(fp_order < 0, 0.0).view(fp_out.shape))
+        fp_out.copy_(to_float16(y[:, fp_order.clamp_min(0).long()]).masked_fill(fp_order < 0, 0.0).view(fp_out.shape))
     qmin, qmax = int_range(bits)
     ordered = y if order is None else y[:, order.clamp_min(0).long()].masked_fill(order < 0, 0.0)
     if row_shift is not None:

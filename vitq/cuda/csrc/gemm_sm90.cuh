@@ -364,7 +364,7 @@ int launch(const VitqLinear& p, cudaStream_t stream) {
   problem.out_biased = p.out_zero + ROUND_BIAS;
   for (problem.spare_bits = 0; p.qmax < 127 >> problem.spare_bits;) ++problem.spare_bits;
   problem.vectors = vectors_fit(p.out, p.n) && vectors_fit(p.residual, p.n);
-  problem.plain = plain_epilogue(p);
+  problem.plain = plain_epilogue(p, SEGMENTS == MIXED || SEGMENTS == ANY);
   const int all = problem.k_tiles + problem.k_tiles_fp;
   if (T::RESIDENT && all > MAX_RESIDENT) return VITQ_UNSUPPORTED;
   const int fixed = 1024 + (T::RESIDENT ? all * T::B_BYTES : 0) + WIDENERS * T::PACKED_DEPTH * T::PACKED_BYTES +

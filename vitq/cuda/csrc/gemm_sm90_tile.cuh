@@ -40,9 +40,9 @@ struct Problem {
   float out_units, out_biased;  // codes of GELU's units; the zero point with ROUND_BIAS added
 };
 
-// Whether the epilogue is straight-line code: 16-bit or code output in vectors, no row scales.
-inline bool plain_epilogue(const VitqLinear& p) {
-  if (p.row_scale != nullptr || !vectors_fit(p.out, p.n) || !vectors_fit(p.residual, p.n)) return false;
+// Whether the epilogue is straight-line code: 16-bit or code output in vectors, no row scales but where they are in its sums already.
+inline bool plain_epilogue(const VitqLinear& p, bool scaled = false) {
+  if ((p.row_scale != nullptr && !scaled) || !vectors_fit(p.out, p.n) || !vectors_fit(p.residual, p.n)) return false;
   if (p.out.dtype == VITQ_S8) return p.activation != VITQ_RELU;
   return p.activation == VITQ_NO_ACTIVATION && p.out.dtype != VITQ_F32 &&
          (p.residual.data == nullptr || p.residual.dtype == p.out.dtype);
@@ -257,21 +257,28 @@ struct Consumer {
   __device__ __forceinline__ void finish_group(const float* constants, const RowAt (&at)[2], int piece, int g, int first_column) {
     const int local = 32 * g + COLUMNS * c, column = first_column + local;
     float scale[COLUMNS], y[2][COLUMNS];
-    shared8(constants + CONSTANTS<T, SEGMENTS> - T::N + local, y[0]);  // the bias
+    if constexpr (TOTAL) {
 #pragma unroll
-    for (int x = 0; x < COLUMNS; ++x) y[1][x] = y[0][x];
-    const auto add = [&](const auto& products, int segment) {
-      shared8(constants + T::N * segment + local, scale);
+      for (int h = 0; h < 2; ++h)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        int v[COLUMNS];
-        codes8(products, piece, g, h, v);
+        for (int x = 0; x < COLUMNS; ++x) y[h][x] = total[piece][16 * g + 4 * (x / 2) + 2 * h + x % 2];
+    } else {
+      shared8(constants + CONSTANTS<T, SEGMENTS> - T::N + local, y[0]);  // the bias
 #pragma unroll
-        for (int x = 0; x < COLUMNS; ++x) y[h][x] = fmaf(__int2float_rn(v[x]), scale[x], y[h][x]);
-      }
-    };
-    if constexpr (SEGMENTS == PAIR) add(first, 0);
-    add(acc, SEGMENTS == PAIR);
+      for (int x = 0; x < COLUMNS; ++x) y[1][x] = y[0][x];
+      const auto add = [&](const auto& products, int segment) {
+        shared8(constants + T::N * segment + local, scale);
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          int v[COLUMNS];
+          codes8(products, piece, g, h, v);
+#pragma unroll
+          for (int x = 0; x < COLUMNS; ++x) y[h][x] = fmaf(__int2float_rn(v[x]), scale[x], y[h][x]);
+        }
+      };
+      if constexpr (SEGMENTS == PAIR) add(first, 0);
+      add(acc, SEGMENTS == PAIR);
+    }
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const bool store = column < p.n && at[h].inside;
@@ -351,7 +358,7 @@ struct Consumer {
 
   // constants: scales and biases of the tile's columns, in shared memory.
   __device__ __forceinline__ void finish(const float* constants, int first_row, int first_column) {
-    if constexpr (EPILOGUE != ACT_FLOAT_OUT && !TOTAL) {
+    if constexpr (EPILOGUE == FLOAT_OUT || (EPILOGUE != ACT_FLOAT_OUT && !TOTAL)) {
       if (SEGMENTS == PAIR || problem.plain) {
         if constexpr (EPILOGUE == CODES_OUT) {
           if (problem.spare_bits) finish_plain<VITQ_S8, false, false, true>(constants, first_row, first_column);

@@ -16,7 +16,7 @@ namespace vitq {
 namespace {
 
 constexpr int MOST_THREADS = 1024;
-constexpr int THREADS = 384;         // up to which a thread has few vectors
+constexpr int THREADS = 192;         // of a row, where these are many: what each thread does but once counts
 constexpr int LEAST_COLUMNS = 1024;  // below, rows.cu shares a block among rows
 
 // The least and largest value of two or more columns at once.
@@ -65,34 +65,35 @@ struct Extremes<float> {
   __device__ __forceinline__ float largest() const { return hi; }
 };
 
+// Floats as integers of the same order, and back.
+__device__ __forceinline__ int ordered(float x) {
+  const int bits = __float_as_int(x);
+  return bits ^ (bits >> 31 & 0x7FFFFFFF);
+}
+__device__ __forceinline__ float unordered(int key) { return __int_as_float(key ^ (key >> 31 & 0x7FFFFFFF)); }
+
 // The least of each `lo` and the largest of each `hi` over a block.
 template <int ROWS>
-__device__ __forceinline__ void reduce_both(float (&lo)[ROWS], float (&hi)[ROWS], float (&meeting)[ROWS][2][32]) {
-  const auto warp = [&] {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1)
-#pragma unroll
-      for (int r = 0; r < ROWS; ++r) {
-        lo[r] = fminf(lo[r], __shfl_xor_sync(0xFFFFFFFFu, lo[r], offset));
-        hi[r] = fmaxf(hi[r], __shfl_xor_sync(0xFFFFFFFFu, hi[r], offset));
-      }
-  };
-  warp();
+__device__ __forceinline__ void reduce_both(float (&lo)[ROWS], float (&hi)[ROWS], int (&meeting)[ROWS][2][32]) {
   const int last = blockDim.x / 32 - 1, lane = threadIdx.x % 32;
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r)
-    if (lane == 0) meeting[r][0][threadIdx.x / 32] = lo[r], meeting[r][1][threadIdx.x / 32] = hi[r];
+  for (int r = 0; r < ROWS; ++r) {
+    const int least = __reduce_min_sync(0xFFFFFFFFu, ordered(lo[r])), largest = __reduce_max_sync(0xFFFFFFFFu, ordered(hi[r]));
+    if (lane == 0) meeting[r][0][threadIdx.x / 32] = least, meeting[r][1][threadIdx.x / 32] = largest;
+  }
   __syncthreads();
 #pragma unroll
-  for (int r = 0; r < ROWS; ++r) lo[r] = meeting[r][0][min(lane, last)], hi[r] = meeting[r][1][min(lane, last)];
-  warp();
+  for (int r = 0; r < ROWS; ++r) {
+    lo[r] = unordered(__reduce_min_sync(0xFFFFFFFFu, meeting[r][0][min(lane, last)]));
+    hi[r] = unordered(__reduce_max_sync(0xFFFFFFFFu, meeting[r][1][min(lane, last)]));
+  }
 }
 
 // T: of x. V: vectors of 8 neighbouring columns a thread. ROWS: of a block.
 template <class T, int V, bool KEPT, int ROWS>
 __global__ void __launch_bounds__(MOST_THREADS) rows_dynamic_kernel(const __grid_constant__ VitqRows a, float qmin, float qmax) {
   extern __shared__ __align__(16) uint8_t shared[];
-  __shared__ float meeting[ROWS][2][32];
+  __shared__ int meeting[ROWS][2][32];
   start_dependents();
   wait_for_kernels_before();
   const auto vector = [&](int v) { return int(threadIdx.x + v * blockDim.x); };
@@ -100,6 +101,7 @@ __global__ void __launch_bounds__(MOST_THREADS) rows_dynamic_kernel(const __grid
   Eight<T> raw[ROWS][V];
   unsigned row[ROWS];
   const auto row_start = [&](int r) {
+    if (a.rows_per_group >= a.m) return row[r] * a.x.row_stride;
     return row[r] / unsigned(a.rows_per_group) * a.x.group_stride + row[r] % unsigned(a.rows_per_group) * a.x.row_stride;
   };
 #pragma unroll
@@ -216,11 +218,15 @@ int launch_rows(const VitqRows& a, cudaStream_t stream) {
 // Few rows are spread over more threads.
 template <class T>
 int launch_type(const VitqRows& a, cudaStream_t stream) {
-  const int pieces = a.columns / 8;
-  if (a.m <= 64 && pieces <= MOST_THREADS) return launch_rows<T, 1, 1>(a, stream);
-  if constexpr (sizeof(T) == 4) return pieces <= 2 * THREADS ? launch_rows<T, 2, 1>(a, stream) : launch_rows<T, 4, 1>(a, stream);
-  else if (a.m <= 512) return pieces <= 2 * THREADS ? launch_rows<T, 2, 1>(a, stream) : launch_rows<T, 4, 1>(a, stream);
-  else return pieces <= 2 * THREADS ? launch_rows<T, 2, 2>(a, stream) : pieces <= 4 * THREADS ? launch_rows<T, 4, 2>(a, stream) : launch_rows<T, 8, 1>(a, stream);
+  const int pieces = a.columns / 8, threads = a.starts && a.m <= 512 ? 2 * THREADS : THREADS;
+  if (pieces <= (a.m <= 64 ? MOST_THREADS : threads)) return launch_rows<T, 1, 1>(a, stream);
+  if (pieces <= 2 * threads) return launch_rows<T, 2, 1>(a, stream);
+  if constexpr (sizeof(T) == 4) {
+    return launch_rows<T, 4, 1>(a, stream);
+  } else {
+    if (pieces > 4 * threads) return launch_rows<T, 8, 1>(a, stream);
+    return a.m <= 512 ? launch_rows<T, 4, 1>(a, stream) : launch_rows<T, 4, 2>(a, stream);
+  }
 }
 
 }  // namespace
