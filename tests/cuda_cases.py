@@ -173,6 +173,13 @@ for m, n, k in ((17, 96, 64), (300, 392, 1000), (130, 520, 4096), (257, 33, 2112
     case(f"linear packed {m}x{n}x{k} fp16 columns, groups", "linear", lambda m=m, n=n, k=k: linear(
         m, n, k, bits=4, out=torch.float16, dynamic=True, shift=True, fp=80, group=128, group_zero=True), 0, 1e-3)
     case(f"linear packed {m}x{n}x{k} gelu codes", "linear", lambda m=m, n=n, k=k: linear(m, n, k, bits=4, out=torch.int8, activation="gelu"), 1e-3)
+# More tiles than any GPU has multiprocessors, so that blocks go from one to the next, in fewer pieces of K than there are warps that widen, and in many.
+for m, n, k in ((256, 9000, 64), (256, 9000, 130), (256, 9000, 256), (1100, 2304, 1000)):
+    for fp in (0, 80, 640):
+        case(f"linear packed, many tiles {m}x{n}x{k} + {fp}", "linear", lambda m=m, n=n, k=k, f=fp: linear(
+            m, n, k, bits=4, out=torch.float16, dynamic=True, shift=f > 0, fp=f), 0, 1e-3)
+    case(f"linear packed, many tiles {m}x{n}x{k} in groups", "linear", lambda m=m, n=n, k=k: linear(
+        m, n, k, bits=4, out=torch.float16, dynamic=True, group=128, group_zero=True))
 case("linear a4w4 segments", "linear", lambda: linear(50, 40, 192, bits=4, input_bits=4, ends=(64, 192), shift=True, dynamic=True))
 # Few rows, which have a kernel of their own: one and two tiles of rows, rows of the weight and pieces of k that are not whole.
 for m, n, k in ((1, 96, 640), (2, 37, 70), (7, 200, 1000), (8, 64, 352), (9, 128, 2112), (16, 70, 5000), (16, 1, 33), (1, 4128, 96)):

@@ -27,6 +27,12 @@ def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
     return (-(1 << (bits - 1)), (1 << (bits - 1)) - 1) if signed else (0, (1 << bits) - 1)
 
 
+def to_float16(x: Tensor) -> Tensor:
+    """Floats of any type in float16; those beyond its largest number, ±65504, become that. NaN stays NaN."""
+    most = torch.finfo(torch.float16).max
+    return x.float().clamp(-most, most).half()
+
+
 def pack_int4(codes: Tensor) -> Tensor:
     """Pack int8 codes [..., K] with values in -8..7 into uint8 [..., ceil(K/2)].
 

@@ -128,7 +128,7 @@ def hopper() -> bool:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kernel", ["sm80", "sm90", "few"])
-@pytest.mark.parametrize("name", some("linear", 7))
+@pytest.mark.parametrize("name", list(dict.fromkeys([*some("linear", 7), *(name for name in CASES if "many tiles" in name)])))
 def test_every_configuration(name: str, kernel: str) -> None:
     """A configuration either refuses the case or is exact."""
     if kernel == "sm90" and not hopper():
@@ -256,9 +256,12 @@ def test_sm80_kernels_where_they_are_forced(monkeypatch) -> None:
     tuning.pick.cache_clear()
     try:
         assert loader.kernel_arch(torch.cuda.current_device()) == 80
+        ran = 0
         for name in some("linear", 11):
             with contextlib.suppress(pytest.skip.Exception):
                 check(name)
+                ran += 1
+        assert ran > 40
     finally:
         monkeypatch.undo()
         loader.kernel_arch.cache_clear()

@@ -93,6 +93,10 @@ def test_the_table_of_tiles_is_the_sources() -> None:
         (t.index, t.columns, t.groups, t.pieces, t.resident) for t in tuning.TILES["sm90"]]
     packed = re.findall(r"using Packed(\d+) = Tile<(\d+), (\d+), (\d+), false, 4>;", (folder / "gemm_sm90.cuh").read_text())
     assert [tuple(map(int, each)) for each in packed] == [(t.index, t.columns, t.groups, t.pieces) for t in tuning.TILES["sm90"] if t.index in tuning.PACKED]
+    most = {name: int(value) for name, value in re.findall(r"constexpr int (MAX_\w+) = (\d+)", (folder / "gemm_sm90_tile.cuh").read_text())}
+    warps = int(re.search(r"constexpr int WIDENERS = (\d+)", (folder / "gemm_sm90_tile.cuh").read_text())[1])
+    assert "MAX_PACKED = 4 * WIDENERS" in (folder / "gemm_sm90_tile.cuh").read_text() and warps == 3
+    assert 8 * (2 * most["MAX_STAGES"] + most["MAX_RESIDENT"] + 4 * warps) == 416, "of barriers, in HopperTile.fits"
     depths = re.search(r"N \* PIECES >= 256 \? (\d) : N == 128 \? (\d) : (\d);", (folder / "gemm_sm90_tile.cuh").read_text())
     assert tuning.PACKED == {t.index: int(depths[1 if t.columns * t.pieces >= 256 else 2 if t.columns == 128 else 3])
                              for t in tuning.TILES["sm90"] if t.index in tuning.PACKED}

@@ -27,7 +27,7 @@ SCHEMAS = {
     # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale float32 [N']
     # or [S, N'], bias, column_sums [N'], N' the next multiple of 32 of N; row_scale, row_shift float32 [M]; codes_fp fp16 [M, F],
     # weight_fp fp16 [N', F]. int8 out: without an activation scale, column_sums and bias hold 1/out_scale and the zero point already.
-    # multiplier, group_zero int8 [G, N'], up to FEW_ROWS rows and 4-bit weights: (code - group_zero)·multiplier, an int8, of each row, in the
+    # multiplier, group_zero int8 [G, N'], with 4-bit weights, beyond FEW_ROWS rows on Hopper and for groups of a multiple of 128: (code - group_zero)·multiplier, an int8, of each row, in the
     # order of layout.even_first, and its group of group_columns columns, in place of the code.
     "linear": "(Tensor(a!) out, Tensor codes, Tensor weight, Tensor scale, Tensor? bias, *, int weight_bits=8, int input_bits=8, "
               "Tensor? row_scale=None, Tensor? residual=None, Tensor? column_sums=None, Tensor? row_shift=None, int[] segment_ends=[], "
@@ -58,8 +58,8 @@ SCHEMAS = {
             "Tensor? counted=None, Tensor? starts=None, bool merge=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
-    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [2, N'] (even_first) and group uint8 [K] (0
-    # or 1): each code, less the zero point, times the multiplier that its row has for its column's group.
+    # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [G, N'] (even_first) and group uint8 [K], below
+    # G: each code, less the zero point, times the multiplier that its row has for its column's group.
     "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? zero=None, Tensor? group=None) -> ()",
 }
 

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from vitq.cuda import checks
 from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, unpack_weight, widen
-from vitq.formats import RANGE_MIN, int_range, pack_int4, unpack_int4
+from vitq.formats import RANGE_MIN, int_range, pack_int4, to_float16, unpack_int4
 from vitq.ops.common import activate, fma32
 from vitq.ops.linear import int_matmul
-from vitq.quantizers.outliers import to_float16
 
 
 def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,

@@ -32,9 +32,9 @@ TABLE = Path(__file__).with_name("tuned.json")
 ALIASES = {"NVIDIA H100 80GB HBM3": "NVIDIA H200", "NVIDIA H200 NVL": "NVIDIA H200"}
 # A measured number of rows stands for others up to this factor away.
 NEAR = 1.5
-# Hopper's GEMM widens 4-bit weights in its tiles, of which none keeps its weights. Where K is small those that do are faster with many rows, so
-# beyond WIDEN_ROWS the weights are widened before it; so are those that it cannot widen, while other kernels widen them in registers. Where K is
-# larger, groups of columns cost as much again as the products, so that beyond GROUP_ROWS it pays to multiply them once.
+# Hopper's GEMM widens 4-bit weights in tiles that stream them. Up to STREAMED_COLUMNS columns, tiles that keep their weights are faster from WIDEN_ROWS
+# rows on, but take 8 bits alone: there a kernel widens the weights first. So it does, from as many rows on, for segments, which Hopper's GEMM
+# does not widen. With more columns it pays from GROUP_ROWS on, and only where groups of columns have multipliers.
 WIDEN_ROWS, STREAMED_COLUMNS, GROUP_ROWS = 256, 2048, 512
 
 
@@ -108,7 +108,7 @@ class HopperTile:
             return False
         pieces = -(-case.k // 128) + -(-case.fp // 64)
         constants = 8 * self.columns * (3 if case.pair or case.mixed or packed else 2)
-        fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 448
+        fixed = 1024 + (pieces * self.columns * 128 if self.resident else 0) + constants + 416
         fixed += 3 * 64 * self.columns * PACKED[self.index] if packed else 0
         stage = 128 * (self.rows + (0 if self.resident else self.columns))
         return not (self.resident and pieces > 16) and (227 * 1024 - fixed) // stage >= (3 if self.resident else 2)

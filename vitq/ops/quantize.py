@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from vitq.cpu import loader
-from vitq.formats import ActivationFormat, QTensor
+from vitq.formats import ActivationFormat, QTensor, to_float16
 from vitq.ops.dispatch import register
 from vitq.quantizers import uniform
-from vitq.quantizers.outliers import to_float16
 
 
 @register("quantize", "cpu")

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from vitq.formats import ActivationFormat
-from vitq.quantizers.outliers import to_float16
+from vitq.formats import ActivationFormat, to_float16
 from vitq.quantizers.uniform import fake_quantize, fake_quantize_per_token, quantize_per_token_asymmetric
 
 

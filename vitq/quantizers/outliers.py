@@ -29,9 +29,3 @@ def kept_columns(kept: Tensor, features: int) -> Columns:
     coded = torch.ones(features, dtype=torch.bool)
     coded[kept.cpu().long()] = False
     return Columns(coded.nonzero()[:, 0].to(torch.int32), fp=kept.cpu().to(torch.int32))
-
-
-def to_float16(x: Tensor) -> Tensor:
-    """Floats of any type in float16; those beyond its largest number, ±65504, become that. NaN stays NaN."""
-    most = torch.finfo(torch.float16).max
-    return x.float().clamp(-most, most).half()

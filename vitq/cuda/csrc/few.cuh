@@ -79,10 +79,10 @@ __device__ __forceinline__ void copy16(uint32_t to, const void* from, int size) 
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Of the weight, which is read once.
+// Of the weight, which is read once; a kernel before may have written it, widened.
 __device__ __forceinline__ uint4 stream16(const char* from) {
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
+  asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from));
   return v;
 }
 // Of the input, which kernels before may have written while this one had started.

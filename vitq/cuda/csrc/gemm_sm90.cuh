@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
           for (at.slot += count; at.slot >= stages; at.slot -= stages) at.parity ^= 1;
           barrier_wait(&bars->empty[at.slot], at.parity ^ 1);
         };
-        for (int stages_on = warp; now.piece < pieces;) {
+        for (int stages_on = warp + now.tile * problem.k_tiles_fp; now.piece < pieces;) {
           wait_for_stage(stages_on);
           barrier_wait(&arrived[from.slot], from.parity);
           widener.widen(places + from.slot * T::PACKED_BYTES, ring + at.slot * T::STAGE_BYTES + T::A_BYTES);

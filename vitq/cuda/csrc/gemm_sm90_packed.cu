@@ -1,4 +1,4 @@
-// Packed int4 weights, with one scale a row or with multipliers for each 128 columns, beside fp16 columns or not.
+// Packed int4 weights, with one scale a row or with multipliers of groups of a multiple of 128 columns, beside fp16 columns or not.
 #include "gemm_sm90.cuh"
 
 namespace vitq::sm90 {

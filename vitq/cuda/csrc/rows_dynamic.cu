@@ -209,8 +209,6 @@ int launch_rows(const VitqRows& a, cudaStream_t stream) {
   const int threads = (a.columns / 8 + 32 * V - 1) / (32 * V) * 32;
   const int shared = a.starts ? ROWS * ((a.out_columns + 15) / 16 * 16) : 0;
   const auto kernel = a.starts ? rows_dynamic_kernel<T, V, true, ROWS> : rows_dynamic_kernel<T, V, false, 1>;
-  if (shared > 46 * 1024)
-    if (cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
   const int rows = a.starts ? ROWS : 1;
   return launch_early(kernel, unsigned((a.m + rows - 1) / rows), threads, shared, stream, a, float(a.qmin), float(a.qmax));
 }

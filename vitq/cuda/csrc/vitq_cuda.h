@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 6  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 7  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -55,7 +55,7 @@ typedef struct {
   // code = clamp(rint(y)); with one, code = clamp(rint(act(y) * out_inverse + out_zero)).
   float out_inverse, out_zero;
   int32_t qmin, qmax;
-  // Two levels of scales, vitq_linear_few and weight_bits = 4 only: (code - group_zero)·multiplier of the row and its group of group_columns
+  // Two levels of scales, of 4-bit weights in vitq_linear_few, and in vitq_linear_sm90 with groups of a multiple of 128: (code - group_zero)·multiplier of the row and its group of group_columns
   // neighbouring columns, a multiple of 32, is multiplied in place of the code, and must be an int8. A row of n_pad for each group of the
   // a_columns, in the order of layout.py's even_first; group_zero may be null. multiplier null: none.
   const int8_t *multiplier, *group_zero;
@@ -64,8 +64,8 @@ typedef struct {
 } VitqLinear;
 
 #define VITQ_FEW_ROWS 16
-int vitq_linear_sm90(const VitqLinear* args, void* stream);  // wgmma and TMA: 8-bit weights only
-int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: everything above but multipliers
+int vitq_linear_sm90(const VitqLinear* args, void* stream);  // wgmma and TMA: 8-bit inputs; 4-bit weights in one segment
+int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: all but multipliers
 int vitq_linear_few(const VitqLinear* args, void* stream);   // mma.sync, bound by reading the weight: up to VITQ_FEW_ROWS rows, one segment, no zero
 int vitq_linear_sm90_configs(void);  // how many configurations there are
 int vitq_linear_sm80_configs(void);
