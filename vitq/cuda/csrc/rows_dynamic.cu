@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(MOST_THREADS) rows_dynamic_kernel(const __grid
   const auto vector = [&](int v) { return int(threadIdx.x + v * blockDim.x); };
   const auto used = [&](int v) { return 8 * vector(v) < a.columns; };
   Eight<T> raw[ROWS][V];
-  unsigned row[ROWS];
+  unsigned row[ROWS] = {};
   const auto row_start = [&](int r) {
     if (a.rows_per_group >= a.m) return row[r] * a.x.row_stride;
     return row[r] / unsigned(a.rows_per_group) * a.x.group_stride + row[r] % unsigned(a.rows_per_group) * a.x.row_stride;
