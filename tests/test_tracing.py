@@ -38,7 +38,7 @@ def cuda_operators(monkeypatch):
 
     monkeypatch.setattr(loader, "why_unavailable", lambda *args: None)
     monkeypatch.setattr(loader, "kernel_arch", lambda *args: 90)
-    monkeypatch.setattr(tuning, "widen_rows", lambda *args: 256)
+    monkeypatch.setattr(tuning, "widen_rows", lambda device, k, segments, groups: 256 if groups is None else 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     for op in {op for op, _ in dispatch._REGISTRY}:
         compiled = [kernel for kernel in dispatch._REGISTRY[op, "cuda"] if "fallback" not in type(kernel).__module__]
