@@ -103,7 +103,8 @@ def test_registered(op: str) -> None:
     assert overload._schema.is_mutable and not overload._schema.returns
 
 
-@pytest.mark.parametrize("name", [n for n in families(23) if not n.startswith("attention (2, 1025")])
+# Not the largest; nor empty views of q, k and v in one tensor, of which torch's schema check makes tensors of negative sizes.
+@pytest.mark.parametrize("name", [n for n in families(23) if not n.startswith(("attention (2, 1025", "attention (0"))])
 def test_opcheck(name: str) -> None:
     op, make, _, _ = CASES[name]
     result = torch.library.opcheck(getattr(torch.ops.vitq, op).default, (), make())
