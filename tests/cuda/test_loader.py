@@ -60,7 +60,8 @@ def test_sizes_and_offsets_are_the_compilers(tmp_path: Path) -> None:
 
 
 def test_constants_are_the_headers() -> None:
-    assert int(re.search(r"#define VITQ_ABI_VERSION (\d+)", TEXT)[1]) == loader.ABI_VERSION
+    for name in ("ABI_VERSION", "FEW_ROWS", "PACKED_GROUP", "MOST_HEADS"):
+        assert int(re.search(rf"#define VITQ_{name} (\d+)", TEXT)[1]) == getattr(loader, name), name
     assert int(re.search(r"#define VITQ_MAX_SEGMENTS (\d+)", TEXT)[1]) == loader.MAX_SEGMENTS
 
     def value(name: str) -> int:

@@ -83,9 +83,9 @@ def linear(out, codes, weight, scale, bias, weight_bits, input_bits, row_scale, 
     if multiplier is None and group_zero is not None:
         refuse("linear", "group_zero", "given without multiplier", "with it, or None")
     if multiplier is not None:
-        if (weight_bits, input_bits) != (4, 8) or (m > loader.FEW_ROWS and group_columns % 128):
+        if (weight_bits, input_bits) != (4, 8) or (m > loader.FEW_ROWS and group_columns % loader.PACKED_GROUP):
             refuse("linear", "multiplier", f"given with W{weight_bits}A{input_bits}, groups of {group_columns} and {m} rows",
-                   f"with 4-bit weights, 8-bit inputs and, beyond {loader.FEW_ROWS} rows, groups of a multiple of 128: widen_int4 serves others")
+                   f"with 4-bit weights, 8-bit inputs and, beyond {loader.FEW_ROWS} rows, groups of a multiple of {loader.PACKED_GROUP}: widen_int4 serves others")
         if segments > 1:
             refuse("linear", "multiplier", "given with segments", "without them")
         _groups("linear", columns, n_pad, group_columns, ("multiplier", multiplier, torch.int8), ("group_zero", group_zero, torch.int8))

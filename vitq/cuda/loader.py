@@ -19,6 +19,7 @@ ABI_VERSION = 7  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 FEW_ROWS = 16  # VITQ_FEW_ROWS
+PACKED_GROUP = 128  # VITQ_PACKED_GROUP
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}  # VitqActivation
 NORMS = {"": 0, "layer_norm": 1, "rms_norm": 2}  # VitqNorm

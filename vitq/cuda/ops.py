@@ -27,8 +27,9 @@ SCHEMAS = {
     # uint8 [M, K/2] with input_bits=4; weight as layout.pack_weight makes it (plain with input_bits=4); scale float32 [N']
     # or [S, N'], bias, column_sums [N'], N' the next multiple of 32 of N; row_scale, row_shift float32 [M]; codes_fp fp16 [M, F],
     # weight_fp fp16 [N', F]. int8 out: without an activation scale, column_sums and bias hold 1/out_scale and the zero point already.
-    # multiplier, group_zero int8 [G, N'], with 4-bit weights, beyond FEW_ROWS rows on Hopper and for groups of a multiple of 128: (code - group_zero)·multiplier, an int8, of each row, in the
-    # order of layout.even_first, and its group of group_columns columns, in place of the code.
+    # multiplier, group_zero int8 [G, N'], with 4-bit weights: (code - group_zero)·multiplier, an int8, of each row, in the order of
+    # layout.even_first, and its group of group_columns columns, in place of the code; beyond FEW_ROWS rows on Hopper, and of multiples of
+    # PACKED_GROUP columns.
     "linear": "(Tensor(a!) out, Tensor codes, Tensor weight, Tensor scale, Tensor? bias, *, int weight_bits=8, int input_bits=8, "
               "Tensor? row_scale=None, Tensor? residual=None, Tensor? column_sums=None, Tensor? row_shift=None, int[] segment_ends=[], "
               "Tensor? codes_fp=None, Tensor? weight_fp=None, str activation='', float out_scale=1.0, int out_zero_point=0, "

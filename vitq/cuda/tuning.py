@@ -100,7 +100,7 @@ class HopperTile:
     def fits(self, case: Case) -> bool:
         """Whether the kernel has this tile for the case, and shared memory holds it (227 KiB on sm_90)."""
         packed = case.weight_bits == 4
-        if case.input_bits != 8 or (packed and (case.segments > 1 or self.index not in PACKED or case.groups % 128)) or (case.groups and not packed):
+        if case.input_bits != 8 or (packed and (case.segments > 1 or self.index not in PACKED or case.groups % loader.PACKED_GROUP)) or (case.groups and not packed):
             return False
         if not packed and not case.plain and self.index not in ((0, 1, 3, 9, 11) if case.pair else (1, 8, 10, 11, 12) if case.mixed else (1, 3, 11)):
             return False
@@ -172,7 +172,7 @@ def widen_rows(device: torch.device, k: int, segments: int = 1, groups: int | No
     """Up to how many rows a GEMM reads packed 4-bit weights; with more it runs on weights that are widened to int8 before it. groups: columns of
     each, where they have multipliers, 0 where those are not as many in each."""
     hopper = device.type == "cuda" and loader.kernel_arch(_index(device)) == 90
-    if hopper and segments == 1 and (groups is None or groups and groups % 128 == 0):
+    if hopper and segments == 1 and (groups is None or groups and groups % loader.PACKED_GROUP == 0):
         return WIDEN_ROWS if k <= STREAMED_COLUMNS else sys.maxsize if groups is None else GROUP_ROWS
     if groups is not None:
         return loader.FEW_ROWS if groups else 0

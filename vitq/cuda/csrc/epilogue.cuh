@@ -12,6 +12,8 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include <type_traits>
+
 #include "vitq_cuda.h"
 
 namespace vitq {
@@ -27,6 +29,17 @@ enum Epilogue {
 inline int epilogue_of(const VitqLinear& p) {
   if (p.out.dtype == VITQ_S8) return p.activation == VITQ_NO_ACTIVATION ? CODES_OUT : ACT_CODES_OUT;
   return p.activation == VITQ_NO_ACTIVATION ? FLOAT_OUT : ACT_FLOAT_OUT;
+}
+
+// Runs f(the epilogue that p needs, as a constant).
+template <class F>
+int with_epilogue(const VitqLinear& p, const F& f) {
+  switch (epilogue_of(p)) {
+    case FLOAT_OUT: return f(std::integral_constant<int, FLOAT_OUT>{});
+    case CODES_OUT: return f(std::integral_constant<int, CODES_OUT>{});
+    case ACT_CODES_OUT: return f(std::integral_constant<int, ACT_CODES_OUT>{});
+    default: return f(std::integral_constant<int, ACT_FLOAT_OUT>{});
+  }
 }
 
 constexpr int COLUMNS = 8;  // that a thread owns in each group of 32

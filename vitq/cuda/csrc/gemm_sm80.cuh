@@ -602,12 +602,7 @@ template <int FORMAT>
 int launch_plain(const VitqLinear& p, int tile, cudaStream_t stream) {
   return with_tile(tile, [&](auto config) -> int {
     constexpr int C = decltype(config)::value;
-    switch (epilogue_of(p)) {
-      case FLOAT_OUT: return launch<C, FORMAT, FLOAT_OUT, false>(p, stream);
-      case CODES_OUT: return launch<C, FORMAT, CODES_OUT, false>(p, stream);
-      case ACT_CODES_OUT: return launch<C, FORMAT, ACT_CODES_OUT, false>(p, stream);
-      default: return launch<C, FORMAT, ACT_FLOAT_OUT, false>(p, stream);
-    }
+    return with_epilogue(p, [&](auto epilogue) { return launch<C, FORMAT, decltype(epilogue)::value, false>(p, stream); });
   });
 }
 

@@ -61,7 +61,7 @@ extern "C" int vitq_linear_sm90(const VitqLinear* args, void* stream_) {
   if (p.a_bits != 8) return VITQ_UNSUPPORTED;
   if (p.weight_bits == 4) {
     const bool groups = p.multiplier != nullptr;
-    return p.segments > 1 || (groups && (p.group_columns < 128 || p.group_columns % 128)) ? VITQ_UNSUPPORTED : sm90::launch_packed(p, p.config, stream);
+    return p.segments > 1 || (groups && (p.group_columns < VITQ_PACKED_GROUP || p.group_columns % VITQ_PACKED_GROUP)) ? VITQ_UNSUPPORTED : sm90::launch_packed(p, p.config, stream);
   }
   if (p.multiplier != nullptr) return VITQ_UNSUPPORTED;
   if (p.segments > 1) return sm90::launch_segments(p, p.config, stream);

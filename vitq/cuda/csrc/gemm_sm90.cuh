@@ -21,24 +21,6 @@
 
 namespace vitq::sm90 {
 
-struct Barriers {
-  uint64_t full[MAX_STAGES], empty[MAX_STAGES], weights[MAX_RESIDENT], packed[MAX_PACKED];
-};
-
-// Where a ring of `stages` slots is.
-struct Ring {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next(int stages) {
-    if (++slot == stages) slot = 0, parity ^= 1;
-  }
-  __device__ __forceinline__ void skip(int count, int stages) {
-    slot += count % stages;
-    parity ^= (count / stages) & 1;
-    if (slot >= stages) slot -= stages, parity ^= 1;
-  }
-};
-
 // Tiles in bands of eight row tiles, so that blocks that run at the same time share rows and weights in the L2.
 __device__ __forceinline__ void tile_at(int index, int row_tiles, int column_tiles, int& row_tile, int& column_tile) {
   constexpr int BAND = 8;
@@ -69,7 +51,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
     prefetch_map(&a_map);
     prefetch_map(&b_map);
     for (int i = 0; i < stages; ++i) {
-      barrier_init(&bars->full[i], T::PACKED ? 2 : 1);  // who loads, and who widens
+      barrier_init(&bars->full[i], T::PACKED ? 1 + 32 : 1);  // who loads, and the lanes of the warp that widens
       barrier_init(&bars->empty[i], T::RESIDENT ? 4 : 4 * T::GROUPS);  // a thread of each warp that reads it
     }
     if (T::RESIDENT)
@@ -106,67 +88,11 @@ __global__ void __launch_bounds__(T::THREADS, 1)
     give_registers<T::LOAD_REGISTERS>();
     if (T::PACKED && thread >= 32) {
       if constexpr (T::PACKED) {
-        const int warp = thread / 32 - 1, lane = thread % 32, pieces = count * problem.k_tiles;
-        Widener<T> widener(problem.p, lane);
-        const int pieces_of_group = problem.p.multiplier == nullptr ? 1 : problem.p.group_columns / 128;
-        char* const places = packed + warp * T::PACKED_DEPTH * T::PACKED_BYTES;
-        uint64_t* const arrived = bars->packed + warp * T::PACKED_DEPTH;
-        // The pieces of this warp, in order: where it works, and what it fetches next. Divisions only where a tile begins.
-        struct Place {
-          int piece, tile, kt, column;
-        } now, next;
-        const auto find = [&](Place& place) {
-          int row_tile;
-          if (place.piece < pieces) locate(place.tile, row_tile, place.column);
-        };
-        const auto skip = [&](Place& place, int count) {
-          place.piece += count, place.kt += count;
-          if (place.kt < problem.k_tiles) return;
-          do ++place.tile; while ((place.kt -= problem.k_tiles) >= problem.k_tiles);
-          find(place);
-        };
-        now = {0, 0, 0, 0};
-        find(now);
-        skip(now, warp);
-        next = now;
-        Ring from, ahead, at;
-        const auto fetch = [&] {
-          if (lane == 0 && next.piece < pieces) {
-            barrier_expect(&arrived[ahead.slot], T::PACKED_BYTES);
-            load_box(&b_map, &arrived[ahead.slot], places + ahead.slot * T::PACKED_BYTES, next.kt * 64, next.column * T::N);
-          }
-          ahead.next(T::PACKED_DEPTH);
-          skip(next, WIDENERS);
-        };
-        const auto fetch_constants = [&] {
-          if (problem.p.multiplier != nullptr && now.piece < pieces)
-            widener.fetch(now.column * T::N, pieces_of_group == 1 ? now.kt : now.kt / pieces_of_group);
-        };
-        for (int i = 0; i < T::PACKED_DEPTH; ++i) fetch();
-        fetch_constants();
-        // Of `count` stages further on. A parity tells of a stage whether it is empty again only if its last turn was waited for as well.
-        const auto wait_for_stage = [&](int count) {
-          for (; count > stages; count -= stages) {
-            at.parity ^= 1;
-            barrier_wait(&bars->empty[at.slot], at.parity ^ 1);
-          }
-          for (at.slot += count; at.slot >= stages; at.slot -= stages) at.parity ^= 1;
-          barrier_wait(&bars->empty[at.slot], at.parity ^ 1);
-        };
-        for (int stages_on = warp + now.tile * problem.k_tiles_fp; now.piece < pieces;) {
-          wait_for_stage(stages_on);
-          barrier_wait(&arrived[from.slot], from.parity);
-          widener.widen(places + from.slot * T::PACKED_BYTES, ring + at.slot * T::STAGE_BYTES + T::A_BYTES);
-          written_for_mma();
-          __syncwarp();
-          if (lane == 0) barrier_arrive(&bars->full[at.slot]);
-          fetch();
-          from.next(T::PACKED_DEPTH);
-          const int tile = now.tile;
-          skip(now, WIDENERS);
-          stages_on = WIDENERS + (now.tile - tile) * problem.k_tiles_fp;
-          fetch_constants();
-        }
+        widen_pieces<T>(problem, b_map, *bars, packed, ring, count, [&](int i) {
+          int row_tile, column;
+          locate(i, row_tile, column);
+          return column;
+        });
       }
     } else if (thread == 0 && count > 0) {
       Ring at;
@@ -188,7 +114,7 @@ __global__ void __launch_bounds__(T::THREADS, 1)
           barrier_expect(&bars->full[at.slot], widened ? T::A_BYTES : T::STAGE_BYTES);
           load_box(a, &bars->full[at.slot], slot, k, row_tile * T::ROWS);
           if (!T::RESIDENT && !widened) load_box(b, &bars->full[at.slot], slot + T::A_BYTES, k, column * T::N);
-          if (T::PACKED && fp) barrier_arrive(&bars->full[at.slot]);
+          if (T::PACKED && fp) barrier_arrive(&bars->full[at.slot], 32);
           at.next(stages);
         }
         first_tile = false;

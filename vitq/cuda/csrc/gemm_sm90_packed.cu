@@ -15,11 +15,6 @@ int launch_tile(const VitqLinear& p, int config, cudaStream_t stream) {
 }  // namespace
 
 int launch_packed(const VitqLinear& p, int config, cudaStream_t stream) {
-  switch (epilogue_of(p)) {
-    case FLOAT_OUT: return launch_tile<FLOAT_OUT>(p, config, stream);
-    case CODES_OUT: return launch_tile<CODES_OUT>(p, config, stream);
-    case ACT_CODES_OUT: return launch_tile<ACT_CODES_OUT>(p, config, stream);
-    default: return launch_tile<ACT_FLOAT_OUT>(p, config, stream);
-  }
+  return with_epilogue(p, [&](auto epilogue) { return launch_tile<decltype(epilogue)::value>(p, config, stream); });
 }
 }  // namespace vitq::sm90

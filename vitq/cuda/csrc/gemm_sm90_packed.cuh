@@ -68,4 +68,68 @@ struct Widener {
   }
 };
 
+// What a widening warp does: its pieces of all tiles of a block, into the ring's stages. column_of(i): the column of tiles that tile i of the block is in.
+template <class T, class F>
+__device__ __forceinline__ void widen_pieces(const Problem& problem, const CUtensorMap& b_map, Barriers& bars, char* packed, char* ring, int tiles,
+                                             const F& column_of) {
+  const int warp = threadIdx.x % 128 / 32 - 1, lane = threadIdx.x % 32, pieces = tiles * problem.k_tiles, stages = problem.stages;
+  Widener<T> widener(problem.p, lane);
+  const int pieces_of_group = problem.p.multiplier == nullptr ? 1 : problem.p.group_columns / VITQ_PACKED_GROUP;
+  char* const places = packed + warp * T::PACKED_DEPTH * T::PACKED_BYTES;
+  uint64_t* const arrived = bars.packed + warp * T::PACKED_DEPTH;
+  // The pieces of this warp, in order: where it works, and what it fetches next. Divisions only where a tile begins.
+  struct Place {
+    int piece, tile, kt, column;
+  } now, next;
+  const auto skip = [&](Place& place, int count) {
+    place.piece += count, place.kt += count;
+    if (place.kt < problem.k_tiles) return;
+    do ++place.tile; while ((place.kt -= problem.k_tiles) >= problem.k_tiles);
+    if (place.piece < pieces) place.column = column_of(place.tile);
+  };
+  now = {0, 0, 0, pieces ? column_of(0) : 0};
+  skip(now, warp);
+  next = now;
+  Ring from, ahead, at;
+  const auto fetch = [&] {
+    if (lane == 0 && next.piece < pieces) {
+      barrier_expect(&arrived[ahead.slot], T::PACKED_BYTES);
+      load_box(&b_map, &arrived[ahead.slot], places + ahead.slot * T::PACKED_BYTES, next.kt * 64, next.column * T::N);
+    }
+    ahead.next(T::PACKED_DEPTH);
+    skip(next, WIDENERS);
+  };
+  const auto fetch_constants = [&] {
+    if (problem.p.multiplier != nullptr && now.piece < pieces)
+      widener.fetch(now.column * T::N, pieces_of_group == 1 ? now.kt : now.kt / pieces_of_group);
+  };
+  for (int i = 0; i < T::PACKED_DEPTH; ++i) fetch();
+  fetch_constants();
+  // Of `count` stages further on. A parity tells of a stage whether it is empty again only if its last turn was waited for as well.
+  const auto wait_for_stage = [&](int count) {
+    for (; count > stages; count -= stages) {
+      at.parity ^= 1;
+      barrier_wait(&bars.empty[at.slot], at.parity ^ 1);
+    }
+    for (at.slot += count; at.slot >= stages; at.slot -= stages) at.parity ^= 1;
+    barrier_wait(&bars.empty[at.slot], at.parity ^ 1);
+    // Which the one before says already, by way of the warps that multiplied; racecheck sees an order only between those that arrive at a barrier and
+    // those that wait for it. For its sake every lane arrives, too.
+    barrier_wait(&bars.full[at.slot], at.parity ^ 1);
+  };
+  for (int stages_on = warp + now.tile * problem.k_tiles_fp; now.piece < pieces;) {
+    wait_for_stage(stages_on);
+    barrier_wait(&arrived[from.slot], from.parity);
+    widener.widen(places + from.slot * T::PACKED_BYTES, ring + at.slot * T::STAGE_BYTES + T::A_BYTES);
+    written_for_mma();
+    barrier_arrive(&bars.full[at.slot]);
+    fetch();
+    from.next(T::PACKED_DEPTH);
+    const int tile = now.tile;
+    skip(now, WIDENERS);
+    stages_on = WIDENERS + (now.tile - tile) * problem.k_tiles_fp;
+    fetch_constants();
+  }
+}
+
 }  // namespace vitq::sm90

@@ -20,19 +20,13 @@ int launch_config(const VitqLinear& p, int config, cudaStream_t stream) {
 }  // namespace
 
 int launch_segments(const VitqLinear& p, int config, cudaStream_t stream) {
-  const int epilogue = epilogue_of(p);
-  if (p.segments == 2 && p.column_sums == nullptr && p.a_fp == nullptr && plain_epilogue(p)) {
-    switch (epilogue) {
-      case FLOAT_OUT: return launch_config<FLOAT_OUT, PAIR>(p, config, stream);
-      case CODES_OUT: return launch_config<CODES_OUT, PAIR>(p, config, stream);
-      default: return launch_config<ACT_CODES_OUT, PAIR>(p, config, stream);
+  const bool pair = p.segments == 2 && p.column_sums == nullptr && p.a_fp == nullptr && plain_epilogue(p);
+  return with_epilogue(p, [&](auto epilogue) {
+    constexpr int EPILOGUE = decltype(epilogue)::value;
+    if constexpr (EPILOGUE != ACT_FLOAT_OUT) {  // which is never plain
+      if (pair) return launch_config<EPILOGUE, PAIR>(p, config, stream);
     }
-  }
-  switch (epilogue) {
-    case FLOAT_OUT: return launch_config<FLOAT_OUT, ANY>(p, config, stream);
-    case CODES_OUT: return launch_config<CODES_OUT, ANY>(p, config, stream);
-    case ACT_CODES_OUT: return launch_config<ACT_CODES_OUT, ANY>(p, config, stream);
-    default: return launch_config<ACT_FLOAT_OUT, ANY>(p, config, stream);
-  }
+    return launch_config<EPILOGUE, ANY>(p, config, stream);
+  });
 }
 }  // namespace vitq::sm90

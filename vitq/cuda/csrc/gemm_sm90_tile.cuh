@@ -48,6 +48,24 @@ inline bool plain_epilogue(const VitqLinear& p, bool scaled = false) {
          (p.residual.data == nullptr || p.residual.dtype == p.out.dtype);
 }
 
+struct Barriers {
+  uint64_t full[MAX_STAGES], empty[MAX_STAGES], weights[MAX_RESIDENT], packed[MAX_PACKED];
+};
+
+// Where a ring of `stages` slots is.
+struct Ring {
+  int slot = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void next(int stages) {
+    if (++slot == stages) slot = 0, parity ^= 1;
+  }
+  __device__ __forceinline__ void skip(int count, int stages) {
+    slot += count % stages;
+    parity ^= (count / stages) & 1;
+    if (slot >= stages) slot -= stages, parity ^= 1;
+  }
+};
+
 // How K is divided. PAIR: two integer segments with symmetric weights and a plain epilogue, each with accumulators of its own.
 // MIXED: one integer segment, whose sums become floats in their own registers, before fp16 columns are added there; shifted rows.
 // ANY: up to VITQ_MAX_SEGMENTS, fp16 columns, shifted rows; one segment's integers after the other's go to float sums.

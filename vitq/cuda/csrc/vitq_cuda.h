@@ -64,6 +64,7 @@ typedef struct {
 } VitqLinear;
 
 #define VITQ_FEW_ROWS 16
+#define VITQ_PACKED_GROUP 128  // columns: vitq_linear_sm90 reads groups of multiples of it
 int vitq_linear_sm90(const VitqLinear* args, void* stream);  // wgmma and TMA: 8-bit inputs; 4-bit weights in one segment
 int vitq_linear_sm80(const VitqLinear* args, void* stream);  // mma.sync: all but multipliers
 int vitq_linear_few(const VitqLinear* args, void* stream);   // mma.sync, bound by reading the weight: up to VITQ_FEW_ROWS rows, one segment, no zero
