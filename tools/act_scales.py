@@ -17,7 +17,6 @@ import vitq
 from _cli import check_least, exit_code
 from _console import Console
 from _language import check_positions
-from vitq.cache import replacing
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -54,8 +53,9 @@ def run(args: argparse.Namespace) -> int:
     loaded.model.to(device)
     with console.bar("measure", len(text.calib), "windows") as bar:
         scales = vitq.act_scales(loaded.model, text.calib.split(args.batch_size), progress=bar.update)
-    with replacing(args.output) as temporary:
-        torch.save(scales, temporary)
+    temporary = args.output.with_name(f".{args.output.name}.part")
+    torch.save(scales, temporary)
+    temporary.replace(args.output)  # whole or not at all
     most = max(scales, key=lambda name: float(scales[name].max()))
     print(f"wrote {args.output}: {len(scales)} layers over {len(text.calib)} windows of {args.seqlen} tokens; the largest input, "
           f"{float(scales[most].max()):.4g}, is of {most}")
