@@ -96,7 +96,7 @@ def test_prefill_attends_to_what_the_cache_holds() -> None:
     model, x = converted("Llama", *INT4), ids(2, 9)
     cache, seen = vitq.quantized_cache(model), {}
     entry = layers(model)[1].self_attn.kv
-    entry.register_forward_hook(lambda module, args, output: seen.update(given=args[:2], output=output))
+    entry.register_forward_hook(lambda module, args, output: seen.update(given=args[1:3], output=output[1:]))
     model(x, **{CACHE: cache})
     for given, output, codes, rows in zip(seen["given"], seen["output"], entry.codes, (cache.layers[1].keys, cache.layers[1].values)):
         assert given.shape == (2, 2, 9, 16)  # heads of grouped queries once

@@ -14,6 +14,7 @@ from vitq.calib.choose import check_statistics, choose, find_histogram, linear_p
 from vitq.calib.gram import GRAM_MEMORY, gram_of
 from vitq.calib.heads import check_choice_of_heads, choose_heads, statistics_of_parts
 from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.online import Sizes, hadamard_input, input_sizes, mixed_values
 from vitq.calib.resume import kept_heads
 from vitq.calib.runner import check_calibration, collect, limited, operands_of
 from vitq.calib.simulate import simulate as _simulate
@@ -79,9 +80,15 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     home = parameter.device
     dtype = float_dtype(dtype, home)
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
+    parts: dict[str, list[CacheParams]] = {}
+    for site in prepared.caches:
+        if site.kv in plan.layers:
+            parts.setdefault(f"{site.name}.kv", []).append(plan.layers[site.kv])
     for name, params in plan.layers.items():
-        if not isinstance(params, CacheParams):  # the recipe says all of those
+        if not isinstance(params, CacheParams):
             converted.get_submodule(name).set_params(params)
+    for name, params in parts.items():
+        converted.get_submodule(name).set_params(params)
     converted.vitq.calibration = {"images": plan.samples}
     converted = converted.to(home)  # which links the modules too
     pack_all(converted)
@@ -124,9 +131,9 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
              device: str | torch.device | None = None, resume: str | Path | None = None) -> tuple[Prepared, Plan]:
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
     device = _calibration_device(stream, device, resume)
-    if (recipe.is_static and statistics is None or recipe.needs_inputs or recipe.scores_heads) and calib is None:
+    if (recipe.is_static and statistics is None or recipe.needs_inputs or recipe.learns or recipe.scores_heads) and calib is None:
         what = "is static" if recipe.is_static and statistics is None else f"solves by {recipe.solver!r}" if recipe.needs_inputs else \
-            "chooses heads by what they write"
+            "learns by block_gradient" if recipe.learns else "chooses heads by what they write"
         raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
@@ -153,15 +160,17 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         if site.role == "patch_embed" and not spec.is_float and spec.input.dynamic:
             raise ValueError(f"recipe {recipe.name!r} asks for a dynamic input of {site.name!r}: a patch embedding reads "
                              "pixels, which have no token yet; use a static input or bits: 16")
+    if recipe.learns and stream is None:  # which goes block by block
+        stream = "float"
     if stream is None and data is not None and recipe.needs_inputs:  # read more than once, and a loader may shuffle
         data = _kept(data, recipe, prepared)
         if stats is not None or not recipe.is_static:  # nothing else looks at them first
             check_calibration(data, recipe, prepared)
     if stream is not None:
-        if recipe.needs_inputs and data is None:
-            raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the calibration "
-                             f"{prepared.samples} themselves, not statistics of them")
-        if not (recipe.needs_inputs or recipe.is_static and stats is None or scored):
+        if (recipe.needs_inputs or recipe.learns) and data is None:
+            who = f"the solver {recipe.solver!r} looks at the inputs of each layer" if recipe.needs_inputs else "block_gradient learns from the inputs"
+            raise ValueError(f"recipe {recipe.name!r}: {who}, so it needs the calibration {prepared.samples} themselves, not statistics of them")
+        if not (recipe.needs_inputs or recipe.learns or recipe.is_static and stats is None or scored):
             data = None  # nobody looks at it
         plan, _ = quantize_blocks(prepared, recipe, data, stream=stream, device=device, statistics=stats if recipe.is_static else None, memory=memory,
                                   resume=resume, progress=progress)
@@ -182,6 +191,7 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
     model = prepared.model
     roles = {site.name: site.role for site in prepared.linears}
     floats = {site.name: site.reason for site in prepared.floats}
+    heads = mixed_values(prepared, layer_specs)
     for site in prepared.linears:
         source, spec = model.get_submodule(site.name), layer_specs[site.name]
         if spec.is_float:
@@ -190,7 +200,7 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
             replace(model, site.name, QuantPatchConv(source, spec, dtype=dtype, backend=backend))
         else:
             out = torch.float32 if site.role == "head" else dtype
-            replace(model, site.name, _coded(source, spec, out, backend))
+            replace(model, site.name, _coded(source, spec, out, backend, input_sizes(site.name, spec, source.in_features, heads)))
     for site in prepared.attentions:
         replace(model, site.name, QuantAttention(model.get_submodule(site.name), layer_specs[site.qk], layer_specs[site.pv],
                                                  dtype=dtype, backend=backend))
@@ -199,7 +209,7 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
         caches.setdefault(site.name, []).append((site.heads, *(layer_specs[name].cached if name in layer_specs else None for name in (site.qk, site.pv))))
     for name, parts in caches.items():
         if any(spec is not None for _, *specs in parts for spec in specs):
-            replace(model, f"{name}.kv", QuantKeyValues(model.get_submodule(name).head_dim, parts))
+            replace(model, f"{name}.kv", QuantKeyValues(model.get_submodule(name).head_dim, parts, backend=backend))
     for site in prepared.mlps:
         replace(model, site.name, QuantMlp(model.get_submodule(site.name), site.activation, backend=backend))
     for site in prepared.blocks:
@@ -227,10 +237,11 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
     return model
 
 
-def _coded(linear: nn.Linear, spec: LayerSpec, dtype: torch.dtype, backend: str) -> CodedLinear:
-    """The module that takes the linear's place, its buffers still empty."""
-    kind = WeightOnlyLinear if spec.weight_only else QuantLinear
-    return kind(linear.in_features, linear.out_features, spec, dtype=dtype, backend=backend)
+def _coded(linear: nn.Linear, spec: LayerSpec, dtype: torch.dtype, backend: str, matrices: Sizes = (None, None)) -> CodedLinear:
+    """The module that takes the linear's place, its buffers still empty. matrices: sizes of those that its input is multiplied by."""
+    if spec.weight_only:
+        return WeightOnlyLinear(linear.in_features, linear.out_features, spec, dtype=dtype, backend=backend)
+    return QuantLinear(linear.in_features, linear.out_features, spec, dtype=dtype, backend=backend, matrices=matrices)
 
 
 def _cast_rest(model: nn.Module, prepared: Prepared, layer_specs: dict[str, LayerSpec], dtype: torch.dtype) -> None:
@@ -266,6 +277,8 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
     recipe = _recipe(recipe, sample)
     if recipe.heads:
         raise ValueError(f"recipe {recipe.name!r} has heads, and one linear layer has none: give a recipe without, or convert the model")
+    if recipe.learns:
+        raise ValueError(f"recipe {recipe.name!r} learns by block_gradient, from whole blocks: convert the model, or give transform: hadamard")
     if not isinstance(sample, (Tensor, Histogram, type(None))):
         raise TypeError(f"sample must be activations [..., {linear.in_features}], or a Histogram of them (statistics['NAME:input']); got a "
                         f"{type(sample).__name__}")
@@ -281,6 +294,8 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
             what = "has float16 columns" if spec.input.dynamic else "is static"
             raise ValueError(f"recipe {recipe.name!r} {what}: give sample=, activations to measure ranges on")
         fmt = observed_format(sample, spec.input)
+        if (mixing := hadamard_input(role, spec, linear.in_features, {})) is not None:
+            fmt = dataclasses.replace(fmt, transform=mixing.transform)
         if spec.input.outliers and fmt.columns is None:  # all below the threshold
             spec = dataclasses.replace(spec, input=dataclasses.replace(spec.input, outliers=0))
     gram = None
@@ -288,7 +303,7 @@ def linear_module(linear: nn.Linear, recipe: str | Recipe = "w8a8-dynamic", samp
         if not isinstance(sample, Tensor):
             raise ValueError(f"recipe {recipe.name!r} solves by {recipe.solver!r}: give sample=, activations to look at")
         gram = gram_of(sample.to(linear.weight.device), fmt)
-    module = _coded(linear, spec, float_dtype(dtype, linear.weight.device), backend)
+    module = _coded(linear, spec, float_dtype(dtype, linear.weight.device), backend, input_sizes(role, spec, linear.in_features, {}))
     module.set_params(linear_params(linear, spec, recipe, fmt, gram))
     module = module.to(linear.weight.device)
     pack_all(module)

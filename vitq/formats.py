@@ -141,6 +141,64 @@ class Columns:
 
 
 @dataclass(frozen=True, eq=False)
+class Kronecker:
+    """A linear map of rows of K = A·B numbers, seen as a matrix X [A, B]: leftᵀ·X·right, which is x·(left ⊗ right).
+
+    left: float16 [A, A], or None where rows are not mixed; right: float16 [B, B], or None. A weight whose rows are multiplied by the inverse
+    transpose gives the same products with transformed inputs as it had with these (FlatQuant, arXiv 2410.09426).
+    """
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.left is None and self.right is None:
+            raise ValueError("Kronecker: neither left nor right is given")
+        for name, matrix in (("left", self.left), ("right", self.right)):
+            if matrix is not None and (matrix.dtype != torch.float16 or matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]):
+                raise TypeError(f"Kronecker: {name} is {matrix.dtype} {list(matrix.shape)}; give a square float16 matrix")
+
+    def sizes(self, features: int) -> tuple[int, int]:
+        """A and B of rows of that many numbers. ValueError where the matrices do not divide them."""
+        a, b = (None if matrix is None else len(matrix) for matrix in (self.left, self.right))
+        if features % (a or b) or a is not None and b is not None and a * b != features:
+            raise ValueError(f"Kronecker: {a or 'no'} x {b or 'no'} matrices do not divide rows of {features}")
+        return a or features // b, b or features // a
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [..., K] -> float32 [..., K]. What is multiplied is float16, x at first and what the first product gives, clamped to ±65504; sums
+        are float32."""
+        sizes, shape = self.sizes(x.shape[-1]), x.shape
+        x = to_float16(x).float().reshape(*shape[:-1], *sizes)
+        if self.right is not None:
+            x = x @ self.right.float()
+        if self.left is not None:
+            x = self.left.float().T @ (x if self.right is None else to_float16(x).float())
+        return x.reshape(shape)
+
+    def inverse(self, x: Tensor) -> Tensor:
+        """What `apply` was given, float32 [..., K], up to rounding."""
+        left, right = (None if matrix is None else torch.linalg.inv(matrix.double()) for matrix in (self.left, self.right))
+        return _multiplied(x, self.sizes(x.shape[-1]), None if left is None else left.T, right).float()
+
+    def inverse_transposed(self, weight: Tensor) -> Tensor:
+        """weight float32 [..., K], rows that are multiplied with x -> those for `apply(x)`."""
+        left, right = (None if matrix is None else torch.linalg.inv(matrix.double()) for matrix in (self.left, self.right))
+        return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T).float()
+
+    def to(self, device: torch.device) -> Kronecker:
+        """The same with its tensors on a device."""
+        return Kronecker(*(None if matrix is None else matrix.to(device) for matrix in (self.left, self.right)))
+
+
+def _multiplied(x: Tensor, sizes: tuple[int, int], left: Tensor | None, right: Tensor | None) -> Tensor:
+    """left · X · right of rows X of these sizes, float64."""
+    y = x.double().reshape(*x.shape[:-1], *sizes)
+    y = y if right is None else y @ right
+    return (y if left is None else left @ y).reshape(x.shape)
+
+
+@dataclass(frozen=True, eq=False)
 class ActivationFormat:
     """How one activation operand is quantized, once chosen. Simulation and executed modules both read this.
 
@@ -148,6 +206,9 @@ class ActivationFormat:
     int32 tensors of one shape, 0-d or [H]. dynamic: one scale a token, found at run time, so both are None; ``symmetric=False`` of these: a
     shift a token too, a float, so that the codes span the token's own range (QUIK). ``signed=False`` is for attention probabilities: codes 0..2^bits - 1.
     ``columns`` is None where the codes are the features in order.
+
+    Of a dynamic format: ``transform`` maps each row before it is quantized, so that codes are of what it gives. ``clip``: float32 [2], what a row's least and
+    largest value are multiplied with before its scale comes of them; a range that is clipped holds 0.
     """
 
     bits: int
@@ -157,11 +218,19 @@ class ActivationFormat:
     signed: bool = True
     columns: Columns | None = None
     symmetric: bool = True
+    transform: Kronecker | None = None
+    clip: Tensor | None = None
 
     def __post_init__(self) -> None:
         int_range(self.bits, self.signed)
         if not self.symmetric and not (self.dynamic and self.signed):
             raise ValueError("ActivationFormat: symmetric=False is for signed dynamic formats; a static one says it by its zero point")
+        if (self.transform is not None or self.clip is not None) and not self.dynamic:
+            raise ValueError("ActivationFormat: transform and clip are for dynamic formats, whose ranges are found in what the transform gives")
+        if self.transform is not None and self.columns is not None:
+            raise ValueError("ActivationFormat: a transform mixes features, so none of them has a column of its own: give one of the two")
+        if self.clip is not None and (self.clip.dtype != torch.float32 or self.clip.shape != (2,)):
+            raise TypeError(f"ActivationFormat: clip is {self.clip.dtype} {list(self.clip.shape)}; give float32 [2]")
         if self.dynamic:
             if self.scale is not None or self.zero_point is not None:
                 raise ValueError("ActivationFormat: a dynamic format finds its scale at run time; leave scale and zero_point out")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vitq.formats import ActivationFormat
+from vitq.formats import ActivationFormat, Kronecker
 from vitq.recipe import LayerSpec, Recipe
 
 
@@ -77,6 +77,22 @@ class CacheParams:
 
     k: ActivationFormat | None
     v: ActivationFormat | None
+
+
+@dataclass(frozen=True)
+class InputParams:
+    """What is done to an input that some layers share, beside rounding it: learned, or Hadamard's matrices.
+
+    divisor: float32 [K], what its channels are divided by where they are made; values: float32 [D, D], what the values of the attention before it are
+    multiplied by, head by head; transform and clip: of its format; ratios: float32 [N, 2], N the outputs of all these layers, which parts of the least
+    and of the largest weight of each are its range. None for what is not done.
+    """
+
+    divisor: Tensor | None = None
+    values: Tensor | None = None
+    transform: Kronecker | None = None
+    clip: Tensor | None = None
+    ratios: Tensor | None = None
 
 
 @dataclass

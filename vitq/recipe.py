@@ -32,7 +32,9 @@ class QuantSpec:
     whether its input features are divided into ranges that have scales of their own, and how. ``levels``: of attention probabilities, uniform, or
     powers of √2 for simulation. ``group_size``: of a weight with granularity per_group, the input features of a group. ``outliers``: of a linear
     layer's input, how many features with the largest values stay in float16, at most the part ``outlier_limit`` of them all; none where no value
-    exceeds ``outlier_threshold``."""
+    exceeds ``outlier_threshold``. ``transform``: of a dynamic linear input, or of keys that enter a cache: the matrices that mix the numbers of a
+    row before it is quantized, ``learned`` or ``hadamard``. ``observer: learned``: of a weight or a dynamic activation, how far ranges are clipped
+    is learned too; ``clip_ratio``: of a dynamic activation, the part of each row's range that is kept."""
 
     bits: int = 8
     symmetric: bool = True
@@ -45,6 +47,8 @@ class QuantSpec:
     outliers: int = 0
     outlier_limit: float = 0.0625
     outlier_threshold: float = 0.0
+    transform: str = "none"
+    clip_ratio: float = 1.0
 
     def __post_init__(self) -> None:
         checks.check_fields({f.name: getattr(self, f.name) for f in fields(self)}, "QuantSpec")
@@ -119,12 +123,14 @@ class Recipe:
     solver_options: Mapping[str, Any] = field(default_factory=dict)
     execution: str = "integer"
     heads: Mapping[str, Any] = field(default_factory=dict)
+    block_gradient: Mapping[str, Any] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
 
     def __post_init__(self) -> None:
         checks.check_header(self.name, self.description, self.schema, self.calib_size, self.transforms, self.transform_options, self.solver,
                             self.solver_options, self.execution)
         checks.check_heads(self.heads)
+        checks.check_block_gradient(self.block_gradient)
         for i, rule in enumerate(checks.as_tuple(self.rules, "rules")):
             checks.check_type(rule, Rule, f"rules[{i}]", "a Rule (Recipe.from_dict takes plain mappings)")
             rule.check(f"rules[{i}]")
@@ -133,6 +139,19 @@ class Recipe:
         for i, rule in enumerate(self.rules):
             if rule.names:
                 self._check_named(i, rule)
+        self._check_learning()
+
+    def _check_learning(self) -> None:
+        layers = {role: self._resolve(role, None, self.rules) for role in ROLES}
+        said = [(f"{role}.{operand}", getattr(layers[role], operand)) for role in ROLES for operand in operands(role)]
+        learned = [f"{key}.{name}" for key, spec in said for name in ("transform", "observer")
+                   if spec.bits != FLOAT_BITS and getattr(spec, name) == "learned"]
+        learned += [f"rules[{i}].{operand}.{key}" for i, rule in enumerate(self.rules) if rule.names for operand in OPERANDS
+                    for key in ("transform", "observer") if getattr(rule, operand).get(key) == "learned"]
+        if learned and not self.block_gradient:
+            raise ValueError(f"{learned[0]}: 'learned', and block_gradient is missing, which learns it: give block_gradient: {{epochs: 15}}")
+        if self.block_gradient and not learned and not self.block_gradient.get("diagonal", False):
+            raise ValueError("block_gradient: nothing is to be learned; give transform: learned, observer: learned, or block_gradient.diagonal: true")
 
     def _check_named(self, index: int, rule: Rule) -> None:
         # Which roles the pattern will meet is known only with the model; a rule that is wrong for all it could meet is a mistake now.
@@ -195,8 +214,13 @@ class Recipe:
 
     @property
     def needs_data(self) -> bool:
-        """Whether converting reads images: for statistics, for the solver, or to choose heads."""
-        return self.is_static or self.needs_inputs or self.scores_heads
+        """Whether converting reads images: for statistics, for the solver, to learn from, or to choose heads."""
+        return self.is_static or self.needs_inputs or self.learns or self.scores_heads
+
+    @property
+    def learns(self) -> bool:
+        """Whether blocks are run again and again on calibration images, to learn transforms and ranges by gradients."""
+        return bool(self.block_gradient)
 
     @property
     def scores_heads(self) -> bool:
@@ -237,7 +261,8 @@ class Recipe:
         """Plain lists and dicts; ``Recipe.from_dict(recipe.to_dict()) == recipe``."""
         data = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**data, "transforms": list(self.transforms), "transform_options": dict(self.transform_options),
-                "solver_options": dict(self.solver_options), "heads": self._heads_dict(), "rules": [rule.to_dict() for rule in self.rules]}
+                "solver_options": dict(self.solver_options), "heads": self._heads_dict(), "block_gradient": dict(self.block_gradient),
+                "rules": [rule.to_dict() for rule in self.rules]}
 
     def _heads_dict(self) -> dict[str, Any]:
         heads = dict(self.heads)
@@ -264,9 +289,12 @@ class Recipe:
                 elif key.startswith("heads."):
                     changes["heads"] = _with_head_key(changes.get("heads", self.heads), key.removeprefix("heads."), value)
                     replace(self, heads=changes["heads"])
+                elif key.startswith("block_gradient."):
+                    changes["block_gradient"] = {**changes.get("block_gradient", self.block_gradient), key.partition(".")[2]: value}
+                    checks.check_block_gradient(changes["block_gradient"])
                 else:
                     changes[key] = checks.as_tuple(value, key) if key == "transforms" else value
-                    if not key.startswith(("solver", "transform")):  # these and their options are checked together
+                    if not key.startswith(("solver", "transform", "block_gradient")):  # these and their options are checked together
                         replace(self, **{key: changes[key]})
             except (TypeError, ValueError) as error:
                 raise type(error)(f"override {item!r}: {error}") from error

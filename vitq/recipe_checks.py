@@ -31,7 +31,13 @@ SOLVERS = tuple(SOLVER_OPTIONS)
 HEAD_SCORES = ("l1", "contribution", "sensitivity", "random")
 HEADS_KEYS = ("score", "least", "budget", "cascade", "seed", "chosen")
 GRANULARITIES = ("per_tensor", "per_channel", "per_token", "per_head", "per_group")
-OBSERVERS = ("minmax", "percentile", "mse")
+OBSERVERS = ("minmax", "percentile", "mse", "learned")
+ONLINE_TRANSFORMS = ("none", "learned", "hadamard")
+# What `block_gradient` may hold: a number between these, true or false, or one of these words.
+BLOCK_GRADIENT: dict[str, Any] = {
+    "epochs": (int, 1, 10_000), "batch_size": (int, 1, 1 << 20), "learning_rate": (float, 0.0, 10.0), "diagonal": bool, "matrices": ("svd", "direct"),
+    "warmup": (int, 0, 1 << 20), "mixed_precision": bool, "seed": (int, 0, 1 << 62),
+}
 SEGMENTS = ("one", "dual_uniform")
 LEVELS = ("uniform", "log_sqrt2")
 EXECUTIONS = ("integer", "simulated")
@@ -118,6 +124,8 @@ FIELD_CHECKS: dict[str, Callable[[Any, str], None]] = {
     "outlier_limit": _check_number(0.0, 0.5),
     "outlier_threshold": _check_number(0.0, 1e30),
     "levels": lambda value, key: check_choice(value, LEVELS, key),
+    "transform": lambda value, key: check_choice(value, ONLINE_TRANSFORMS, key),
+    "clip_ratio": _check_number(0.1, 1.0),
 }
 
 
@@ -202,6 +210,23 @@ def check_heads(heads: Any) -> None:
         raise ValueError("heads: how many is missing; give least, budget or chosen")
 
 
+def check_block_gradient(given: Any) -> None:
+    """The key ``block_gradient``: an empty mapping where nothing is learned by gradients."""
+    check_type(given, Mapping, "block_gradient", f"a mapping of {', '.join(BLOCK_GRADIENT)}")
+    check_keys(given, BLOCK_GRADIENT, "block_gradient")
+    for key, value in given.items():
+        kind, where = BLOCK_GRADIENT[key], f"block_gradient.{key}"
+        if kind is bool:
+            check_type(value, bool, where, "true or false")
+        elif isinstance(kind[0], str):
+            check_choice(value, kind, where)
+        else:
+            number, least, most = kind
+            check_type(value, number if number is int else (int, float), where, "an integer" if number is int else "a number")
+            if isinstance(value, bool) or not least <= value <= most or number is float and value == 0:
+                raise ValueError(f"{where}: {value!r}; allowed: {'above ' if number is float else ''}{least:g} to {most:g}")
+
+
 def check_rule(roles: tuple[Any, ...], names: tuple[Any, ...], given: Mapping[str, Any], key: str) -> None:
     """One rule: ``given`` maps each operand to the fields it sets (an operand without any is an empty mapping)."""
     for i, role in enumerate(roles):
@@ -233,6 +258,17 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
         spec = specs[operand]
         if spec.bits == FLOAT_BITS:
             continue
+        if spec.transform != "none" and not (operand == "input" and role not in (*MATMUL_ROLES, "patch_embed") or (role, operand) == ("qk", "other")):
+            refuse(operand, "transform", "what mixes the numbers of a row is for the input of a linear layer, or for keys (qk.other) that enter a "
+                   "cache: none")
+        if spec.transform != "none" and (not spec.dynamic or spec.outliers):
+            refuse(operand, "transform", "codes of transformed rows have scales found at run time, and features that stay in float16 would lose "
+                   "their columns: with dynamic: true and outliers: 0, or none")
+        if spec.clip_ratio != 1.0 and (not spec.dynamic or spec.observer == "learned" or (role, operand) == ("pv", "input")):
+            refuse(operand, "clip_ratio", "a part of each row's range is kept of dynamic activations, where it is not learned: 1.0")
+        if spec.observer == "learned" and operand != "weight" and not spec.dynamic:
+            refuse(operand, "observer", f"what is clipped of a row's range is learned for dynamic activations: dynamic: true, or "
+                   f"{', '.join(OBSERVERS[:-1])}")
         if spec.outliers and (operand != "input" or role in MATMUL_ROLES or role == "patch_embed"):
             refuse(operand, "outliers", "features in float16 are those of a linear layer's input; 0")
         if operand == "weight":
@@ -246,6 +282,11 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
                        "false with execution: simulated, or with an input of 16 bits")
             if spec.levels != "uniform":
                 refuse(operand, "levels", "allowed for weights: uniform")
+            if spec.observer == "learned" and (not spec.symmetric or spec.granularity != "per_channel" or spec.segments != "one" or role == "patch_embed"):
+                refuse(operand, "observer", "learned is one symmetric range for each output of a linear layer: with symmetric: true, granularity: "
+                       "per_channel, segments: one")
+            if spec.segments != "one" and specs["input"].transform != "none":
+                refuse(operand, "segments", "a transform mixes input features, so no column is an outlier's: one, or input.transform: none")
             if spec.segments != "one" and role == "patch_embed":
                 refuse(operand, "segments", "pixels are quantized in their order: one")
             if spec.segments != "one" and weight_only:

@@ -10,9 +10,9 @@ import yaml
 
 from vitq.recipe_checks import FIELD_CHECKS, FLOAT_BITS, LINEAR_ROLES, MATMUL_ROLES, OPERANDS, ROLES, check_type, closest, operands
 
-TOP_LEVEL = ("calib_size", "execution", "heads", "solver", "solver_options", "transform_options", "transforms")
+TOP_LEVEL = ("block_gradient", "calib_size", "execution", "heads", "solver", "solver_options", "transform_options", "transforms")
 KEYS = (
-    "allowed: calib_size, execution, heads or heads.KEY, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
+    "allowed: block_gradient or block_gradient.KEY, calib_size, execution, heads or heads.KEY, solver, solver_options, transform_options, transforms; ROLE.OPERAND.FIELD or ROLE.bits; OPERAND.FIELD (weight or input of every linear layer); bits=16; "
     "kv.bits or kv.symmetric (a language model's cache); "
     "name:PATTERN.OPERAND.FIELD or name:PATTERN.bits"
 )
@@ -74,7 +74,7 @@ def parse_override(item: str) -> tuple[str, Any]:
         value = yaml.load(text, Loader=_StrictLoader)
     except yaml.YAMLError as error:
         raise ValueError(f"value {text!r} is not YAML") from error
-    if key in TOP_LEVEL or key.startswith("heads."):
+    if key in TOP_LEVEL or key.startswith(("heads.", "block_gradient.")):
         return key, value
 
     rule: dict[str, Any] = {}

@@ -5,28 +5,69 @@ A part's inputs are streamed through it to measure and to solve, then once more,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vitq.calib.chain import Chain, Hidden, Part, targets
-from vitq.calib.choose import attention_params, cache_params, check_statistics, check_transformed, input_formats, layer_format, record_thresholds, solved
+from vitq.calib.block_gradient import DEFAULTS, integer_sites, learn, learns
+from vitq.calib.choose import (attention_params, cache_params, check_statistics, check_transformed, input_formats, install_hadamard, layer_format,
+                               record_thresholds, solved)
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
+from vitq.calib.online import install, mixed_values
 from vitq.calib.resume import Done, Folder, fingerprint_of, on_cpu
 from vitq.calib.runner import Operand, check_sample_count, checked, exact_float32, fingerprint, observing, operands_of, specs, transform_of
 from vitq.calib.simulate import fake_operands, fake_weight
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat
 from vitq.models.sites import AttentionSite, LinearSite, Prepared
-from vitq.plan import AttentionParams, CacheParams, LinearParams, Plan
+from vitq.plan import AttentionParams, CacheParams, InputParams, LinearParams, Plan
 from vitq.recipe import Recipe
 
 STREAMS = ("float", "quantized")
 STATISTICS = "statistics.safetensors"  # in the folder of a finished run
 _Formats = dict[str, ActivationFormat | None]
+
+log = logging.getLogger("vitq")
+
+
+def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidden, targets: Hidden | None,
+           done: Done | None) -> tuple[dict[str, InputParams], dict[str, CacheParams], dict[str, Tensor]]:
+    """Learn of a part's inputs what is to be learned, or take it from what was done, and put it, and Hadamard's matrices, into the model and into `formats`.
+    Returns what was learned, how keys and values are quantized, and the ranges of weights (`InputParams.ratios`) by layer."""
+    part, model, recipe = chain.parts[index], chain.model, plan.recipe
+    heads = mixed_values(chain.prepared, plan.specs)
+    inputs, caches = {}, cache_params(chain.prepared, part.caches, plan)
+    if done is not None:
+        inputs, caches = done.inputs, {name: done.layers[name] for name in caches}
+    elif recipe.learns:
+        options = {**DEFAULTS, **recipe.block_gradient}
+        specs = {site.name: plan.specs[site.name] for sites in part.groups for site in sites}
+        cached = [plan.specs[name].cached for site in part.caches for name in (site.qk, site.pv) if name in plan.specs]
+        if learns(specs.values(), options) or any("learned" in (spec.transform, spec.observer) for spec in cached):
+            if not 0 < index <= len(chain.blocks):
+                named = next((name for name, spec in specs.items() if learns([spec], {**options, "diagonal": False})), None)
+                if named is not None:
+                    raise ValueError(f"recipe {recipe.name!r}: {named!r} is in no block, and block_gradient learns in blocks alone: give it "
+                                     "transform: hadamard or none, and another observer")
+            else:
+                found = learn(model, part.name, part.groups, part.caches, caches, plan, heads,
+                              lambda i, hidden, parameters: chain.call(index, i, hidden, parameters), hidden, targets)
+                inputs, caches = found.inputs, {**caches, **found.caches}
+                log.info("%s: squared error %.4g of the output's in the first epoch, %.4g in the last", part.name, *found.errors)
+    ratios = {}
+    for sites in part.groups:
+        install_hadamard(model, sites, plan, formats, heads)
+        if sites and (ours := integer_sites(sites, plan)) and (params := inputs.get(ours[0].name)) is not None:
+            install(model, sites, params, plan, formats, heads)
+            if params.ratios is not None:
+                sizes = [model.get_submodule(site.name).out_features for site in ours]
+                ratios.update(zip((site.name for site in ours), params.ratios.split(sizes)))
+    return inputs, caches, ratios
 
 
 class FloatStream:
@@ -36,7 +77,7 @@ class FloatStream:
     def __init__(self, chain: Chain, plan: Plan, memory: float, statistics: Statistics | None) -> None:
         self.chain, self.plan, self.memory, self.given = chain, plan, memory, statistics
         recipe, start = plan.recipe, [None] * len(chain.batches)
-        self.plain: Hidden | None = start if statistics is None and any(part.wanted for part in chain.parts) else None
+        self.plain: Hidden | None = start if recipe.learns or statistics is None and any(part.wanted for part in chain.parts) else None
         self.folded: Hidden | None = start if recipe.needs_inputs and (recipe.transforms or self.plain is None) else None
 
     def part(self, index: int, done: Done | None, onward: bool) -> Done:
@@ -45,12 +86,13 @@ class FloatStream:
         part, model, recipe, before = chain.parts[index], chain.model, plan.recipe, self.plain
         stats = Statistics() if done is None else done.statistics
         if self.plain is not None:
-            wanted = part.wanted if done is None else {}
+            wanted = part.wanted if done is None and self.given is None else {}
             with observing(wanted, stats):
                 self.plain = chain.run(index, self.plain, targets(wanted), onward)
         formats: _Formats = {}
         for sites in part.groups:
             formats.update(input_formats(model, sites, recipe, stats if self.given is None else self.given, plan))
+        learned, caches, ratios = _mixed(chain, index, plan, formats, before or [], None, done)
         layers = {} if done is None else done.layers
         passes = divided(model, formats, self.memory) if recipe.needs_inputs and done is None else []
         inputs = before if self.folded is None else self.folded
@@ -61,15 +103,15 @@ class FloatStream:
             if last:
                 self.folded = after
             for name in list(grams):
-                layers[name] = on_cpu(solved(model, name, plan, formats[name], grams.pop(name)))
+                layers[name] = on_cpu(solved(model, name, plan, formats[name], grams.pop(name), ratios.get(name)))
         if not recipe.needs_inputs and done is None:
-            layers = {name: on_cpu(solved(model, name, plan, fmt, None)) for name, fmt in formats.items()}
+            layers = {name: on_cpu(solved(model, name, plan, fmt, None, ratios.get(name))) for name, fmt in formats.items()}
         if done is None:
-            layers.update(cache_params(part.caches, plan))
+            layers.update(caches)
             for site in part.attentions:
                 if not plan.specs[site.qk].is_float:
                     layers[site.name] = on_cpu(attention_params(model, site, plan, stats if self.given is None else self.given))
-        return Done(stats, layers)
+        return Done(stats, layers, learned)
 
 
 class _Fake:
@@ -103,37 +145,47 @@ class QuantizedStream:
 
     def __init__(self, chain: Chain, plan: Plan, memory: float) -> None:
         self.chain, self.plan, self.memory = chain, plan, memory
+        self.ratios: dict[str, Tensor] = {}  # of the part that is being solved
         self.quantized: Hidden = [None] * len(chain.batches)
-        self.floats: Hidden | None = [None] * len(chain.batches) if plan.recipe.needs_inputs else None
+        self.floats: Hidden | None = [None] * len(chain.batches) if plan.recipe.needs_inputs or plan.recipe.learns else None
 
     def part(self, index: int, done: Done | None, onward: bool) -> Done:
         """As `FloatStream.part`."""
         chain, plan = self.chain, self.plan
         part, model, recipe = chain.parts[index], chain.model, plan.recipe
-        stats, layers, fakes = Statistics(), {}, []
-        # Rows of an earlier layer are divided before that layer is solved, by what its float weight makes.
-        rows = [sites for sites in part.groups if sites[0].norm is None and transform_of(sites, plan.specs, recipe, model) is not None]
+        stats, layers, fakes, early, learned = Statistics(), {}, [], {}, {}
+        # Rows of an earlier layer are divided before that layer is solved, by what its float weight makes. What mixes inputs is found of the block as
+        # a whole, and changes earlier layers too.
+        mixed = recipe.learns or any(plan.specs[site.name].input.transform != "none" for sites in part.groups for site in sites)
+        rows = [sites for sites in part.groups if mixed or sites[0].norm is None and transform_of(sites, plan.specs, recipe, model) is not None]
+        onward_floats = None
         if done is None:
-            layers = cache_params(part.caches, plan)
-            fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()]
-            early: _Formats = {}
+            if not mixed:
+                layers = cache_params(chain.prepared, part.caches, plan)
+                fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()]
             self._observe(index, {key: part.wanted[key] for sites in rows for key in self._keys(part, sites)}, stats)
             for sites in rows:
                 early.update(input_formats(model, sites, recipe, stats, plan))
+            if mixed:
+                if recipe.learns and 0 < index <= len(chain.blocks):
+                    onward_floats = chain.run(index, self.floats, (), True)
+                learned, layers, self.ratios = _mixed(chain, index, plan, early, self.quantized, onward_floats, None)
+                fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()]
             for step in self._steps(index):
                 found = self._attention(index, step) if isinstance(step, AttentionSite) else self._group(index, step, early, fakes, stats)
                 fakes += [_Fake(model.get_submodule(name), params) for name, params in found.items()]
                 layers.update({name: on_cpu(params) for name, params in found.items()})
         else:
-            stats, layers = done
+            stats, layers, learned = done
             for sites in sorted(part.groups, key=lambda sites: sites not in rows):
-                input_formats(model, sites, recipe, stats, plan)
+                early.update(input_formats(model, sites, recipe, stats, plan))
+            _mixed(chain, index, plan, early, [], None, done)
             fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()] if onward else []
         self.quantized = chain.run(index, self.quantized, (), onward)
         _turn(fakes)
         if self.floats is not None:
-            self.floats = chain.run(index, self.floats, (), onward)
-        return Done(stats, layers)
+            self.floats = chain.run(index, self.floats, (), onward) if onward_floats is None else onward_floats
+        return Done(stats, layers, learned)
 
     def _keys(self, part: Part, sites: list[LinearSite]) -> list[str]:
         return [key for key in (f"{site.name}:input" for site in sites) if key in part.wanted]
@@ -188,11 +240,11 @@ class QuantizedStream:
                 stats[key] = now[key]
             formats = input_formats(model, sites, plan.recipe, now, plan)
         if not plan.recipe.needs_inputs:
-            return {name: solved(model, name, plan, fmt, None) for name, fmt in formats.items()}
+            return {name: solved(model, name, plan, fmt, None, self.ratios.get(name)) for name, fmt in formats.items()}
         found = {}
         for names in divided(model, formats, self.memory):
             for name, gram in self._grams(index, names, fakes):
-                found[name] = solved(model, name, plan, formats[name], gram)
+                found[name] = solved(model, name, plan, formats[name], gram, self.ratios.get(name))
         return found
 
     def _grams(self, index: int, names: _Formats, fakes: list[_Fake]) -> Iterator[tuple[str, Gram]]:
@@ -228,6 +280,8 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
             raise ValueError("stream='quantized' measures what its quantized blocks give: leave out statistics=, which are of the float model")
         check_statistics(statistics, prepared)
     batches = [] if data is None else list(checked(data, recipe.calib_size, prepared))
+    if recipe.learns and len({(batch.dtype, batch.shape[1:]) for batch in batches}) == 1:  # a batch is what a step of the descent sees
+        batches = list(torch.cat(batches).split({**DEFAULTS, **recipe.block_gradient}["batch_size"]))
     samples = sum(map(len, batches))
     if data is not None:
         check_sample_count(samples, recipe, prepared)

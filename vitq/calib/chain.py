@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from vitq.calib.runner import Operand
 from vitq.models.adapter import replace
@@ -135,10 +136,7 @@ class Chain:
         with _stopping(until):
             try:
                 if 0 < index <= len(self.blocks):
-                    args, kwargs = _moved(self._given[batch][index - 1], lambda t: t.to(self.device))
-                    out = self.blocks[index - 1](hidden.to(self.device), *args, **kwargs)
-                    self._in_tuple = isinstance(out, tuple)
-                    return (out[0] if self._in_tuple else out).to("cpu")
+                    return self.call(index, batch, hidden).to("cpu")
                 self._at, self._hidden = index, hidden
                 record = [] if index == 0 and len(self._given) == batch else None
                 self._record = record
@@ -150,6 +148,17 @@ class Chain:
                 if record is not None:
                     self._given.append(record)
                 return self._hidden
+
+    def call(self, index: int, batch: int, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """What block `index` returns of a batch's hidden states, on the device. parameters: to use in the place of its own, by their names in it."""
+        args, kwargs = _moved(self._given[batch][index - 1], lambda t: t.to(self.device))
+        block, hidden = self.blocks[index - 1], hidden.to(self.device)
+        if parameters is None:
+            out = block(hidden, *args, **kwargs)
+        else:
+            out = functional_call(block, parameters, (hidden, *args), kwargs)
+        self._in_tuple = isinstance(out, tuple)
+        return out[0] if self._in_tuple else out
 
     def _met(self, index: int, hidden: Tensor, args: tuple, kwargs: dict) -> Any:
         """What stands for block `index` returns."""

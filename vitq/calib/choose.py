@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -11,19 +11,20 @@ from torch import Tensor, nn
 
 from vitq.calib.gram import GRAM_MEMORY, Gram, collect_grams
 from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.online import clip_of, divide_input, hadamard_input, install, mixed_values, row_format
 from vitq.calib.runner import fingerprint, heads_of, specs, transform_of
 from vitq.calib.solvers import SOLVERS
 from vitq.calib.solvers.problem import Problem
 from vitq.calib.statistics import Statistics
 from vitq.formats import ActivationFormat, Columns
-from vitq.models.sites import AttentionSite, CacheSite, LinearSite, Prepared
+from vitq.models.sites import AttentionSite, CacheSite, HeadSite, LinearSite, Prepared
 from vitq.plan import AttentionParams, CacheParams, LinearParams, Plan
 from vitq.quantizers.log_sqrt2 import fake_log_sqrt2
 from vitq.quantizers.outliers import outlier_columns, outlier_count
 from vitq.quantizers.uniform import scale_and_zero
 from vitq.recipe import LayerSpec, QuantSpec, Recipe, Rule
 from vitq.transforms.layernorm_fold import fold
-from vitq.transforms.smooth import bounded_scale, clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
+from vitq.transforms.smooth import bounded_scale, clip_scale, smoothquant_scale
 
 log = logging.getLogger("vitq")
 
@@ -41,8 +42,10 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
         check_statistics(stats, prepared)
     plan = Plan(recipe, specs(prepared, recipe), samples=0 if stats is None else stats.samples)
     formats: dict[str, ActivationFormat | None] = {}
+    heads = mixed_values(prepared, plan.specs)
     for sites in prepared.input_groups():
         formats.update(input_formats(prepared.model, sites, recipe, stats, plan))
+        install_hadamard(prepared.model, sites, plan, formats, heads)
     check_transformed(plan)
     if recipe.needs_inputs and data is None:
         raise ValueError(f"recipe {recipe.name!r}: the solver {recipe.solver!r} looks at the inputs of each layer, so it needs the "
@@ -53,9 +56,18 @@ def choose(prepared: Prepared, recipe: Recipe, stats: Statistics | None, data: I
     for site in prepared.attentions:
         if not plan.specs[site.qk].is_float:
             plan.layers[site.name] = attention_params(prepared.model, site, plan, stats)
-    plan.layers.update(cache_params(prepared.caches, plan))
+    plan.layers.update(cache_params(prepared, prepared.caches, plan))
     record_thresholds(prepared, plan)
     return plan
+
+
+def install_hadamard(model: nn.Module, sites: list[LinearSite], plan: Plan, formats: dict[str, ActivationFormat | None],
+                     heads: Mapping[str, HeadSite]) -> None:
+    """The matrices that need no learning, of sites that share an input."""
+    for site in sites:
+        params = hadamard_input(site.name, plan.specs[site.name], model.get_submodule(site.name).weight[0].numel(), heads)
+        if params is not None:
+            install(model, [site], params, plan, formats, heads)
 
 
 def record_thresholds(prepared: Prepared, plan: Plan) -> None:
@@ -83,10 +95,10 @@ def check_transformed(plan: Plan) -> None:
                     plan.recipe.transforms[0])
 
 
-def solved(model: nn.Module, name: str, plan: Plan, fmt: ActivationFormat | None, gram: Gram | None) -> LinearParams:
+def solved(model: nn.Module, name: str, plan: Plan, fmt: ActivationFormat | None, gram: Gram | None, ratios: Tensor | None = None) -> LinearParams:
     """Codes of the linear layer `name`, whose inputs have this format. Raises ValueError that names it."""
     try:
-        return linear_params(model.get_submodule(name), plan.specs[name], plan.recipe, fmt, gram)
+        return linear_params(model.get_submodule(name), plan.specs[name], plan.recipe, fmt, gram, ratios)
     except ValueError as error:
         raise ValueError(f"weight of {name!r}: {error}") from error
 
@@ -100,26 +112,30 @@ def attention_params(model: nn.Module, site: AttentionSite, plan: Plan, stats: S
     return AttentionParams(q, k, v, p_bits=pv.input.bits, p_log_scale=log_scale)
 
 
-def cache_params(sites: Iterable[CacheSite], plan: Plan) -> dict[str, CacheParams]:
+def cache_params(prepared: Prepared, sites: Iterable[CacheSite], plan: Plan) -> dict[str, CacheParams]:
     """Of those of the attentions that quantize their keys or values, by the name of the module these go through."""
     found = {}
     for site in sites:
-        k, v = (None if name not in plan.specs else _dynamic(plan.specs[name].cached) for name in (site.qk, site.pv))
+        features = prepared.model.get_submodule(site.name).head_dim
+        k, v = (None if name not in plan.specs else row_format(plan.specs[name].cached, features) for name in (site.qk, site.pv))
         if k is not None or v is not None:
             found[site.kv] = CacheParams(k, v)
     return found
 
 
 def linear_params(module: nn.Module, spec: LayerSpec, recipe: Recipe, input_format: ActivationFormat | None,
-                  gram: Gram | None = None) -> LinearParams:
-    """Codes of one linear (or patch convolution) by the recipe's solver. Raises ValueError for NaN or infinite weights."""
+                  gram: Gram | None = None, ratios: Tensor | None = None) -> LinearParams:
+    """Codes of one linear (or patch convolution) by the recipe's solver. ratios: of its weight's range, where that was learned. Raises ValueError for
+    NaN or infinite weights."""
     weight = module.weight.detach().float().flatten(1)
     bias = None if module.bias is None else module.bias.detach().float().clone()
     columns, kept = None if input_format is None else input_format.columns, None
     if columns is not None:
         weight, kept = weight[:, columns.order.long()], weight[:, columns.fp.long()]
         gram = None if gram is None else gram.ordered(torch.cat((columns.order, columns.fp)))
-    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options, spec.weight_only, kept))
+    if input_format is not None and input_format.transform is not None:
+        weight = input_format.transform.to(weight.device).inverse_transposed(weight)
+    solution = SOLVERS[recipe.solver](Problem(weight, bias, spec.weight, gram, recipe.solver_options, spec.weight_only, kept, ratios))
     weight_fp = None if solution.kept is None else solution.kept.half()
     codes, grid, bits = solution.codes, solution.grid, spec.weight.bits
     if spec.weight_only:
@@ -202,14 +218,10 @@ def _smooth(model: nn.Module, sites: list[LinearSite], linears: list[nn.Linear],
         scale, note = smoothquant_scale(largest, [linear.weight for linear in linears], alpha), f"SmoothQuant, α {alpha:g}"
     else:
         scale, note = clip_scale(largest, options.get("top", 0.005)), "outlier channels divided"
-    if first.norm is not None:
-        divide_norm(model.get_submodule(first.norm), scale)
-    else:
+    if first.norm is None:
         scale = bounded_scale(scale)
-        divide_rows(model.get_submodule(first.rows[0]), first.rows[1], scale)
-    for site, linear in zip(sites, linears):
-        multiply_columns(linear, scale)
-        plan.notes[site.name] = note
+    divide_input(model, sites, scale)
+    plan.notes.update({site.name: note for site in sites})
     return scale
 
 
@@ -229,7 +241,7 @@ def layer_format(stats: Statistics | None, name: str, spec: QuantSpec, features:
 
 
 def _dynamic(spec: QuantSpec, columns: Columns | None = None) -> ActivationFormat:
-    return ActivationFormat(spec.bits, dynamic=True, columns=columns, symmetric=spec.symmetric)
+    return ActivationFormat(spec.bits, dynamic=True, columns=columns, symmetric=spec.symmetric, clip=clip_of(spec))
 
 
 def _chosen_by_channel(histogram: Histogram, divisor: Tensor, spec: QuantSpec) -> ActivationFormat:

@@ -51,7 +51,7 @@ def gram_of(sample: Tensor, fmt: ActivationFormat | None) -> Gram:
     """The Gram matrices of activations [..., K] that a layer reads in this format, None for floating point."""
     gram = Gram(sample.shape[-1], sample.device)
     with torch.no_grad(), exact_float32():
-        gram.update(sample, fake_activation(sample, fmt))
+        _add(gram, sample, sample, fmt)
     return gram
 
 
@@ -108,6 +108,13 @@ def _on_input(gram: Gram, fmt: ActivationFormat | None, first: list[Tensor] | No
     x, float_x = args[0], first.pop() if first else args[0]
     if isinstance(module, nn.Conv2d):  # a patch embedding: its kernel is its stride
         x, float_x = (F.unfold(t, module.kernel_size, stride=module.stride).transpose(1, 2) for t in (x, float_x))
+    _add(gram, float_x, x, fmt)
+
+
+def _add(gram: Gram, float_x: Tensor, x: Tensor, fmt: ActivationFormat | None) -> None:
+    """Rows of the float model and what a layer that has this format reads in their place, both as the format transforms them."""
+    if fmt is not None and fmt.transform is not None:
+        float_x = fmt.transform.to(x.device).apply(float_x)
     gram.update(float_x, fake_activation(x, fmt))
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from vitq.cache import replacing
 from vitq.calib.histogram import Histogram
 from vitq.calib.statistics import Statistics, digest
-from vitq.formats import ActivationFormat, Columns
+from vitq.formats import ActivationFormat, Columns, Kronecker
 from vitq.models.sites import HeadSite
-from vitq.plan import AttentionParams, CacheParams, LinearParams
+from vitq.plan import AttentionParams, CacheParams, InputParams, LinearParams
 from vitq.recipe import Recipe
 
 SCHEMA = 1
@@ -28,14 +28,16 @@ HEADER = "run.json"
 # What a fingerprint is made of, and how a message calls it.
 PARTS = {"model": "another model or other weights", "recipe": "another recipe", "data": "other calibration data", "stream": "the other stream",
          "statistics": "other statistics", "blocks": "other blocks"}
-_STORED = {cls.__name__: cls for cls in (LinearParams, AttentionParams, CacheParams, ActivationFormat, Columns)}
+_STORED = {cls.__name__: cls for cls in (LinearParams, AttentionParams, CacheParams, InputParams, ActivationFormat, Columns, Kronecker)}
 
 
 class Done(NamedTuple):
-    """Of one block: what was seen of its operands, and what was chosen for its layers, by name, on the CPU."""
+    """Of one block: what was seen of its operands, and what was chosen for its layers, by name, on the CPU; what was learned of the inputs, by the name
+    of the first layer that reads one."""
 
     statistics: Statistics
     layers: dict[str, LinearParams | AttentionParams | CacheParams]
+    inputs: dict[str, InputParams]
 
 
 def fingerprint_of(batches: Iterable[Tensor]) -> str:
@@ -106,8 +108,10 @@ class Folder:
         for key, histogram in ((key, done.statistics[key]) for key in done.statistics):
             tensors.update({f"statistics/{key}.{part}": tensor for part, tensor in histogram.state().items()})
         layers = {layer: _pack(params, f"layers/{layer}", tensors) for layer, params in done.layers.items()}
+        inputs = {layer: _pack(params, f"inputs/{layer}", tensors) for layer, params in done.inputs.items()}
         operands = {key: {"channels": done.statistics[key].channels, "dim": done.statistics[key].dim} for key in done.statistics}
-        header = {"format": FORMAT, "schema": SCHEMA, "run": self.run, "index": index, "name": name, "operands": operands, "layers": layers}
+        header = {"format": FORMAT, "schema": SCHEMA, "run": self.run, "index": index, "name": name, "operands": operands, "layers": layers,
+                  "inputs": inputs}
         # safetensors takes no two tensors that share memory
         tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         header["sha256"] = digest(header, tensors)
@@ -135,7 +139,9 @@ class Folder:
             for key, operand in header["operands"].items():
                 state = {part: tensors[f"statistics/{key}.{part}"] for part in Histogram().state()}
                 statistics[key] = Histogram.from_state(state, operand["channels"], operand["dim"])
-            return Done(statistics, {layer: _unpack(stored, f"layers/{layer}", tensors) for layer, stored in header["layers"].items()})
+            layers, inputs = ({layer: _unpack(stored, f"{kind}/{layer}", tensors) for layer, stored in header.get(kind, {}).items()}
+                              for kind in ("layers", "inputs"))
+            return Done(statistics, layers, inputs)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"resume: {path} is damaged or not of this run ({error}); delete this file to calibrate its block again") from error
 

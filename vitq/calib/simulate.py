@@ -43,7 +43,7 @@ def fake_weight(module: nn.Module, params: LinearParams | AttentionParams | Cach
 def fake_operands(module: nn.Module, params: LinearParams | AttentionParams | CacheParams) -> list[RemovableHandle]:
     """Hooks that put what a layer reads, an attention's operands, and keys and values before a cache, through quantize -> dequantize."""
     if isinstance(params, CacheParams):
-        return [tap.register_forward_hook(partial(_fake_output, fmt)) for tap, fmt in ((module.tap_k, params.k), (module.tap_v, params.v))
+        return [tap.register_forward_hook(partial(_fake_row, fmt)) for tap, fmt in ((module.tap_k, params.k), (module.tap_v, params.v))
                 if fmt is not None]
     if isinstance(params, LinearParams):
         return [] if params.input is None else [module.register_forward_pre_hook(partial(_fake_input, params.input))]
@@ -88,6 +88,12 @@ def _fake_input(fmt: ActivationFormat, module: nn.Module, args: tuple) -> tuple:
 
 def _fake_output(fmt: ActivationFormat, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
     return fake_activation(output, fmt)
+
+
+def _fake_row(fmt: ActivationFormat, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    """Keys or values as they leave a cache. (Executed, keys stay as they were transformed and it is the queries that are transformed back.)"""
+    fake = fake_activation(output, fmt)
+    return fake if fmt.transform is None else fmt.transform.to(fake.device).inverse(fake)
 
 
 def _fake_probabilities(bits: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor:

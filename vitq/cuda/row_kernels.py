@@ -46,6 +46,8 @@ class CudaRows:
     """Floats to codes in one pass over memory, with or without a LayerNorm before."""
 
     def why_not(self, fmt: ActivationFormat) -> str | None:
+        if fmt.transform is not None or fmt.clip is not None:
+            return "it neither transforms rows nor clips their ranges"
         if not fmt.signed:
             return "unsigned codes do not fit int8"
         if not fmt.dynamic and not 2.0**-100 <= float(fmt.scale) <= 2.0**100:

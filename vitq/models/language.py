@@ -38,13 +38,14 @@ class KeyValues(nn.Module):
         super().__init__()
         self.tap_k, self.tap_v = nn.Identity(), nn.Identity()
 
-    def forward(self, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """k and v [B, G, T, D] of new tokens -> those that they attend to: these, behind what `cache` holds of this layer.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """q [B, H, T, D], k and v [B, G, T, D] of new tokens -> q as keys are to be multiplied with it, and the keys and values that are attended to:
+        these, behind what `cache` holds of this layer.
 
         arguments: more of `cache.update`.
         """
         k, v = self.tapped(k, v)
-        return (k, v) if cache is None else cache.update(k, v, layer, **arguments)
+        return (q, k, v) if cache is None else (q, *cache.update(k, v, layer, **arguments))
 
     def tapped(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.tap_k(k), self.tap_v(v)
@@ -82,7 +83,7 @@ class JoinedAttention(nn.Module):
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
         from transformers.models.llama.modeling_llama import eager_attention_forward
 
-        k, v = self.kv(k, v, cache, self.layer_idx, {} if cache is None else _cache_arguments(type(cache), given))
+        q, k, v = self.kv(q, k, v, cache, self.layer_idx, {} if cache is None else _cache_arguments(type(cache), given))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=scaling, **options, **given)
         return y.reshape(*y.shape[:2], -1), weights

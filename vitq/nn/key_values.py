@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vitq.formats import ActivationFormat, QTensor, pack_nibbles, unpack_int4
-from vitq.nn.packed import Row
+from vitq.nn.packed import PackedModule, Row
+from vitq.nn.rows import RowBuffers
+from vitq.plan import CacheParams
 from vitq.quantizers.activation import fake_activation
 from vitq.quantizers.uniform import quantize_per_token, quantize_per_token_asymmetric
 from vitq.recipe import QuantSpec
@@ -19,10 +21,11 @@ from vitq.recipe import QuantSpec
 @dataclass(frozen=True)
 class RowCodes:
     """A row of D numbers, a token's in one head, as bytes: its scale, its shift unless symmetric, both float32, then D codes, a byte each, or
-    up to 4 bits two to a byte."""
+    up to 4 bits two to a byte. clip: float32 [2], as of an `ActivationFormat`; it says nothing of the bytes, so those with another are the same codes."""
 
     bits: int
     symmetric: bool
+    clip: Tensor | None = field(default=None, compare=False, repr=False)
 
     def size(self, features: int) -> int:
         """Bytes of a row."""
@@ -30,7 +33,10 @@ class RowCodes:
 
     def pack(self, x: Tensor) -> Tensor:
         """Float [..., D] -> uint8 [..., size(D)]."""
-        codes, *constants = quantize_per_token(x, self.bits) if self.symmetric else quantize_per_token_asymmetric(x, self.bits)
+        if self.symmetric:
+            codes, *constants = quantize_per_token(x, self.bits, clip=self.clip)
+        else:
+            codes, *constants = quantize_per_token_asymmetric(x, self.bits, self.clip)
         codes = pack_nibbles(codes) if self.bits <= 4 else codes.view(torch.uint8)
         return torch.cat((torch.cat(constants, dim=-1).view(torch.uint8), codes), dim=-1)
 
@@ -42,7 +48,7 @@ class RowCodes:
 
     def fake(self, x: Tensor) -> Tensor:
         """`unpack(pack(x))` in x's dtype, bit for bit, without the bytes between."""
-        return fake_activation(x, ActivationFormat(self.bits, dynamic=True, symmetric=self.symmetric)).to(x.dtype)
+        return fake_activation(x, ActivationFormat(self.bits, dynamic=True, symmetric=self.symmetric, clip=self.clip)).to(x.dtype)
 
     def _constants(self) -> int:
         return 4 if self.symmetric else 8
@@ -84,35 +90,75 @@ class HeadCodes:
         return " and ".join(f"{heads} heads of {codes or 'floats'}" for heads, codes in self.parts)
 
 
-def codes_of(parts: Sequence[tuple[int | None, QuantSpec | None]]) -> RowCodes | HeadCodes | None:
-    """Of keys or values whose heads are in parts: (heads, how they are quantized or None)."""
-    codes = [None if spec is None else RowCodes(spec.bits, spec.symmetric) for _, spec in parts]
-    if len(set(codes)) == 1:
-        return codes[0]
-    return HeadCodes(tuple((heads, one) for (heads, _), one in zip(parts, codes)))
+def codes_of(parts: Sequence[tuple[int | None, RowCodes | None]]) -> RowCodes | HeadCodes | None:
+    """Of keys or values whose heads are in parts: (heads, their codes or None)."""
+    return parts[0][1] if len(parts) == 1 else HeadCodes(tuple(parts))
 
 
-class QuantKeyValues(nn.Module):
+class QuantKeyValues(PackedModule):
     """Quantizes new keys and values, before they are attended to, whether there is a cache or not.
 
     parts: (key and value heads, how keys are quantized, how values are), None where they stay in float; one part of all heads (None), or those of an
     attention in parts. A cache keeps their codes: the layers of an empty `DynamicCache` of transformers are made those of a `QuantizedCache` as
-    they fill.
+    they fill. Buffers, of part i: keys_i_right float16 [D, D] where keys are transformed, keys_i_clip and values_i_clip float32 [2] where ranges are
+    clipped. Queries are transformed by the inverse transpose, so that they can be multiplied with keys as these are.
     """
 
-    def __init__(self, head_dim: int, parts: Sequence[tuple[int | None, QuantSpec | None, QuantSpec | None]]):
-        super().__init__()
+    def __init__(self, head_dim: int, parts: Sequence[tuple[int | None, QuantSpec | None, QuantSpec | None]], *, backend: str):
+        super().__init__(backend)
         self.head_dim, self.heads = head_dim, sum(heads or 0 for heads, *_ in parts)
-        self.codes = tuple(codes_of([(heads, specs[i]) for heads, *specs in parts]) for i in (0, 1))
+        self.counts = [heads for heads, *_ in parts]
+        self.specs = [specs for _, *specs in parts]
+        self.buffers_of = [[None if spec is None else RowBuffers(self, f"{name}_{i}", spec, right=None if spec.transform == "none" else head_dim)
+                            for name, spec in zip(("keys", "values"), specs)] for i, specs in enumerate(self.specs)]
 
-    def forward(self, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def set_params(self, params: Sequence[CacheParams]) -> None:
+        """Of each part."""
+        for buffers, of in zip(self.buffers_of, params):
+            for rows, fmt in zip(buffers, (of.k, of.v)):
+                if rows is not None:
+                    rows.fill(fmt)
+        self.invalidate()
+
+    def derive(self) -> dict[str, Tensor]:
+        found = {}
+        for i, (rows, _) in enumerate(self.buffers_of):
+            if (fmt := self._format(i, 0)) is not None and fmt.transform is not None:
+                found[f"queries_{i}"] = fmt.transform.inverse_transposed(torch.eye(self.head_dim, device=fmt.transform.right.device))
+        return found
+
+    @property
+    def codes(self) -> tuple[RowCodes | HeadCodes | None, RowCodes | HeadCodes | None]:
+        """Of keys and of values, None for those that stay in float."""
+        return tuple(codes_of([(heads, None if (fmt := self._format(i, side)) is None else RowCodes(fmt.bits, fmt.symmetric, fmt.clip))
+                               for i, heads in enumerate(self.counts)]) for side in (0, 1))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As the canonical form's. Raises TypeError or ValueError for a cache that does not keep these codes."""
+        q, k = self._transformed(q, k)
+        codes = self.codes
         if cache is None:
-            return tuple(x if codes is None else codes.fake(x) for x, codes in zip((k, v), self.codes))
+            return (q, *(x if of is None else of.fake(x) for x, of in zip((k, v), codes)))
         from vitq.nn.quantized_cache import take_codes
 
-        take_codes(cache, layer, self.codes)
-        return cache.update(k, v, layer, **arguments)
+        take_codes(cache, layer, codes)
+        return (q, *cache.update(k, v, layer, **arguments))
+
+    def _transformed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys in the bases of the keys' codes."""
+        if not any(rows is not None and rows.sizes["right"] for rows, _ in self.buffers_of):
+            return q, k
+        counts = [k.shape[1]] if len(self.counts) == 1 else self.counts
+        queries, keys = [], []
+        for i, (some_q, some_k) in enumerate(zip(q.split([n * (q.shape[1] // k.shape[1]) for n in counts], dim=1), k.split(counts, dim=1))):
+            inverse, fmt = self.derived(f"queries_{i}"), self._format(i, 0)
+            queries.append(some_q if inverse is None else (some_q.float() @ inverse).to(q.dtype))
+            keys.append(some_k if inverse is None else fmt.transform.apply(some_k).to(k.dtype))
+        return torch.cat(queries, dim=1), torch.cat(keys, dim=1)
+
+    def _format(self, part: int, side: int) -> ActivationFormat | None:
+        spec, rows = self.specs[part][side], self.buffers_of[part][side]
+        return None if spec is None else rows.format(ActivationFormat(spec.bits, dynamic=True, symmetric=spec.symmetric))
 
     def row(self, layer: str) -> Row:
         def name(codes: RowCodes | HeadCodes | None) -> str:
@@ -123,8 +169,9 @@ class QuantKeyValues(nn.Module):
         heads, what = (self.heads, "token") if any(isinstance(codes, HeadCodes) for codes in self.codes) else (1, "token and head")
         size = sum(codes.size(self.head_dim) if isinstance(codes, HeadCodes) else heads * (2 * self.head_dim if codes is None else codes.size(
             self.head_dim)) for codes in self.codes)
-        note = f"in a cache {size} bytes a {what}, {4 * heads * self.head_dim} in 16-bit floats"
-        return Row(layer, "kv", "K{} V{}".format(*map(name, self.codes)), "torch", "cache", 0, 0, note)
+        transformed = "; keys times {0} x {0}, queries times its inverse".format(self.head_dim) if self._derived else ""
+        note = f"in a cache {size} bytes a {what}, {4 * heads * self.head_dim} in 16-bit floats{transformed}"
+        return Row(layer, "kv", "K{} V{}".format(*map(name, self.codes)), "torch", "cache", self.own_bytes(), self.held_bytes(), note)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={codes}" for name, codes in zip("kv", self.codes))

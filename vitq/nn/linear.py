@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vitq.formats import ActivationFormat, Columns, QTensor, pack_int4, unpack_int4
 from vitq.nn.packed import PackedModule, Row
+from vitq.nn.rows import RowBuffers
 from vitq.ops.common import OutputFormat
 from vitq.ops.linear import LinearSpec
 from vitq.ops.patches import PatchesSpec
@@ -66,14 +67,18 @@ class QuantLinear(CodedLinear):
     weight_fp is float16 [N, F] and fp_columns int32 [F] says which they are. With G groups of input features
     (`vitq.quantizers.grid.Division`): as segments weight_scale is [G, N]; else weight_multiplier is int8 [G, N] and column_group uint8, or
     int16 of many groups, [K]. With segments or outliers column_order int32 [K] is the feature of each column of qweight. Asymmetric weights
-    have multipliers too, of one group at least, and weight_zero int8 [G, N].
+    have multipliers too, of one group at least, and weight_zero int8 [G, N]. An input that is transformed has input_left float16 [A, A] and
+    input_right float16 [B, B], or one of them (`vitq.formats.Kronecker`); one whose ranges are clipped input_clip float32 [2].
     """
 
     adds_residual = True  # forward takes one
 
-    def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
+    def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str,
+                 matrices: tuple[int | None, int | None] = (None, None)):
+        """matrices: sizes of those that the input is multiplied by, None for one that there is not."""
         super().__init__(in_features, out_features, spec, dtype=dtype, backend=backend)
         self.input_bits, self.dynamic = spec.input.bits, spec.input.dynamic
+        self.input_rows = RowBuffers(self, "input", spec.input, *matrices)
         self.shifted = self.dynamic and not spec.input.symmetric
         groups, segmented = len(self.division.sizes), self.division.segmented
         self.register_buffer("weight_scale", torch.ones((groups, out_features) if segmented else out_features))
@@ -107,6 +112,7 @@ class QuantLinear(CodedLinear):
             self.column_group.copy_(params.column_group)
         if not self.symmetric:
             self.weight_zero.copy_(params.weight_zero)
+        self.input_rows.fill(params.input)
         if not self.dynamic:
             self.input_scale.copy_(params.input.scale)
             self.input_zero_point.copy_(params.input.zero_point)
@@ -117,7 +123,7 @@ class QuantLinear(CodedLinear):
             ends = tuple(accumulate(self.division.sizes)) if self.division.segmented else ()
             columns = Columns(self.column_order, ends, self.fp_columns if self.outliers else None)
         if self.dynamic:
-            return ActivationFormat(self.input_bits, dynamic=True, columns=columns, symmetric=not self.shifted)
+            return self.input_rows.format(ActivationFormat(self.input_bits, dynamic=True, columns=columns, symmetric=not self.shifted))
         return ActivationFormat(self.input_bits, scale=self.input_scale, zero_point=self.input_zero_point, columns=columns)
 
     def fuse(self, activation: str | None = None, output: OutputFormat | None = None) -> None:
@@ -163,7 +169,8 @@ class QuantLinear(CodedLinear):
 
     def timing(self) -> str:
         """When and for what the input's scale is found."""
-        return "asymmetric per token" if self.shifted else "dynamic per token" if self.dynamic else "static per tensor"
+        found = "asymmetric per token" if self.shifted else "dynamic per token" if self.dynamic else "static per tensor"
+        return found + self.input_rows.described()
 
 
 class QuantPatchConv(QuantLinear):

@@ -43,6 +43,8 @@ class ReferenceQuantize:
 
     def run(self, packed: ActivationFormat, x: Tensor) -> QTensor:
         columns, x, fp = packed.columns, x.float(), None
+        if packed.transform is not None:
+            x = packed.transform.apply(x)
         if columns is not None:
             fp = None if columns.fp is None else to_float16(x[..., columns.fp.long()])
             if columns.order is not None:
@@ -50,7 +52,7 @@ class ReferenceQuantize:
         if packed.dynamic and not packed.symmetric:
             return asymmetric(x, packed, fp)
         if packed.dynamic:
-            codes, scale, zero_point = *uniform.quantize_per_token(x, packed.bits), 0
+            codes, scale, zero_point = *uniform.quantize_per_token(x, packed.bits, clip=packed.clip), 0
         else:
             scale, zero_point = packed.scale, packed.zero_point
             codes = uniform.quantize(x, scale, zero_point, packed.bits)
@@ -61,10 +63,10 @@ def asymmetric(x: Tensor, fmt: ActivationFormat, fp: Tensor | None) -> QTensor:
     """Dynamic asymmetric codes of x, float32 [..., K] in the order of the format's columns; those that hold no feature have code 0."""
     order = None if fmt.columns is None else fmt.columns.order
     if order is None or not bool((order < 0).any()):
-        codes, scale, shift = uniform.quantize_per_token_asymmetric(x, fmt.bits)
+        codes, scale, shift = uniform.quantize_per_token_asymmetric(x, fmt.bits, fmt.clip)
     else:
         there, codes = order >= 0, torch.zeros(x.shape, dtype=torch.int8, device=x.device)
-        codes[..., there], scale, shift = uniform.quantize_per_token_asymmetric(x[..., there], fmt.bits)
+        codes[..., there], scale, shift = uniform.quantize_per_token_asymmetric(x[..., there], fmt.bits, fmt.clip)
     return QTensor(codes, scale, 0, shift, fp)
 
 
@@ -78,13 +80,16 @@ def readable(x: Tensor) -> Tensor:
 def on_device(fmt: ActivationFormat, device) -> ActivationFormat:
     columns = None if fmt.columns is None else fmt.columns.to(device)
     if fmt.dynamic:
-        return replace(fmt, columns=columns)
+        transform, clip = (None if value is None else value.to(device) for value in (fmt.transform, fmt.clip))
+        return replace(fmt, columns=columns, transform=transform, clip=clip)
     return replace(fmt, scale=fmt.scale.to(device), zero_point=fmt.zero_point.to(device), columns=columns)
 
 
 def why_not_in_one_pass(fmt: ActivationFormat) -> str | None:
     """The reason of kernels that write each feature's code and nothing else, after which `ordered` may reorder all of them."""
     columns = fmt.columns
+    if fmt.transform is not None or fmt.clip is not None:
+        return "it neither transforms rows nor clips their ranges"
     if not fmt.symmetric:
         return "it finds no shift for each row"
     if columns is not None and columns.fp is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vitq.formats import int_range
 from vitq.quantizers import dual_uniform
-from vitq.quantizers.uniform import weight_range
+from vitq.quantizers.uniform import scale_and_zero, weight_range
 from vitq.recipe import QuantSpec
 
 
@@ -86,8 +86,12 @@ class WeightGrid:
         return lower[group].T, upper[group].T
 
 
-def weight_grid(weight: Tensor, spec: QuantSpec, weight_only: bool = False) -> WeightGrid:
-    """The grid that ``spec`` chooses for a weight [N, K]. ValueError as `vitq.quantizers.uniform.weight_range` has it."""
+def weight_grid(weight: Tensor, spec: QuantSpec, weight_only: bool = False, ratios: Tensor | None = None) -> WeightGrid:
+    """The grid that ``spec`` chooses for a weight [N, K]. ratios: float32 [N, 2], for an observer ``learned``: what parts of each row's least and
+    largest weight its range is. ValueError as `vitq.quantizers.uniform.weight_range` has it."""
+    if spec.observer == "learned" and ratios is not None:
+        lo, hi = (end * ratio for end, ratio in zip((weight.amin(1).float(), weight.amax(1).float()), ratios.to(weight.device).unbind(1)))
+        return WeightGrid(scale_and_zero(lo.clamp_max(0.0), hi.clamp_min(0.0), spec.bits, symmetric=True)[0])
     division = divide(spec, *weight.shape, weight_only)
     if not division.sizes:
         scale, zero_point = weight_range(weight, spec)

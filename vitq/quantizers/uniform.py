@@ -50,45 +50,54 @@ def fake_quantize(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, bi
     return _rounded(x, scale, zero_point, bits).sub_(_on(zero_point, x)).mul_(_on(scale, x))
 
 
-def _per_token(x: Tensor, bits: int, signed: bool) -> tuple[Tensor, Tensor]:
+def _per_token(x: Tensor, bits: int, signed: bool, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     if x.dim() == 0:
         raise ValueError("per-token quantization needs rows: x is a scalar; give [..., K]")
     qmin, qmax = int_range(bits, signed)
     x = x.float()
     # A zero-size last dimension has no maximum; its rows get the scale of a zero row.
-    amax = x.abs().amax(-1, keepdim=True) if x.shape[-1] else x.new_zeros((*x.shape[:-1], 1))
+    if not x.shape[-1]:
+        amax = x.new_zeros((*x.shape[:-1], 1))
+    elif clip is None:
+        amax = x.abs().amax(-1, keepdim=True)
+    else:
+        amax = torch.maximum(x.amin(-1, keepdim=True).neg() * clip[0], x.amax(-1, keepdim=True) * clip[1])
     scale = amax.clamp_min(RANGE_MIN).div(_on(qmax, x))
     return x.div(scale).round_().clamp_(qmin, qmax), scale
 
 
-def quantize_per_token(x: Tensor, bits: int, signed: bool = True) -> tuple[Tensor, Tensor]:
+def quantize_per_token(x: Tensor, bits: int, signed: bool = True, clip: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Dynamic symmetric codes of each row of ``x`` [..., K] and its scale [..., 1] (float32).
 
     scale = max(row's largest absolute value, 1e-12) / qmax; zero point 0. ``signed=False`` is for attention probabilities (x >= 0): uint8 codes,
-    the row's maximum is 2^bits - 1 and code 0 is 0.
+    the row's maximum is 2^bits - 1 and code 0 is 0. ``clip`` float32 [2]: the largest of -min * clip[0] and max * clip[1] in the place of the
+    largest absolute value.
     """
-    codes, scale = _per_token(x, bits, signed)
+    codes, scale = _per_token(x, bits, signed, clip)
     return codes.to(torch.int8 if signed else torch.uint8), scale
 
 
-def quantize_per_token_asymmetric(x: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_per_token_asymmetric(x: Tensor, bits: int, clip: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Dynamic asymmetric codes of each row of ``x`` [..., K], K > 0, its scale and its shift [..., 1] (float32): x' = codes * scale + shift.
 
     scale = max(hi - lo, 1e-12) / (2^bits - 1), codes = round((x - lo) / scale) - 2^(bits - 1), shift = lo + 2^(bits - 1) * scale, with lo and
-    hi the row's least and largest value: neither needs to be on either side of 0, and lo is met exactly (QUIK, arXiv 2310.09259).
+    hi the row's least and largest value: neither needs to be on either side of 0, and lo is met exactly (QUIK, arXiv 2310.09259). ``clip`` float32
+    [2]: lo = clip[0] * min(least, 0) and hi = clip[1] * max(largest, 0).
     """
     qmin, qmax = int_range(bits)
     x = x.float()
-    lo = x.amin(-1, keepdim=True)
-    span = x.amax(-1, keepdim=True) - lo
+    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    if clip is not None:
+        lo, hi = lo.clamp_max(0.0) * clip[0], hi.clamp_min(0.0) * clip[1]
+    span = hi - lo
     scale = span.clamp_min(RANGE_MIN).div(_on(qmax - qmin, x))
     codes = torch.minimum(x - lo, span).div(scale).round_().add_(qmin).clamp_(qmin, qmax)
     return codes.to(torch.int8), scale, lo + scale * float(-qmin)
 
 
-def fake_quantize_per_token(x: Tensor, bits: int, signed: bool = True) -> Tensor:
+def fake_quantize_per_token(x: Tensor, bits: int, signed: bool = True, clip: Tensor | None = None) -> Tensor:
     """The numbers that :func:`quantize_per_token` stands for, float32."""
-    codes, scale = _per_token(x, bits, signed)
+    codes, scale = _per_token(x, bits, signed, clip)
     return codes.mul_(scale)
 
 
@@ -152,7 +161,7 @@ def _rows_range(rows: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         ratio = _best_ratio(rows, spec, lo, hi, [ratio] + [(ratio + step).clamp(0.01, 1.0) for step in FINE_STEPS])
         best = lo * ratio, hi * ratio
     else:
-        raise ValueError(f"weight observer = {spec.observer!r}; allowed: 'minmax', 'percentile', 'mse'")
+        raise ValueError(f"weight observer = {spec.observer!r}, which nothing has learned here; allowed: 'minmax', 'percentile', 'mse'")
     return scale_and_zero(*best, spec.bits, spec.symmetric)
 
 

@@ -34,7 +34,7 @@ def dual_grain(problem: Problem) -> Solution:
         inner = gram[:features, :features]
         grid = search(weight, problem, division, (inner / float(inner.diagonal().mean().clamp_min(1e-30))).float())
     else:
-        grid = weight_grid(weight, problem.spec, problem.weight_only)
+        grid = problem.grid()
     if options.get("rounding", "sequence") == "nearest":
         return Solution(_nearest(weight, grid, bits).to(torch.int8), grid, problem.bias, problem.kept)
     ridge = options.get("damping", 0.01) * float(gram.diagonal().mean())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vitq.calib.solvers.gptq import quantize_in_sequence
 from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
-from vitq.quantizers.grid import WeightGrid, weight_grid
+from vitq.quantizers.grid import WeightGrid
 
 STEPS = 100  # of the gradient rule, as in ERQ's code
 
@@ -34,7 +34,7 @@ def erq(problem: Problem) -> Solution:
     unit = 1.0 if options.get("absolute_ridge", False) else float(quantized.diagonal()[:features].mean()) / max(gram.rows, 1)
     if options.get("reduce_inputs", True):
         joint = reduce_input_error(joint, quantized, cross, options.get("input_ridge", 2000.0) * unit)
-    grid = weight_grid(joint[:, :features].float(), problem.spec, problem.weight_only)
+    grid = problem.grid(joint[:, :features].float())
     rounding, compensate = options.get("rounding", "descent"), options.get("compensate", True)
     ridge = options.get("weight_ridge", 60.0) * unit
     if options.get("columns", "sequence") == "halves" or not compensate:

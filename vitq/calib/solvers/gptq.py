@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vitq.calib.solvers.problem import Problem, Solution, solve_ridge
-from vitq.quantizers.grid import WeightGrid, weight_grid
+from vitq.quantizers.grid import WeightGrid
 
 # Columns whose errors are collected before the columns after them are moved, all at once.
 BLOCK = 128
@@ -19,7 +19,7 @@ def gptq(problem: Problem) -> Solution:
     Raises ValueError on NaN or infinity.
     """
     options, gram, features = problem.options, problem.gram.quantized[:-1, :-1], problem.weight.shape[1]
-    grid = weight_grid(problem.weight, problem.spec, problem.weight_only)
+    grid = problem.grid()
     ridge = options.get("damping", 0.01) * float(gram.diagonal().mean())
     codes, moved = quantize_in_sequence(problem.joint(), features, grid, problem.spec.bits, gram, ridge, act_order=options.get("act_order", True))
     return Solution(codes, grid, problem.bias, None if problem.kept is None else moved[:, features:].float())

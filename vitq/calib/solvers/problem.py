@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 
 from vitq.calib.gram import Gram
-from vitq.quantizers.grid import WeightGrid
+from vitq.quantizers.grid import WeightGrid, weight_grid
 from vitq.recipe import QuantSpec
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """One linear layer. weight float32 [N, K], bias float32 [N] or None; gram: of its inputs, None for a solver that needs none;
-    options: the recipe's `solver_options`; weight_only: the layer reads floats; kept: float32 [N, F], the columns of input features that
+    options: the recipe's `solver_options`; weight_only: the layer reads floats; ratios: float32 [N, 2], which parts of each row's least and largest weight
+    are its range, where that was learned; kept: float32 [N, F], the columns of input features that
     stay in floating point, which in the Gram matrix come after those of the weight."""
 
     weight: Tensor
@@ -27,6 +28,11 @@ class Problem:
     options: Mapping[str, Any] = field(default_factory=dict)
     weight_only: bool = False
     kept: Tensor | None = None
+    ratios: Tensor | None = None
+
+    def grid(self, weight: Tensor | None = None) -> WeightGrid:
+        """The grid of the weight, or of another in its place. ValueError as `weight_grid`."""
+        return weight_grid(self.weight if weight is None else weight, self.spec, self.weight_only, self.ratios)
 
     def joint(self, bias: bool = False) -> Tensor:
         """[weight, kept], or [weight, kept, bias], float64 [N, D]: a solver moves what comes after the weight to make up for the codes."""

@@ -1,0 +1,351 @@
+"""Learn, for one block at a time, what is done to inputs before they are quantized (FlatQuant, Sun et al., ICML 2025, arXiv 2410.09426).
+
+Of each input that layers share: the matrices that mix its numbers, a scale of each channel where one can be moved into what makes it, and how far ranges are
+clipped, one clip for all layers that read it, so that it is quantized once. Of each layer how far its weight's ranges are clipped; of an attention the
+matrices of its keys and of its values. They are found by gradients of the squared error between what the quantized block returns and what the float one does;
+rounding passes gradients on as they are. Codes of weights come afterwards, from the recipe's solver.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitq.calib.online import input_sizes
+from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range
+from vitq.models.sites import CacheSite, HeadSite, LinearSite
+from vitq.plan import CacheParams, InputParams, Plan
+from vitq.quantizers.kronecker import hadamard
+from vitq.recipe import LayerSpec, QuantSpec
+from vitq.transforms.smooth import bounded_scale
+from vitq.transforms.values import value_columns, value_rows
+
+DEFAULTS: dict[str, Any] = {"epochs": 15, "batch_size": 4, "learning_rate": 5e-3, "diagonal": False, "matrices": "svd", "warmup": 0,
+                            "mixed_precision": False, "seed": 0}
+CLIP_RATE = 10.0  # how much faster clips are learned than matrices, as in FlatQuant's code
+CLIP_START = 4.0  # of a logit: 0.982 of the range
+RATE_END = 1e-3  # the part of the learning rate that is left at the end of a cosine
+
+
+class Orthogonal(nn.Module):
+    """Two orthogonal matrices [n, n] by Cayley's map of skew ones, from a random start: start · (I + A/2)(I − A/2)⁻¹."""
+
+    def __init__(self, n: int, generator: torch.Generator) -> None:
+        super().__init__()
+        q, r = torch.linalg.qr(torch.randn(2, n, n, dtype=torch.float64, generator=generator))
+        self.register_buffer("start", (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).float())
+        self.skew = nn.Parameter(torch.zeros(2, n, n))
+
+    def forward(self) -> Tensor:
+        half = (self.skew - self.skew.mT) / 2
+        eye = torch.eye(half.shape[-1], device=half.device)
+        return self.start @ torch.linalg.solve_ex(eye - half, eye + half)[0]  # never singular; nothing is read on the host
+
+
+class Matrix(nn.Module):
+    """An invertible matrix P [n, n] and the transpose of its inverse. `svd`: U·diag(d)·Vᵀ with U and V orthogonal, d from 1 on; `direct`: P itself."""
+
+    def __init__(self, n: int, kind: str, generator: torch.Generator) -> None:
+        super().__init__()
+        self.kind = kind
+        self.orthogonal = Orthogonal(n, generator)
+        if kind == "svd":
+            self.log_d = nn.Parameter(torch.zeros(n))
+        else:
+            u, v = self.orthogonal().detach()
+            self.orthogonal, self.raw = None, nn.Parameter(u @ v.T)
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        if self.kind == "direct":
+            return self.raw, torch.linalg.inv_ex(self.raw.double())[0].T.float()
+        u, v = self.orthogonal()
+        return (u * self.log_d.exp()) @ v.T, (u * (-self.log_d).exp()) @ v.T
+
+
+class Given(nn.Module):
+    """A matrix that is not learned, orthogonal."""
+
+    def __init__(self, matrix: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.float())
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.matrix, self.matrix
+
+
+def matrix_of(transform: str, n: int | None, options: Mapping[str, Any], generator: torch.Generator) -> nn.Module | None:
+    if n is None:
+        return None
+    return Given(hadamard(n)) if transform == "hadamard" else Matrix(n, options["matrices"], generator)
+
+
+def clip_now(logits: Tensor | None, spec: QuantSpec, like: Tensor) -> Tensor | None:
+    """What ends of ranges are multiplied with, [2]: as learned so far, or as the recipe says."""
+    if logits is not None:
+        return logits.sigmoid()
+    return None if spec.clip_ratio == 1.0 else like.new_full((2,), spec.clip_ratio)
+
+
+def rounded(x: Tensor) -> Tensor:
+    """torch.round whose gradient is that of x."""
+    return x + (x.round() - x).detach()
+
+
+def fake_rows(x: Tensor, bits: int, symmetric: bool, clip: Tensor | None) -> Tensor:
+    """What codes of each row of x [..., K] stand for, as `vitq.quantizers.uniform` has them, with gradients to x and to clip [2] or [N, 2]."""
+    qmin, qmax = int_range(bits)
+    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    if clip is not None:
+        lo, hi = lo.clamp_max(0.0) * clip[..., :1], hi.clamp_min(0.0) * clip[..., 1:]
+    if symmetric:
+        scale = torch.maximum(-lo, hi).clamp_min(RANGE_MIN) / qmax
+        return rounded(x / scale).clamp(qmin, qmax) * scale
+    scale = (hi - lo).clamp_min(RANGE_MIN) / (qmax - qmin)
+    return rounded((x - lo) / scale).clamp(0, qmax - qmin) * scale + lo
+
+
+def fake_weight(weight: Tensor, spec: QuantSpec, clip: Tensor | None) -> Tensor:
+    """The same of a weight [N, K], by rows or groups of columns. clip: [N, 2] where it is learned."""
+    if spec.granularity == "per_tensor":
+        return fake_rows(weight.flatten(), spec.bits, spec.symmetric, None).view_as(weight)
+    if spec.granularity != "per_group":
+        return fake_rows(weight, spec.bits, spec.symmetric, clip)
+    rest = -weight.shape[1] % spec.group_size
+    groups = nn.functional.pad(weight, (0, rest)).unflatten(1, (-1, spec.group_size))
+    return fake_rows(groups, spec.bits, spec.symmetric, None).flatten(1)[:, : weight.shape[1]]
+
+
+class SharedInput(nn.Module):
+    """The input of layers that share it, and these layers' weights."""
+
+    def __init__(self, sites: list[LinearSite], model: nn.Module, specs: Mapping[str, LayerSpec], options: Mapping[str, Any],
+                 heads: Mapping[str, HeadSite], generator: torch.Generator) -> None:
+        super().__init__()
+        self.sites = sites
+        self.linears = {site.name: model.get_submodule(site.name) for site in sites}
+        self.specs = {site.name: specs[site.name] for site in sites}
+        first = self.specs[sites[0].name]
+        self.spec, features = first.input, self.linears[sites[0].name].in_features
+        a, b = input_sizes(sites[0].name, first, features, heads)
+        self.left, self.right = (matrix_of(self.spec.transform, n, options, generator) for n in (a, b))
+        movable = sites[0].norm is not None and model.get_submodule(sites[0].norm).weight is not None or sites[0].rows is not None
+        self.log_divisor = nn.Parameter(torch.zeros(features)) if options["diagonal"] and movable else None
+        self.clip = nn.Parameter(torch.full((2,), CLIP_START)) if self.spec.observer == "learned" else None
+        self.clips = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(torch.full((linear.out_features, 2), CLIP_START))
+                                       for name, linear in self.linears.items() if self.specs[name].weight.observer == "learned"})
+        site = heads.get(sites[0].name)
+        self.values = None if site is None or self.spec.transform == "none" else matrix_of(
+            self.spec.transform, site.columns // site.queries, options, generator)
+
+    def prepare(self) -> None:
+        """Make the matrices of this step."""
+        self.pairs = [None if m is None else m() for m in (self.left, self.right)]
+        self.value_pair = None if self.values is None else self.values()
+
+    def read(self, x: Tensor) -> Tensor:
+        """What the layers read in the place of x [..., K]: scaled, mixed and quantized."""
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float()
+            if self.log_divisor is not None:
+                y = y * (-self.log_divisor).exp()
+            y = self._mixed(y, 0)
+            return fake_rows(y, self.spec.bits, self.spec.symmetric, clip_now(self.clip, self.spec, y))
+
+    def weight(self, name: str, weight: Tensor) -> Tensor:
+        """The quantized weight for what `read` gives."""
+        if self.value_pair is not None:
+            weight = value_columns(weight, self.value_pair[1])
+        if self.log_divisor is not None:
+            weight = weight * self.log_divisor.exp()
+        clip = self.clips[key].sigmoid() if (key := name.replace(".", "/")) in self.clips else None
+        return fake_weight(self._mixed(weight, 1), self.specs[name].weight, clip)
+
+    def _mixed(self, x: Tensor, side: int) -> Tensor:
+        """Rows of x times the matrices (side 0) or the transposes of their inverses (1)."""
+        left, right = (None if pair is None else pair[side] for pair in self.pairs)
+        if left is None and right is None:
+            return x
+        shape = x.shape
+        x = x.unflatten(-1, (-1, len(right))) if left is None else x.unflatten(-1, (len(left), -1))
+        x = x if right is None else x @ right
+        return (x if left is None else left.mT @ x).reshape(shape)
+
+    @torch.no_grad()
+    def found(self) -> InputParams:
+        """What was learned, on the CPU. Hadamard's matrices, and those of layers that do not learn any, are None: they need not be found again."""
+        self.prepare()
+        learned = self.spec.transform == "learned"
+        online = [None if pair is None or not learned else pair[0].half().cpu() for pair in self.pairs]
+        divisor = None if self.log_divisor is None else self.log_divisor.exp().cpu()
+        if divisor is not None and self.sites[0].norm is None:
+            divisor = bounded_scale(divisor)
+        ratios = [torch.ones(linear.out_features, 2) if (key := name.replace(".", "/")) not in self.clips else self.clips[key].sigmoid().cpu()
+                  for name, linear in self.linears.items()]
+        return InputParams(divisor, None if self.value_pair is None or not learned else self.value_pair[0].cpu(),
+                           None if online == [None, None] else Kronecker(*online), None if self.clip is None else self.clip.sigmoid().cpu(),
+                           torch.cat(ratios) if len(self.clips) else None)
+
+
+class CacheRows(nn.Module):
+    """Keys or values of an attention, [B, heads, T, D], as they enter its cache."""
+
+    def __init__(self, spec: QuantSpec, features: int, options: Mapping[str, Any], generator: torch.Generator) -> None:
+        super().__init__()
+        self.spec = spec
+        self.matrix = None if spec.transform == "none" else matrix_of(spec.transform, features, options, generator)
+        self.clip = nn.Parameter(torch.full((2,), CLIP_START)) if spec.observer == "learned" else None
+
+    def prepare(self) -> None:
+        self.pair = None if self.matrix is None else self.matrix()
+
+    def read(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            y = x.float() if self.pair is None else x.float() @ self.pair[0]
+            y = fake_rows(y, self.spec.bits, self.spec.symmetric, clip_now(self.clip, self.spec, y))
+            return (y if self.pair is None else y @ self.pair[1].mT).to(x.dtype)
+
+    @torch.no_grad()
+    def found(self, fmt: ActivationFormat) -> ActivationFormat:
+        self.prepare()
+        transform = fmt.transform if self.pair is None or self.spec.transform != "learned" else Kronecker(right=self.pair[0].half().cpu())
+        return ActivationFormat(fmt.bits, dynamic=True, symmetric=fmt.symmetric, transform=transform,
+                                clip=fmt.clip if self.clip is None else self.clip.sigmoid().cpu())
+
+
+@dataclass
+class Learned:
+    """inputs: what was found of each input, by the name of the first layer that reads it; caches: formats of keys and values, by module; errors: the mean
+    squared error of the block over the data in the first and in the last epoch, as parts of the mean square of its output."""
+
+    inputs: dict[str, InputParams]
+    caches: dict[str, CacheParams]
+    errors: tuple[float, float]
+
+
+def learns(specs: Iterable[LayerSpec], options: Mapping[str, Any]) -> bool:
+    """Whether something of the input of layers with these specs, or of their weights, is to be learned."""
+    def wanted(spec: LayerSpec) -> bool:
+        if spec.is_float or spec.weight_only or not spec.input.dynamic:
+            return False
+        return options["diagonal"] or "learned" in (spec.input.transform, spec.input.observer, spec.weight.observer)
+
+    return any(map(wanted, specs))
+
+
+def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: list[CacheSite], formats: Mapping[str, CacheParams], plan: Plan,
+          heads: Mapping[str, HeadSite], run: Callable[[int, Tensor, dict[str, Tensor] | None], Tensor], inputs: list[Tensor],
+          targets: list[Tensor] | None) -> Learned:
+    """What is to be learned of one block, `name` in the model, whose layers are on the device.
+
+    groups: its layers by the input they share; caches, formats: its attentions that quantize keys or values, and how before anything is learned. run(i,
+    hidden, parameters): what the block returns of batch i, on the device, with these in the place of its own parameters. inputs: hidden states before the
+    block, one tensor a batch, on the CPU; targets: what it is to return of each, None for what the float block makes of the inputs.
+
+    Raises ValueError for layers that share an input and quantize it in different ways, and where the error becomes NaN.
+    """
+    options = {**DEFAULTS, **plan.recipe.block_gradient}
+    generator = torch.Generator().manual_seed(options["seed"])
+    shared = [SharedInput(sites, model, plan.specs, options, heads, generator) for sites in map(partial(integer_sites, plan=plan), groups) if sites]
+    rows = {}
+    for site in caches:
+        if site.kv in formats:
+            features = model.get_submodule(site.name).head_dim
+            rows[site.kv] = [None if fmt is None else CacheRows(plan.specs[of].cached, features, options, generator)
+                             for of, fmt in ((site.qk, formats[site.kv].k), (site.pv, formats[site.kv].v))]
+    modules = nn.ModuleList([*shared, *(row for pair in rows.values() for row in pair if row is not None)])
+    device = next(model.get_submodule(name).parameters()).device
+    modules.to(device)
+    if targets is None:
+        with torch.no_grad():
+            targets = [run(i, hidden, None).float().cpu() for i, hidden in enumerate(inputs)]
+    producers = {heads[one.sites[0].name].qkv: (one, heads[one.sites[0].name]) for one in shared if one.values is not None}
+
+    def parameters() -> dict[str, Tensor]:
+        """Those of the block's layers, quantized, by their names in it."""
+        made = {}
+        for one in shared:
+            for layer, linear in one.linears.items():
+                weight, bias = linear.weight, linear.bias
+                if layer in producers:
+                    of, site = producers[layer]
+                    start = site.units * sum(site.sections[:-1])
+                    weight = value_rows(weight, start, of.value_pair[0])
+                    bias = None if bias is None else value_rows(bias, start, of.value_pair[0])
+                inside = layer.removeprefix(f"{name}.")
+                made[f"{inside}.weight"] = one.weight(layer, weight)
+                if bias is not None:
+                    made[f"{inside}.bias"] = bias
+        return made
+
+    handles = [linear.register_forward_pre_hook(lambda module, args, one=one: (one.read(args[0]), *args[1:]))
+               for one in shared for linear in one.linears.values()]
+    for kv, pair in rows.items():
+        module = model.get_submodule(kv)
+        handles += [tap.register_forward_hook(lambda module, args, output, row=row: row.read(output))
+                    for tap, row in zip((module.tap_k, module.tap_v), pair) if row is not None]
+    try:
+        with torch.enable_grad():
+            errors = _descend(modules, parameters, run, inputs, targets, options, device, generator)
+    except _NotFinite as error:
+        raise ValueError(f"block_gradient: the error of {name!r} is no longer finite in epoch {error.args[0] + 1}: give a smaller "
+                         "block_gradient.learning_rate, or mixed_precision: false") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Learned({one.sites[0].name: one.found() for one in shared},
+                   {kv: CacheParams(*(fmt if row is None else row.found(fmt) for row, fmt in zip(pair, (formats[kv].k, formats[kv].v))))
+                    for kv, pair in rows.items()}, errors)
+
+
+def integer_sites(sites: list[LinearSite], plan: Plan) -> list[LinearSite]:
+    """Those whose input is quantized at run time. Raises ValueError where they do not quantize it in one way."""
+    found = [site for site in sites if not (spec := plan.specs[site.name]).is_float and not spec.weight_only and spec.input.dynamic]
+    odd = next((site for site in found if plan.specs[site.name].input != plan.specs[found[0].name].input), None)
+    if odd is not None and learns((plan.specs[site.name] for site in found), {**DEFAULTS, **plan.recipe.block_gradient}):
+        raise ValueError(f"recipe {plan.recipe.name!r} quantizes the input that {found[0].name!r} and {odd.name!r} share in two ways: what is learned of "
+                         "it is for both, so give both the same input.* fields")
+    return found
+
+
+class _NotFinite(Exception):
+    pass
+
+
+def _descend(modules: nn.ModuleList, parameters: Callable[[], dict[str, Tensor]], run: Callable[[int, Tensor, dict[str, Tensor] | None], Tensor],
+             inputs: list[Tensor], targets: list[Tensor], options: Mapping[str, Any], device: torch.device,
+             generator: torch.Generator) -> tuple[float, float]:
+    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
+    clips = [p for name, p in named if "clip" in name]
+    others = [p for name, p in named if "clip" not in name]
+    rate, epochs = options["learning_rate"], options["epochs"]
+    optimizer = torch.optim.AdamW([{"params": others, "lr": rate}, {"params": clips, "lr": CLIP_RATE * rate}], weight_decay=0.0)
+    starts = [group["lr"] for group in optimizer.param_groups]
+    steps, step, sums = epochs * len(inputs), 0, []
+    energy = sum(float(target.double().square().sum()) for target in targets)
+    for epoch in range(epochs):
+        total = torch.zeros((), device=device)
+        for i in torch.randperm(len(inputs), generator=generator).tolist():
+            part = RATE_END + (1 - RATE_END) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            part *= min(1.0, 0.01 + 0.99 * step / options["warmup"]) if options["warmup"] else 1.0
+            for group, start in zip(optimizer.param_groups, starts):
+                group["lr"] = start * part
+            for module in modules:
+                module.prepare()
+            with torch.autocast(device.type, torch.bfloat16, enabled=options["mixed_precision"]):
+                output = run(i, inputs[i], parameters())
+            error = (output.float() - targets[i].to(device)).square().sum()
+            optimizer.zero_grad(set_to_none=True)
+            (error / error.detach().clamp_min(1e-30)).backward()
+            optimizer.step()
+            total += error.detach()
+            step += 1
+        sums.append(float(total) / max(energy, 1e-30))
+        if not math.isfinite(sums[-1]):
+            raise _NotFinite(epoch)
+    return sums[0], sums[-1]
