@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -128,6 +129,10 @@ def test_generation_config_and_tokenizer_beside_it(tmp_path) -> None:
 
 
 def test_arguments_that_say_how_a_model_is_used(model, saved) -> None:
+    copied = copy.deepcopy(AutoModelForCausalLM.from_pretrained(saved)).to("cpu")
+    same(copied, model)
+    with pytest.raises(ValueError, match="already quantized"):
+        vitq.convert(copied)
     eager = AutoModelForCausalLM.from_pretrained(saved, attn_implementation="eager", use_cache=False, pad_token_id=5)
     assert eager.config._attn_implementation == "eager" and eager.config.use_cache is False and eager.config.pad_token_id == 5
     assert torch.allclose(eager(ids()).logits, model(ids()).logits, atol=0.15)
@@ -269,6 +274,9 @@ def test_other_architectures(saved) -> None:
 def test_other_arguments(model, saved, tmp_path) -> None:
     with pytest.raises(TypeError, match="takes max_shard_size.*got safe_serialization"):
         model.save_pretrained(tmp_path / "x", safe_serialization=True)
+    with pytest.raises(ValueError, match="Got 'many'"):
+        model.save_pretrained(tmp_path / "x", max_shard_size="many")
+    assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="vitq.load reads it"):
         vitq.load_language_model(saved)
     with pytest.raises(ValueError, match="revision= is of a repository on the hub"):
@@ -283,6 +291,11 @@ def test_other_arguments(model, saved, tmp_path) -> None:
 # The hub --------------------------------------------------------------------------------------------------------------
 
 
+def matching(folder: Path, patterns: list[str]) -> list[str]:
+    """As the hub has it."""
+    return list(huggingface_hub.utils.filter_repo_objects([p.name for p in folder.iterdir()], allow_patterns=patterns))
+
+
 @pytest.fixture
 def played(tmp_path, monkeypatch):
     """A hub that answers, with its repositories as folders of `played.root`, and what was asked of it."""
@@ -295,7 +308,7 @@ def played(tmp_path, monkeypatch):
             raise huggingface_hub.errors.RepositoryNotFoundError("404 Client Error", response=response)
         there = tmp_path / f"cache{len(asked.downloads)}"
         there.mkdir()
-        for file in huggingface_hub.utils.filter_repo_objects([p.name for p in (asked.root / name).iterdir()], allow_patterns=options["allow_patterns"]):
+        for file in matching(asked.root / name, options["allow_patterns"]):
             shutil.copy(asked.root / name / file, there)
         return str(there)
 
@@ -305,6 +318,7 @@ def played(tmp_path, monkeypatch):
 
         def create_repo(self, repo_id, **options):
             asked.created.append((repo_id, options))
+            repo_id = repo_id if "/" in repo_id else f"user/{repo_id}"
             (asked.root / repo_id).mkdir(parents=True, exist_ok=True)
             return types.SimpleNamespace(repo_id=repo_id)
 
@@ -312,7 +326,7 @@ def played(tmp_path, monkeypatch):
             return (asked.root / repo_id / name).exists()
 
         def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
-            for file in huggingface_hub.utils.filter_repo_objects([p.name for p in (asked.root / repo_id).iterdir()], allow_patterns=delete_patterns):
+            for file in matching(asked.root / repo_id, delete_patterns):
                 (asked.root / repo_id / file).unlink()
             shutil.copytree(folder_path, asked.root / repo_id, dirs_exist_ok=True)
             asked.uploads.append(commit_message)
@@ -334,8 +348,9 @@ def test_a_language_model_to_the_hub_and_back(model, played, tmp_path, by: str) 
     elif by == "push_to_hub":
         assert model.push_to_hub("user/small", **options) == "https://hub/user/small/commit/1"
     else:
-        model.save_pretrained(tmp_path / "small", push_to_hub=True, repo_id="user/small", **options)
-    assert played.created == [("user/small", {"private": True, "exist_ok": True})] and played.token == "hf_x" and played.uploads == ["Four bits"]
+        model.save_pretrained(tmp_path / "small", push_to_hub=True, **options)  # by the folder's name
+        same(model, vitq.load(tmp_path / "small"))
+    assert played.created == [("small" if by == "save_pretrained" else "user/small", {"private": True, "exist_ok": True})] and played.token == "hf_x" and played.uploads == ["Four bits"]
     same(model, vitq.load("user/small", revision="v1", token="hf_y"))
     (name, asked), = played.downloads
     assert (name, asked["revision"], asked["token"]) == ("user/small", "v1", "hf_y")
@@ -406,6 +421,7 @@ def test_without_a_hub_its_cache_is_enough(model, tmp_path, monkeypatch, offline
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(urllib.request, "urlopen", away)
     same(model, vitq.load("user/small"))
+    same(model, AutoModelForCausalLM.from_pretrained("user/small", cache_dir=tmp_path, local_files_only=True))
     start, reason = time.monotonic(), "HF_HUB_OFFLINE is set" if offline else "cannot be reached: no route"
     with pytest.raises(ConnectionError, match=f"user/none is neither a folder nor in the hub's cache, and the hub cannot give it: .*{reason}"):
         vitq.load("user/none")

@@ -43,7 +43,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
     max_shard_size: of a file of tensors, in bytes or as "5GB"; more go to several, with an index.
     A checkpoint in `folder` is replaced, and what else is there stays; a folder with a model that vitq did not write is refused. A language model's
     folder is what its `save_pretrained` writes, which transformers opens after `import vitq.hf`.
-    Raises TypeError for an unconverted model, CheckpointError if the folder cannot be written or if timm or transformers would
+    Raises TypeError for an unconverted model, ValueError for no such size, CheckpointError if the folder cannot be written or if timm or transformers would
     not build the same model again from what is recorded.
     """
     info = model_info(model)

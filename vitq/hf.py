@@ -80,7 +80,8 @@ class VitqQuantizer(HfQuantizer):
             return {"": pick_device()}
         devices = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in device_map.values()}
         if len(devices) != 1:
-            raise ValueError(f"a quantized model is on one device, device_map names {', '.join(sorted(devices))}: give device_map='cuda', 'cpu' or 'auto'")
+            raise ValueError(f"a quantized model is on one device, device_map names {', '.join(sorted(devices))}: give device_map='cuda', 'cpu' or "
+                             "'auto'")
         return {"": pick_device(devices.pop())}
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:

@@ -14,7 +14,6 @@ from vitq.checkpoint import save
 from vitq.checkpoint_files import PATTERNS, read_header
 from vitq.conversion import model_info
 from vitq.models import hub
-from vitq.nn.model import QuantizedDecoder
 from vitq.report import bits_per_weight
 
 CARD = "README.md"
@@ -25,7 +24,7 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
                 max_shard_size: int | str = "50GB", source: dict[str, Any] | None = None) -> str:
     """Upload a converted model to a repository of the Hugging Face hub, made if there is none: `vitq.load(repo_id)` loads it from there.
 
-    repo_id: "user/name". private, token, commit_message: as huggingface_hub has them; the token is that of `hf auth login` by default.
+    repo_id: "user/name", or "name" of your own. private, token, commit_message: as huggingface_hub has them; the token is that of `hf auth login` by default.
     max_shard_size, source: as `vitq.save` has them.
     One commit replaces the files of a checkpoint and leaves others there, such as a tokenizer's; a model card (README.md) with the recipe, the bits a
     weight and how to load it is added where the repository has none. Returns the address of the commit.
@@ -38,13 +37,12 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
         raise ConnectionError(f"{repo_id} cannot be uploaded: {reason}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = save(model, Path(temporary) / "checkpoint", source=source, max_shard_size=max_shard_size)
-        card = model_card(model, repo_id, read_header(folder))
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name, if it had none
         if api.file_exists(repo_id, CARD):
             _logger.warning("%s of %s stays as it is: see that it says how this model is quantized", CARD, repo_id)
         else:
-            (folder / CARD).write_text(card, encoding="utf-8")
+            (folder / CARD).write_text(model_card(model, repo_id, read_header(folder)), encoding="utf-8")
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(PATTERNS),
                                    commit_message=commit_message or f"Upload a model quantized with the recipe {model.vitq.recipe.name}")
     return str(commit.commit_url)
