@@ -12,7 +12,7 @@ import torch
 from helpers import build, convert, images, quick
 
 import vitq
-from vitq import checkpoint
+from vitq import checkpoint_files
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_reloads_bit_identically(name: str, kwargs: dict, recipe: str, tmp_path)
 def test_no_pickle_and_small(saved) -> None:
     assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "vitq.json"]
     header = json.loads((saved / "vitq.json").read_text())
-    assert header["schema"] == checkpoint.SCHEMA and header["recipe"]["name"] == "w4a8"
+    assert header["schema"] == checkpoint_files.SCHEMA and header["recipe"]["name"] == "w4a8"
     floats = sum(p.numel() * 4 for p in build(depth=2).parameters())
     assert (saved / "model.safetensors").stat().st_size < 0.35 * floats
 
@@ -113,7 +113,7 @@ def _resign(saved, tensors=None, **changes) -> None:
     header.pop("sha256")
     tensors = tensors if tensors is not None else safetensors.torch.load_file(saved / "model.safetensors")
     safetensors.torch.save_file(tensors, saved / "model.safetensors")
-    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint._digest(header, tensors)}))
+    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint_files.digest(header, tensors)}))
 
 
 @pytest.mark.parametrize("signed", [True, False])
@@ -150,7 +150,7 @@ def test_the_first_schema_still_loads(model, saved) -> None:
     del header["library"], header["sha256"]
     header["schema"] = 1
     tensors = safetensors.torch.load_file(saved / "model.safetensors")
-    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint._digest(header, tensors)}))
+    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint_files.digest(header, tensors)}))
     x = images(build(depth=2))
     assert torch.equal(vitq.load(saved)(x), model(x))
 
@@ -178,6 +178,31 @@ def test_for_another_model(saved) -> None:
         vitq.load(saved)
 
 
+def test_shards(model, tmp_path) -> None:
+    saved, x = vitq.save(model, tmp_path / "c", max_shard_size="300KB"), images(build(depth=2))
+    shards = sorted(saved.glob("*.safetensors"))
+    assert len(shards) > 2 and torch.equal(vitq.load(saved)(x), model(x))
+    whole = [shard.read_bytes() for shard in shards]
+    shards[1].unlink()
+    with pytest.raises(vitq.CheckpointError, match=f"incomplete: {shards[1].name} is missing"):
+        vitq.load(saved)
+    shards[1].write_bytes(whole[1][:-100])
+    with pytest.raises(vitq.CheckpointError, match=f"{shards[1].name} is damaged or cut short"):
+        vitq.load(saved)
+    shards[1].write_bytes(whole[0])
+    with pytest.raises(vitq.CheckpointError, match=f"{shards[1].name} does not fit model.safetensors.index.json: missing tensors .*, unexpected"):
+        vitq.load(saved)
+    shards[1].write_bytes(whole[1])
+    index = json.loads((saved / "model.safetensors.index.json").read_text())
+    name = index["weight_map"].popitem()[0]
+    (saved / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(vitq.CheckpointError, match=f"unexpected {name}"):
+        vitq.load(saved)
+    (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "../c/model-00001-of-00004.safetensors"}}))
+    with pytest.raises(vitq.CheckpointError, match="index.json is damaged"):
+        vitq.load(saved)
+
+
 def test_missing_parts(saved, tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match="vitq.json is missing"):
         vitq.load(tmp_path / "nowhere")
@@ -196,7 +221,7 @@ def test_interrupted_save_keeps_the_old_checkpoint(model, saved, monkeypatch) ->
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(checkpoint_files, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         vitq.save(model, saved)
     assert [p.name for p in saved.parent.iterdir()] == ["ckpt"], "nothing half-written"
@@ -207,7 +232,7 @@ def test_full_disk(model, saved, monkeypatch) -> None:
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint_files, "save_file", full)
     with pytest.raises(vitq.CheckpointError, match="No space left"):
         vitq.save(model, saved)
     vitq.load(saved)
@@ -222,10 +247,13 @@ def test_saving_again_replaces(model, saved) -> None:
     assert [p.name for p in saved.parent.iterdir()] == ["ckpt"]
 
 
-def test_folder_of_something_else(model, tmp_path) -> None:
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(vitq.CheckpointError, match="holds other files"):
-        vitq.save(model, tmp_path)
+def test_a_model_of_something_else_is_not_replaced(model, tmp_path) -> None:
+    for name, content in (("model.safetensors", "weights"), ("config.json", '{"model_type": "llama"}')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(vitq.CheckpointError, match=rf"holds a model that vitq did not write \({name}\).*another folder"):
+            vitq.save(model, tmp_path)
+        assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [(name, content)]
+        (tmp_path / name).unlink()
     (tmp_path / "file").write_text("")
     with pytest.raises(vitq.CheckpointError, match="is a file"):
         vitq.save(model, tmp_path / "file")
@@ -268,27 +296,35 @@ def test_a_model_with_the_same_shapes_is_told_apart(change: str, tmp_path) -> No
         assert torch.equal(loaded(images(source)), model(images(source)))
 
 
-def test_interrupt_between_the_two_renames_keeps_the_old_checkpoint(model, saved, monkeypatch) -> None:
+@pytest.mark.parametrize("after", range(1, 7))
+def test_an_interrupt_between_the_files_keeps_the_old_checkpoint(model, tmp_path, after: int, monkeypatch) -> None:
+    """Whichever file it comes before: an older one that steps aside, or a new one."""
+    saved = vitq.save(model, tmp_path / "ckpt", max_shard_size="500KB")
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
     rename, calls = os.rename, []
 
     def interrupted(a, b):
         calls.append(a)
-        if len(calls) == 2:
+        if len(calls) == after:
             raise KeyboardInterrupt
         rename(a, b)
 
+    other = convert(build(depth=2, seed=9), quick("w4a8"))
     monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        vitq.save(model, saved)
-    assert [p.name for p in saved.parent.iterdir()] == ["ckpt"]
-    vitq.load(saved)
+        vitq.save(other, saved, source=_depth(other))
+    monkeypatch.undo()
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before and len(before) > 3
+    vitq.save(other, saved, source=_depth(other))
+    assert sorted(p.name for p in saved.iterdir()) == ["model.safetensors", "vitq.json"], "no shard of the old one is left"
 
 
 def test_other_files_beside_a_checkpoint_are_kept(model, saved) -> None:
-    (saved / "my_notes.txt").write_text("mine")
-    with pytest.raises(vitq.CheckpointError, match="my_notes.txt"):
-        vitq.save(model, saved)
-    assert (saved / "my_notes.txt").exists()
+    (saved / "tokenizer.json").write_text("mine")
+    other = convert(build(depth=2, seed=9), quick("w4a8"))
+    vitq.save(other, saved, source=_depth(other))
+    assert (saved / "tokenizer.json").read_text() == "mine" and len(list(saved.iterdir())) == 3
+    assert torch.equal(vitq.load(saved)(images(build(depth=2))), other(images(build(depth=2))))
 
 
 def test_through_a_link_and_readable_by_others(model, tmp_path) -> None:

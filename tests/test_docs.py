@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import types
 from pathlib import Path
@@ -25,7 +26,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 @pytest.fixture
 def shallow(monkeypatch: pytest.MonkeyPatch):
     """timm.create_model and vitq.load_model give two blocks with random weights, whatever is asked for."""
-    create, load = timm.create_model, vitq.load_model
+    create, load, push_to_hub = timm.create_model, vitq.load_model, vitq.push_to_hub
 
     def create_shallow(name: str, pretrained: bool = False, **kwargs):
         torch.manual_seed(0)
@@ -34,6 +35,7 @@ def shallow(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(timm, "create_model", create_shallow)
     monkeypatch.setattr(vitq, "load_model", lambda name, weights="auto": load(name, "random"))
     monkeypatch.setattr(vitq, "load_language_model", lambda name: tiny_language_model())
+    monkeypatch.setattr(vitq, "push_to_hub", lambda model, name, **options: inspect.signature(push_to_hub).bind(model, name, **options))
     monkeypatch.setattr(vitq, "open_text", lambda data, tokenizer, seqlen: types.SimpleNamespace(
         calib=torch.randint(128, (128, 16)), eval=torch.randint(128, (2, 16))))
 
@@ -56,6 +58,8 @@ def test_examples_run(page: Path, shallow, tmp_path: Path, monkeypatch: pytest.M
     if page.name == "README.md":
         x = torch.randn(2, 3, 224, 224)
         assert torch.equal(namespace["quantized"](x), namespace["again"](x))
+        tokens = torch.randint(128, (1, 16))
+        assert torch.equal(namespace["small"](tokens).logits, namespace["opened"](tokens).logits)
 
 
 def test_the_recipe_of_the_docs_is_one(tmp_path: Path):

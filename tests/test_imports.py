@@ -38,10 +38,13 @@ ARROWS = {
     "cpu": set(),
     "ops": {"formats", "plan", "quantizers", "cpu", "cuda"},
     "cuda": {"formats", "plan", "ops", "cache"},
-    "nn": EXECUTION - {"recipe_checks", "recipe_files"},
+    "nn": EXECUTION - {"recipe_checks", "recipe_files"} | {"vitq"},
     "conversion": CALIB | EXECUTION,
     "builders": {"calib"},
-    "checkpoint": CALIB | EXECUTION | {"builders", "conversion", "vitq"},
+    "checkpoint_files": {"vitq"},
+    "checkpoint": CALIB | EXECUTION | {"builders", "checkpoint_files", "conversion", "vitq"},
+    "hf": CALIB | EXECUTION | {"checkpoint_files", "checkpoint", "conversion"},
+    "publish": CALIB | EXECUTION | {"checkpoint_files", "checkpoint", "conversion", "report", "vitq"},
     "likelihood": {"calib"},
     "timing": set(),
     "graphs": set(),
@@ -161,7 +164,7 @@ def in_a_fresh_interpreter(code: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-LOADED = "[n for n in ('timm', 'transformers', 'torchvision', 'matplotlib', 'datasets', 'triton', 'torch') if n in sys.modules]"
+LOADED = "[n for n in ('timm', 'transformers', 'huggingface_hub', 'torchvision', 'matplotlib', 'datasets', 'triton', 'torch') if n in sys.modules]"
 CUDA_STARTED = "'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized()"
 
 

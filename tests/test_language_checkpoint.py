@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="needs pip install vit
 from language_models import CASES, build, ids, quick  # noqa: E402
 
 import vitq  # noqa: E402
-from vitq import checkpoint  # noqa: E402
+from vitq import checkpoint_files  # noqa: E402
 
 
 def converted(name: str = "w8a8-dynamic", dtype: torch.dtype = torch.float32, family: str = "Llama", **kwargs):
@@ -41,7 +41,7 @@ def test_reloads_bit_identically(family: str, kwargs: dict, name: str, dtype: to
     tokens = [m.generate(ids(2, 6), attention_mask=torch.ones(2, 6), max_new_tokens=6, do_sample=False) for m in (model, loaded)]
     assert torch.equal(*tokens)
     assert type(loaded) is type(model) and loaded.vitq.recipe == model.vitq.recipe and loaded.vitq.calibration == model.vitq.calibration
-    assert loaded.config.to_dict() == model.config.to_dict() | {"dtype": "float32"}
+    assert loaded.config.to_dict() == model.config.to_dict() | {"dtype": "float32", "architectures": [type(model).__bases__[-1].__name__]}
     assert [(r.layer, r.kernel, r.bytes, r.note) for r in vitq.explain(loaded)] == [(r.layer, r.kernel, r.bytes, r.note) for r in vitq.explain(model)]
 
 
@@ -72,9 +72,12 @@ def test_generation_config_source_and_attention_are_recorded(tmp_path) -> None:
     loaded = vitq.load(saved)
     assert loaded.generation_config.to_dict() == model.generation_config.to_dict()
     assert loaded.config._attn_implementation == "eager" and loaded.vitq.source == {"name": "someone/a-llama"}
-    header = json.loads((saved / "vitq.json").read_text())
-    assert (header["schema"], header["library"], header["architecture"]) == (checkpoint.SCHEMA, "transformers", "LlamaForCausalLM")
-    assert header["config"]["hidden_size"] == 64 and header["transformers_version"] == transformers.__version__
+    config = json.loads((saved / "config.json").read_text())
+    header = config["quantization_config"]
+    assert (header["quant_method"], header["schema"], header["library"]) == ("vitq", checkpoint_files.SCHEMA, "transformers")
+    assert header["recipe"]["name"] == "w8a8-dynamic" and header["attention"] == "eager" and header["transformers_version"] == transformers.__version__
+    assert (config["architectures"], config["hidden_size"], config["dtype"]) == (["LlamaForCausalLM"], 64, "float32")
+    assert json.loads((saved / "generation_config.json").read_text())["temperature"] == 0.3
 
 
 def test_loading_initialises_no_weights(saved, monkeypatch) -> None:
@@ -108,12 +111,15 @@ def test_between_cpu_and_cuda(model, saved, tmp_path) -> None:
 # Damage ---------------------------------------------------------------------------------------------------------------
 
 
-def _resign(saved, **changes) -> None:
-    """Change a header and sign it again, so that the checks behind the hash are reached."""
-    header = {**json.loads((saved / "vitq.json").read_text()), **changes}
-    header.pop("sha256")
-    tensors = safetensors.torch.load_file(saved / "model.safetensors")
-    (saved / "vitq.json").write_text(json.dumps({**header, "sha256": checkpoint._digest(header, tensors)}))
+def _rewrite(saved, signed: bool, config: dict | None = None, **header) -> None:
+    """Change a config and the header in it, and sign them again, so that the checks behind the hash are reached, or not."""
+    path = saved / "config.json"
+    found = {**json.loads(path.read_text()), **(config or {})}
+    found["quantization_config"].update(header)
+    path.write_text(json.dumps(found))
+    if signed:
+        found["quantization_config"]["sha256"] = checkpoint_files.digest({**checkpoint_files.read_header(saved)}, checkpoint_files.read_tensors(saved))
+        path.write_text(json.dumps(found))
 
 
 def test_damaged_files(saved) -> None:
@@ -136,26 +142,60 @@ def test_damaged_files(saved) -> None:
 
 
 def test_changed_headers(saved) -> None:
-    header = json.loads((saved / "vitq.json").read_text())
-    config = header["config"]
-    (saved / "vitq.json").write_text(json.dumps({**header, "config": {**config, "rms_norm_eps": 0.1}}))
-    with pytest.raises(vitq.CheckpointError, match="SHA-256"):
-        vitq.load(saved)
-    for changes, message in [({"config": {**config, "hidden_size": 128}}, "tensor .* .LlamaForCausalLM. needs"),
-                             ({"config": {**config, "num_hidden_layers": 3}}, "missing tensors model.layers.2"),
-                             ({"config": {**config, "hidden_size": "wide"}}, "transformers .* cannot build the LlamaForCausalLM"),
-                             ({"config": {**config, "model_type": "no-such-type"}}, "cannot build the LlamaForCausalLM"),
-                             ({"config": {**config, "model_type": "gpt2"}}, "builds a GPT2LMHeadModel of the config, not a LlamaForCausalLM"),
-                             ({"library": "keras"}, "names the library 'keras'; models are of timm or transformers"),
-                             ({"schema": 99}, "schema 99.*upgrade")]:
-        (saved / "vitq.json").write_text(json.dumps(header))
-        _resign(saved, **changes)
+    text = (saved / "config.json").read_text()
+    for changes in ({"config": {"rms_norm_eps": 0.1}}, {"config": {"eos_token_id": 3}}, {"notes": {"model": "better"}}):
+        (saved / "config.json").write_text(text)
+        _rewrite(saved, False, **changes)
+        with pytest.raises(vitq.CheckpointError, match="SHA-256"):
+            vitq.load(saved)
+    recipe = vitq.Recipe.from_yaml("w8a8-dynamic").to_dict()
+    for changes, message in [({"config": {"hidden_size": 128}}, "tensor .* .LlamaForCausalLM. needs"),
+                             ({"config": {"num_hidden_layers": 3}}, "missing tensors model.layers.2"),
+                             ({"config": {"hidden_size": "wide"}}, "transformers .* cannot build the LlamaForCausalLM"),
+                             ({"config": {"model_type": "no-such-type"}}, "cannot build the LlamaForCausalLM"),
+                             ({"config": {"model_type": "gpt2"}}, "builds a GPT2LMHeadModel of the config, not a LlamaForCausalLM"),
+                             ({"config": {"architectures": None}}, "lacks architecture"), ({"config": {"dtype": "int8"}}, "dtype must be one of"),
+                             ({"recipe": recipe}, "does not fit|needs"), ({"recipe": {"name": "x", "bits": 3}}, "recipe is damaged"),
+                             ({"library": "keras"}, "names the library 'keras'; models are of timm or transformers")]:
+        (saved / "config.json").write_text(text)
+        _rewrite(saved, True, **changes)
         with pytest.raises(vitq.CheckpointError, match=message):
             vitq.load(saved)
-    del header["config"]
-    (saved / "vitq.json").write_text(json.dumps(header))
-    with pytest.raises(vitq.CheckpointError, match="lacks config"):
+    for broken, message in [(text[:-20], "config.json is damaged"), ("[]", "config.json is damaged: it holds a list"),
+                            ('{"model_type": "llama"}', "a model that vitq did not quantize"),
+                            ('{"quantization_config": {"quant_method": "gptq"}}', "a model that vitq did not quantize"),
+                            ('{"quantization_config": {"quant_method": "vitq"}}', "no schema number"),
+                            (text.replace('"schema": 3', '"schema": 99'), "schema 99.*upgrade")]:
+        (saved / "config.json").write_text(broken)
+        with pytest.raises(vitq.CheckpointError, match=message):
+            vitq.load(saved)
+
+
+def test_how_to_sample_may_be_edited(model, saved) -> None:
+    (saved / "generation_config.json").write_text('{"do_sample": true, "temperature": 0.5}')
+    assert vitq.load(saved).generation_config.temperature == 0.5
+    (saved / "generation_config.json").unlink()
+    assert torch.equal(vitq.load(saved)(ids()).logits, model(ids()).logits)
+    (saved / "generation_config.json").write_text("{")
+    with pytest.raises(vitq.CheckpointError, match="generation_config.json is damaged"):
         vitq.load(saved)
+
+
+def test_the_second_schema_still_loads(model, saved) -> None:
+    """It had all of the header in vitq.json, the generation config signed with it."""
+    header = {**checkpoint_files.read_header(saved), "schema": 2}
+    tensors = checkpoint_files.read_tensors(saved)
+    for name in ("config.json", "generation_config.json"):
+        (saved / name).unlink()
+    header["sha256"] = checkpoint_files.digest(header, tensors)
+    (saved / "vitq.json").write_text(json.dumps(header))
+    assert torch.equal(vitq.load(saved)(ids()).logits, model(ids()).logits)
+    (saved / "vitq.json").write_text(json.dumps({**header, "generation_config": {"temperature": 0.5}}))
+    with pytest.raises(vitq.CheckpointError, match="SHA-256"):
+        vitq.load(saved)
+    vitq.save(model, saved)
+    assert sorted(p.name for p in saved.iterdir()) == ["config.json", "generation_config.json", "model.safetensors"], "the old header is gone"
+    assert torch.equal(vitq.load(saved)(ids()).logits, model(ids()).logits)
 
 
 def test_without_transformers(saved, monkeypatch) -> None:
@@ -171,7 +211,7 @@ def test_an_interrupted_save_keeps_the_old_checkpoint(model, saved, monkeypatch)
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupt)
+    monkeypatch.setattr(checkpoint_files, "save_file", interrupt)
     with pytest.raises(KeyboardInterrupt):
         vitq.save(converted(), saved)
     assert [p.name for p in saved.parent.iterdir()] == ["ckpt"] and torch.equal(vitq.load(saved)(ids()).logits, model(ids()).logits)

@@ -59,12 +59,17 @@ def executed_recipe(name: str, overrides: list[str]) -> vitq.Recipe:
     return recipe
 
 
+def names_vitq(header: Path) -> bool:
+    """Whether the file is one of a checkpoint that vitq wrote."""
+    return header.is_file() and '"vitq_version"' in header.read_text(encoding="utf-8", errors="replace")
+
+
 @contextlib.contextmanager
 def writable(folder: Path, checkpoint: Path | None = None) -> Iterator[None]:
     """Fails before any work where `folder`, or a checkpoint in it, cannot be written; leaves no empty folder behind if the work fails."""
     made = [f for f in (folder, *folder.parents) if not f.exists()]
     vitq.report.make_folder(folder)
-    if checkpoint is not None and checkpoint.exists() and not (checkpoint / "vitq.json").is_file():
+    if checkpoint is not None and checkpoint.exists() and not any(names_vitq(checkpoint / name) for name in ("vitq.json", "config.json")):
         raise ValueError(f"{checkpoint} exists and is no vitq checkpoint; choose another folder")
     try:
         yield

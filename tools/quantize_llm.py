@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--benchmark", action="store_true", help="time prefill and decode of a window, in 16-bit floats and quantized")
     p.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="of what stays in float (default: the device's)")
     p.add_argument("--memory", type=float, default=2.0, metavar="GB", help="what a solver's Gram matrices may take at once (default 2)")
-    p.add_argument("--save", type=Path, metavar="DIR", help="write the checkpoint there (DIR/RECIPE for each of several), and reload it")
+    p.add_argument("--save", type=Path, metavar="DIR", help="write the checkpoint and the tokenizer there (DIR/RECIPE for each of several), and reload it")
     p.add_argument("--load", type=Path, metavar="DIR", help="measure this checkpoint instead of quantizing")
     p.add_argument("--output", type=Path, metavar="DIR", help="folder for report.json and table.md")
     add_blocks(p)
@@ -184,9 +184,10 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
         console.note(note)
     console.result(f"\nWhat runs, {found['recipe']}\n" + vitq.report.kernel_table(found["kernels"]))
     with checkpoint_of(args, model, loaded.name, targets.get(found["recipe"])) as folder:
-        found["bytes"] = sum(file.stat().st_size for file in folder.iterdir())
+        found["bytes"] = sum(file.stat().st_size for file in folder.glob("model*"))  # without a tokenizer
         found["part_of_fp16"] = found["bytes"] / (2 * sum(p.numel() for p in loaded.model.parameters()))
         if args.save:
+            loaded.tokenizer.save_pretrained(folder)
             found["checkpoint"], found["reload"] = folder, reloads(args, folder, model, text.eval[:1].to(model.device), console)
     if args.benchmark:
         name, half = half_of(loaded.model)

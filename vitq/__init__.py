@@ -16,6 +16,7 @@ _PUBLIC = {
     "Recipe": "vitq.recipe", "recipes": "vitq.recipe",
     "Statistics": "vitq.calib.statistics", "act_scales": "vitq.calib.act_scales",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
+    "push_to_hub": "vitq.publish",
     "UnsupportedModelError": "vitq.models",
     "load_model": "vitq.models.zoo", "resolve_name": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",
     "open_images": "vitq.calib.data", "batches": "vitq.calib.data", "data_config": "vitq.calib.data",

@@ -75,8 +75,9 @@ class TransformersBuilder:
         import transformers
 
         architecture, config = type(model).__bases__[-1].__name__, model.config  # of the class that was converted
-        fields = json.loads(config.to_json_string(use_diff=False))
-        fields.pop("quantization_config", None)  # of the file that the float weights came from
+        fields = {**json.loads(config.to_json_string(use_diff=False)), "architectures": [architecture], "dtype": str(model.vitq.dtype)[6:]}
+        for key in ("quantization_config", "_name_or_path"):  # of the file that the float weights came from
+            fields.pop(key, None)
         return ({"transformers_version": transformers.__version__, "architecture": architecture, "config": fields,
                  "attention": config._attn_implementation, "generation_config": json.loads(model.generation_config.to_json_string())},
                 {"name": config.name_or_path or architecture, **source})

@@ -248,12 +248,9 @@ def test_models_that_are_not_known() -> None:
         prepare(flash)
 
 
-def test_what_cannot_be_done_is_refused(tmp_path) -> None:
+def test_what_cannot_be_done_is_refused() -> None:
     converted = vitq.convert(build(), quick("w8a8-dynamic"))
-    with pytest.raises(TypeError, match="use vitq.save"):
-        converted.save_pretrained(tmp_path / "m")
     with pytest.raises(ValueError, match="already quantized"):
         vitq.convert(converted)
     with pytest.raises(RuntimeError, match="cannot be trained"):
         converted.train()
-    assert not (tmp_path / "m").exists()

@@ -108,7 +108,8 @@ def test_everything_is_in_the_report(done, folder, text) -> None:
         assert row["perplexity"] == pytest.approx(vitq.perplexity(vitq.load(checkpoint), found.eval))
         assert row["ratio"] == pytest.approx(row["perplexity"] / rows["float"]["perplexity"])
         assert row["simulated"] == pytest.approx(row["perplexity"], rel=0.02)
-        assert row["bytes"] == sum(f.stat().st_size for f in checkpoint.iterdir()) and row["reload"] is True
+        assert row["bytes"] == (checkpoint / "model.safetensors").stat().st_size and row["reload"] is True
+        assert transformers.AutoTokenizer.from_pretrained(checkpoint)("day")["input_ids"] == source.tokenizer("day")["input_ids"]
         assert row["part_of_fp16"] == pytest.approx(row["bytes"] / 2 / sum(p.numel() for p in source.model.parameters()))
         assert row["calibration"]["windows"] == (0 if name == "w8a8-dynamic" else 4) and row["calibration"]["seconds"] > 0
         assert row["speed"]["quantized"]["prefill"]["median_ms"] > 0 and set(row["speed"]) == {"bfloat16", "quantized"}

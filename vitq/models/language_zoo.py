@@ -44,7 +44,8 @@ def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto") ->
     config = transformers.AutoConfig.from_pretrained(where, **options)
     if quantized := getattr(config, "quantization_config", None):
         method = quantized.get("quant_method") if isinstance(quantized, dict) else getattr(quantized, "quant_method", None)
-        raise ValueError(f"{name} is quantized already ({method or type(quantized).__name__}): give the float model it was made of")
+        read = "; vitq.load reads it (--load of the tools)" if method == "vitq" else ""
+        raise ValueError(f"{name} is quantized already ({method or type(quantized).__name__}): give the float model it was made of{read}")
     known = {cls.__name__: cls for cls in adapters_of("transformers")}
     try:
         cls = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -82,14 +83,9 @@ def _hub_options(name: str) -> dict[str, Any]:
     """
     import huggingface_hub
 
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        reason = "HF_HUB_OFFLINE is set"
-    else:
-        try:
-            hub.probe(huggingface_hub.constants.ENDPOINT)
-            return {}
-        except hub.Unavailable as error:
-            reason = str(error)
+    reason = hub.unreachable()
+    if reason is None:
+        return {}
     if not isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str):
         raise ConnectionError(f"{name} is neither a folder nor in the hub's cache, and the hub cannot give it: {reason}")
     return {"local_files_only": True}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -81,8 +82,27 @@ class Quantized:
 class QuantizedDecoder(Quantized):
     """A language model of transformers: its own code runs, `generate` and all."""
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        raise TypeError("from_pretrained would not build a quantized model again: use vitq.save(model, folder) and vitq.load(folder)")
+    def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: int | str = "50GB", push_to_hub: bool = False,
+                        **hub: Any) -> None:
+        """Write a folder that `AutoModelForCausalLM.from_pretrained` opens after `import vitq.hf`, and `vitq.load` too: what `vitq.save` writes.
+
+        push_to_hub: upload it as well, with what `vitq.push_to_hub` takes (repo_id, by default the folder's name; private, token, commit_message).
+        Raises as these two do, TypeError for other arguments of transformers' own method.
+        """
+        import vitq  # its public names, as a user has them: modules know nothing of checkpoints
+
+        if hub and not push_to_hub:
+            raise TypeError(f"save_pretrained of a quantized model takes max_shard_size, and with push_to_hub=True repo_id, private, token and "
+                            f"commit_message; got {', '.join(hub)}")
+        folder = vitq.save(self, save_directory, max_shard_size=max_shard_size)
+        if push_to_hub:
+            vitq.push_to_hub(self, hub.pop("repo_id", folder.name), max_shard_size=max_shard_size, **hub)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """As `vitq.push_to_hub`."""
+        import vitq
+
+        return vitq.push_to_hub(self, repo_id, **options)
 
 
 class QuantizedModel(Quantized):
