@@ -23,7 +23,7 @@ from vitq.conversion import linear_module, model_info
 from vitq.formats import QTensor
 from vitq.nn.packed import PackedModule
 from vitq.ops.functional import quantize
-from vitq.recipe import Recipe
+from vitq.recipe import ROLES, Recipe, operands
 from vitq.timing import time_model
 
 _BLOCK = re.compile(r"(.*\bblocks)\.\d+\b")
@@ -82,9 +82,17 @@ def int8_layer(in_features: int, out_features: int, x: Tensor, recipe: str = "w8
 
 
 def quick_recipe(name: str, calib_size: int = 8) -> Recipe:
-    """A recipe for timing: few calibration images and no search for ranges, which does not change the speed."""
+    """A recipe for timing: few calibration images, no search for ranges and nothing learned, which does not change the speed. What would be learned of an
+    input are Hadamard's matrices and a fixed clip."""
     recipe = Recipe.from_yaml(name)
     changes = ["weight.observer=minmax"]
+    if recipe.learns:
+        changes += ["block_gradient={}", "transforms=[]"]
+        for role in ROLES:
+            for operand in operands(role):
+                spec = getattr(recipe.resolve(role), operand)
+                changes += [f"{role}.{operand}.transform=hadamard"] if spec.transform == "learned" else []
+                changes += [f"{role}.{operand}.observer=minmax", f"{role}.{operand}.clip_ratio=0.9"] if spec.dynamic and spec.observer == "learned" else []
     if recipe.needs_data:
         changes += [f"calib_size={calib_size}", "input.observer=minmax"]
     return recipe.with_overrides(changes)

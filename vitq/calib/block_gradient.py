@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {"epochs": 15, "batch_size": 4, "learning_rate": 5e-3
                             "mixed_precision": False, "seed": 0}
 CLIP_RATE = 10.0  # how much faster clips are learned than matrices, as in FlatQuant's code
 CLIP_START = 4.0  # of a logit: 0.982 of the range
+LARGEST_CONDITION = 1e5  # of a matrix in float16, whose inverse is in the weights
 RATE_END = 1e-3  # the part of the learning rate that is left at the end of a cosine
 
 
@@ -298,9 +299,18 @@ def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: l
     finally:
         for handle in handles:
             handle.remove()
-    return Learned({one.sites[0].name: one.found() for one in shared},
-                   {kv: CacheParams(*(fmt if row is None else row.found(fmt) for row, fmt in zip(pair, (formats[kv].k, formats[kv].v))))
-                    for kv, pair in rows.items()}, errors)
+    found = Learned({one.sites[0].name: one.found() for one in shared},
+                    {kv: CacheParams(*(fmt if row is None else row.found(fmt) for row, fmt in zip(pair, (formats[kv].k, formats[kv].v))))
+                     for kv, pair in rows.items()}, errors)
+    for params in (*found.inputs.values(), *(fmt for pair in found.caches.values() for fmt in (pair.k, pair.v) if fmt is not None)):
+        _check_invertible(params.transform, name)
+    return found
+
+
+def _check_invertible(transform: Kronecker | None, name: str) -> None:
+    for matrix in () if transform is None else (transform.left, transform.right):
+        if matrix is not None and not (bool(matrix.isfinite().all()) and float(torch.linalg.cond(matrix.double())) < LARGEST_CONDITION):
+            raise ValueError(f"block_gradient: a matrix of {name!r} can no longer be inverted: give a smaller block_gradient.learning_rate")
 
 
 def integer_sites(sites: list[LinearSite], plan: Plan) -> list[LinearSite]:

@@ -179,6 +179,8 @@ class QuantizedStream:
             stats, layers, learned = done
             for sites in sorted(part.groups, key=lambda sites: sites not in rows):
                 early.update(input_formats(model, sites, recipe, stats, plan))
+            if recipe.learns and self.floats is not None:
+                onward_floats = chain.run(index, self.floats, (), onward)
             _mixed(chain, index, plan, early, [], None, done)
             fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()] if onward else []
         self.quantized = chain.run(index, self.quantized, (), onward)

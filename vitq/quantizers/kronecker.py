@@ -20,6 +20,8 @@ def sizes(features: int, heads: int | None = None) -> tuple[int | None, int | No
     """
     if heads is not None:
         return (heads, None) if 1 < heads <= LARGEST else (None, None)
+    if features < LEAST:
+        return None, None
     left = next(d for d in range(math.isqrt(features), 0, -1) if features % d == 0)
     if features // left <= LARGEST:
         return (left if left > 1 else None), features // left
