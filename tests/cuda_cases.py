@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vitq.cuda.layout import bits_of, exchange_bytes, pack_weight, pad_columns, permute_rows, round_up, starts_of
+from vitq.cuda.layout import bits_of, exchange_bytes, pack_transform, pack_weight, pad_columns, permute_rows, round_up, starts_of
 from vitq.formats import int_range, pack_int4
 
 
@@ -391,6 +391,53 @@ for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
     for dynamic in (False, True):
         case(f"rows merge {shape} dynamic {dynamic}", "rows",
              lambda s=shape, d=dynamic: rows(randn(*s).half(), merge=True, norm="layer_norm", dynamic=d), 1e-3, 1e-5)
+
+
+def transformed_rows(m: int, k: int, left: int = 0, right: int = 0, *, dtype: torch.dtype = torch.float16, bits: int = 8, shift: bool = False,
+                     clip: tuple[float, float] | None = None, gate: str = "", norm: str = "", affine: bool = True, pad: bool = True) -> dict[str, Any]:
+    """Matrices near Hadamard's size, which leave a row as large as it was; rows of codes at multiples of 16 bytes where `pad`."""
+    x = awkward(m, 2 * k if gate else k).to(dtype)
+    if m and dtype != torch.float16 and (left or right) and not gate and not norm:
+        x[m - 1, k - 1] = 1e9  # beyond float16, where it ends at its largest number
+    result: dict[str, Any] = dict(
+        out=torch.zeros(m, round_up(k, 16), dtype=torch.int8)[:, :k] if pad else torch.zeros(m, k, dtype=torch.int8), x=x, row_scale=torch.zeros(m), bits=bits,
+        gate=gate, norm=norm, eps=1e-6)
+    for name, size, seed in (("left", left, 8), ("right", right, 9)):
+        if size:
+            result |= {name: pack_transform((randn(size, size, seed=seed) * size**-0.5).half(), name == "right"), f"{name}_size": size}
+    if shift:
+        result["row_shift"] = torch.zeros(m)
+    if clip:
+        result["clip"] = torch.tensor(clip)
+    if norm and affine:
+        result["weight"] = randn(k, seed=3) + 1
+        result |= dict(bias=randn(k, seed=4)) if norm == "layer_norm" else {}
+    return result
+
+
+MATRICES = ((64, 64), (86, 128), (112, 128), (128, 224), (24, 24), (32, 48), (12, 24), (5, 7), (1, 200), (43, 43), (100, 20), (170, 180), (12, 0, 768),
+            (32, 0, 4096), (7, 0, 91), (64, 0, 5120), (129, 0, 516), (0, 128, 5120), (0, 37, 111), (0, 8, 8000), (0, 256, 12800))
+BEFORE: tuple[dict[str, Any], ...] = ({}, {"clip": (0.9, 0.8)}, {"shift": True}, {"shift": True, "clip": (0.7, 0.95), "bits": 4}, {"bits": 4, "clip": (0.6, 1.0)},
+                                      {"norm": "rms_norm", "clip": (0.9, 0.8)}, {"norm": "layer_norm"}, {"gate": "silu"}, {"gate": "gelu", "shift": True},
+                                      {"gate": "gelu_tanh", "clip": (0.9, 0.9), "bits": 4}, {"gate": "relu"})
+for i, (left, right, *rest) in enumerate(MATRICES):
+    for j, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32)):
+        for options in BEFORE if (left, right) in ((64, 64), (5, 7), (32, 0), (0, 128)) else (BEFORE[j], BEFORE[3 + (i + j) % 8], BEFORE[(i + j) % 11]):
+            name = f"transformed_rows {left}x{right} of {rest or [left * right]} {dtype} {options}"
+            if name not in CASES:
+                case(name, "transformed_rows", lambda l=left, r=right, k=(rest or [left * right])[0], d=dtype, o=options, m=(1, 5, 37)[(i + j) % 3]:
+                     transformed_rows(m, k, l, r, dtype=d, **o), 5e-3, 1e-3)
+for m in (0, 300, 3001):  # blocks that have several tokens at once, and one after the other
+    for left, right, k in ((64, 64, 4096), (86, 128, 11008), (24, 24, 576), (32, 0, 4096), (0, 64, 448)):
+        case(f"transformed_rows {m} of {left}x{right}", "transformed_rows", lambda m=m, l=left, r=right, k=k: transformed_rows(m, k, l, r, clip=(0.9, 0.95)), 5e-3, 1e-3)
+for k in (384, 11008, 77, 32768, 5003, 1):
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for options in ({}, {"shift": True}, {"clip": (0.5, 0.75)}, {"clip": (0.5, 0.75), "shift": True, "bits": 4}):
+            case(f"transformed_rows without matrices {k} {dtype} {options}", "transformed_rows", lambda k=k, d=dtype, o=options: transformed_rows(
+                5, k, dtype=d, pad=k != 384, **o))
+        for options in BEFORE[5:]:
+            case(f"transformed_rows without matrices {k} {dtype} {options}", "transformed_rows", lambda k=k, d=dtype, o=options: transformed_rows(
+                5, k, dtype=d, **o), 5e-3, 1e-3)
 
 for shape, patch in (((2, 3, 224, 224), (16, 16)), ((1, 3, 30, 33), (14, 14)), ((2, 3, 56, 56), (4, 4)),
                      ((0, 3, 32, 32), (16, 16)), ((1, 1, 9, 7), (3, 2)),

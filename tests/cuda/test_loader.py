@@ -60,7 +60,7 @@ def test_sizes_and_offsets_are_the_compilers(tmp_path: Path) -> None:
 
 
 def test_constants_are_the_headers() -> None:
-    for name in ("ABI_VERSION", "FEW_ROWS", "PACKED_GROUP", "MOST_HEADS"):
+    for name in ("ABI_VERSION", "FEW_ROWS", "PACKED_GROUP", "MOST_HEADS", "TRANSFORM_SIZE"):
         assert int(re.search(rf"#define VITQ_{name} (\d+)", TEXT)[1]) == getattr(loader, name), name
     assert int(re.search(r"#define VITQ_MAX_SEGMENTS (\d+)", TEXT)[1]) == loader.MAX_SEGMENTS
 
@@ -71,6 +71,7 @@ def test_constants_are_the_headers() -> None:
             torch.int8: value("VITQ_S8"), torch.uint8: value("VITQ_S4")} == loader.DTYPES
     assert {"": value("VITQ_NO_ACTIVATION"), "relu": value("VITQ_RELU"), "gelu": value("VITQ_GELU"),
             "gelu_tanh": value("VITQ_GELU_TANH")} == loader.ACTIVATIONS
+    assert loader.GATES == loader.ACTIVATIONS | {"silu": value("VITQ_SILU")}
     assert {"": value("VITQ_NO_NORM"), "layer_norm": value("VITQ_LAYER_NORM"), "rms_norm": value("VITQ_RMS_NORM")} == loader.NORMS
 
 

@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import CASES, attention, dequantize, linear, rows, weight_only
+from cuda_cases import CASES, attention, dequantize, linear, rows, transformed_rows, weight_only
 from torch import Tensor
 
 import vitq.cuda
 import vitq.evaluate
 from vitq.cuda import loader
 
-NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "patches", "widen_int4")
+NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "transformed_rows", "patches", "widen_int4")
 OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
-           "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "patches": ("out",), "widen_int4": ("out",)}
+           "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "transformed_rows": ("out", "row_scale", "row_shift"),
+           "patches": ("out",), "widen_int4": ("out",)}
 
 
 # running them ----------------------------------------------------------------------------------------------------------
@@ -355,6 +356,14 @@ REFUSED = {
         ({"row_scale": torch.zeros(3)}, "row_scale is"),
         ({"fp_order": torch.zeros(2, dtype=torch.int32)}, "fp_order is given alone"), ({"merge": True}, "[.., H, W, C]"),
         ({"residual": torch.zeros(4, 7)}, "residual is")],
+    "transformed_rows": [
+        ({"x": torch.zeros(4, 24, dtype=torch.int32)}, "x is torch.int32"), ({"x": torch.zeros(24, 4).t()}, "contiguous columns"),
+        ({"gate": "tanh"}, "'tanh'"), ({"norm": "batch"}, "'batch'"), ({"norm": "rms_norm", "gate": "silu"}, "'rms_norm' with a gate"),
+        ({"norm": "rms_norm", "bias": torch.zeros(24)}, "weight, bias is given"), ({"weight": torch.zeros(24)}, "weight, bias is given"),
+        ({"gate": "silu"}, "out is torch.int8 [4, 24]"), ({"gate": "silu", "x": torch.zeros(4, 25)}, "[M, 2 K]"), ({"bits": 9}, "2 to 8 bits"),
+        ({"left_size": 0}, "left_size is 0"), ({"left_size": 5}, "left_size is 5"), ({"right_size": 512}, "right_size is 512"),
+        ({"left": torch.zeros(4, 4).half()}, "layout.pack_transform"), ({"right_size": 2}, "left_size, right_size is 4, 2"),
+        ({"row_scale": torch.zeros(3)}, "row_scale is"), ({"clip": torch.zeros(3)}, "clip is"), ({"clip": torch.zeros(2).half()}, "clip is")],
     "patches": [({"images": torch.zeros(2, 3, 8, 8).permute(0, 2, 3, 1)}, "contiguous float [B, C, H, W]"),
                 ({"patch_h": 0}, "(0, 4)"), ({"out": torch.zeros(8, 47, dtype=torch.int8)}, "int8 [8, 48]"),
                 ({"scale": -1.0}, "scale is -1.0")],
@@ -363,6 +372,7 @@ REFUSED = {
 }
 VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "linear": lambda: linear(8, 40, 64), "attention": lambda: attention(2, 5, 2, 16), "rows": lambda: rows(torch.zeros(4, 8)),
+    "transformed_rows": lambda: transformed_rows(4, 24, 4, 6),
     "patches": lambda: dict(out=torch.zeros(8, 48, dtype=torch.int8), images=torch.zeros(2, 3, 8, 8), patch_h=4, patch_w=4,
                             scale=1.0, zero_point=0, bits=8),
     "widen_int4": lambda: dict(out=torch.zeros(32, 64, dtype=torch.int8), packed=torch.zeros(32, 32, dtype=torch.uint8)),
@@ -399,7 +409,7 @@ def launched(monkeypatch) -> list:
     from vitq.cuda import ops, tuning
 
     calls: list = []
-    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_linear_few", "vitq_attention", "vitq_rows", "vitq_patches", "vitq_weight_only", "vitq_dequantize")
+    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_linear_few", "vitq_attention", "vitq_rows", "vitq_transformed_rows", "vitq_patches", "vitq_weight_only", "vitq_dequantize")
     monkeypatch.setattr(loader, "library", lambda: type("Library", (), {name: name for name in names}))
     monkeypatch.setattr(ops, "_launch", lambda function, arguments, device: calls.append((function, arguments)) or 0)
     monkeypatch.setattr(tuning, "pick", lambda case, device: ("sm80", -1))
@@ -464,6 +474,19 @@ def test_the_struct_of_rows(launched: list) -> None:
     ops._rows(**rows(torch.zeros(2, 7, 5, 8), merge=True))
     s = launched[1][1]
     assert (s.m, s.columns, s.merge_height, s.merge_width) == (2 * 4 * 3, 32, 7, 5)
+
+
+def test_the_struct_of_transformed_rows(launched: list) -> None:
+    from vitq.cuda import ops
+
+    arguments = transformed_rows(5, 30, 5, 6, dtype=torch.bfloat16, gate="silu", shift=True, clip=(0.5, 0.6), bits=4)
+    ops._transformed_rows(**arguments)
+    (function, s), = launched
+    assert function == "vitq_transformed_rows"
+    assert (s.m, s.columns, s.x_stride, s.x_dtype, s.gate, s.norm, s.left_size, s.right_size) == (5, 30, 60, 2, 4, 0, 5, 6)
+    assert (s.qmin, s.qmax, s.out_stride) == (-8, 7, 32)
+    assert (s.x, s.left, s.right, s.clip, s.out, s.row_scale, s.row_shift) == tuple(
+        arguments[n].data_ptr() for n in ("x", "left", "right", "clip", "out", "row_scale", "row_shift"))
 
 
 def test_the_struct_of_attention(launched: list) -> None:

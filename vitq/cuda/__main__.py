@@ -11,7 +11,7 @@ import torch
 from vitq.cuda import fallback, loader, tuning
 from vitq.ops.dispatch import registered
 
-OPS = ("linear", "attention", "layer_norm_quantize", "quantize", "quantize_patches", "layer_norm")
+OPS = ("linear", "attention", "layer_norm_quantize", "quantize", "gated_quantize", "quantize_patches", "layer_norm")
 
 
 def report() -> str:

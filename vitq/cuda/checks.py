@@ -247,6 +247,39 @@ def rows(out, x, residual, sum, norm, weight, bias, order, scale, bits, row_scal
     return m, columns, out_columns
 
 
+def transformed_rows(out, x, row_scale, row_shift, gate, norm, weight, bias, left, right, left_size, right_size, clip, bits) -> tuple[int, int]:
+    """Rows and columns; ValueError or TypeError that names the argument."""
+    op = "transformed_rows"
+    if x.dtype not in FLOATS or x.ndim != 2 or x.stride(1) != 1 and x.shape[1] > 1:
+        refuse(op, "x", f"{x.dtype} {list(x.shape)} with strides {list(x.stride())}", "float16, bfloat16 or float32 [M, K] with contiguous columns", TypeError)
+    if gate not in loader.GATES:
+        refuse(op, "gate", repr(gate), ", ".join(map(repr, loader.GATES)))
+    if norm not in loader.NORMS or norm and gate:
+        refuse(op, "norm", repr(norm) + " with a gate" * bool(gate), ", ".join(map(repr, loader.NORMS)) + ", '' with a gate")
+    if bias is not None and norm != "layer_norm" or weight is not None and not norm:
+        refuse(op, "weight, bias", f"given with norm {norm!r}", "those of a norm, of which 'rms_norm' has no bias")
+    if gate and x.shape[1] % 2:
+        refuse(op, "x", list(x.shape), "[M, 2 K] with a gate")
+    m, columns = x.shape[0], x.shape[1] // (2 if gate else 1)
+    if out.dtype != torch.int8 or out.shape != (m, columns) or out.stride(1) != 1 and columns > 1 or not columns:
+        refuse(op, "out", f"{out.dtype} {list(out.shape)}", f"int8 [{m}, {columns}] with contiguous columns, at least one")
+    int_range(bits)
+    for name, matrix, size, step in (("left", left, left_size, 16), ("right", right, right_size, 32)):
+        shape = (round_up(size, step) // 16, round_up(size, 16) // 16, 32, 8)
+        if (matrix is None) != (size == 0) or not 0 <= size <= loader.TRANSFORM_SIZE or size and columns % size:
+            refuse(op, f"{name}_size", size, f"up to {loader.TRANSFORM_SIZE}, a divisor of {columns}, or 0 without {name}")
+        if matrix is not None and (matrix.dtype != torch.float16 or matrix.shape != shape or not matrix.is_contiguous()):
+            refuse(op, name, f"{matrix.dtype} {list(matrix.shape)}", f"as layout.pack_transform makes it for {size} numbers: float16 {list(shape)}")
+    if left is not None and right is not None and left_size * right_size != columns:
+        refuse(op, "left_size, right_size", f"{left_size}, {right_size}", f"factors of {columns}")
+    for name, tensor, size in (("row_scale", row_scale, m), ("row_shift", row_shift, m), ("weight", weight, columns), ("bias", bias, columns),
+                               ("clip", clip, 2)):
+        if tensor is not None and (tensor.dtype != torch.float32 or tensor.numel() != size or not tensor.is_contiguous()):
+            refuse(op, name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous float32 of {size} elements")
+    _same_device(op, out, x, row_scale, row_shift, weight, bias, left, right, clip)
+    return m, columns
+
+
 def patches(out, images, patch_h, patch_w, scale) -> None:
     """ValueError or TypeError that names the argument."""
     if images.dtype not in FLOATS or images.ndim != 4 or not images.is_contiguous():

@@ -22,6 +22,7 @@ from vitq.formats import ActivationFormat, QTensor, pack_int4
 from vitq.ops.attention import AttentionSpec, CutsWindows, why_not_static_int8
 from vitq.ops.common import signed
 from vitq.ops.dispatch import register
+from vitq.ops.gated import GatedByQuantize
 from vitq.ops.layer_norm import LayerNormSpec
 from vitq.ops.linear import LinearSpec, check_float_only, fold
 from vitq.ops.patches import PatchesByQuantize, PatchesSpec
@@ -78,6 +79,8 @@ class TritonLayerNorm:
     name = "triton-layer-norm"
 
     def supports(self, spec: LayerNormSpec) -> str | None:
+        if spec.rms:
+            return "it takes no RMSNorm"
         for parameter in (spec.weight, spec.bias):
             if parameter is not None and parameter.numel() > WIDEST_LAYER_NORM:
                 return f"{parameter.numel()} features, more than the {WIDEST_LAYER_NORM} that one program holds"
@@ -95,6 +98,12 @@ class TritonLayerNorm:
         codes, scales = layer_norm.layer_norm_quantize(x, packed.weight, packed.bias, packed.eps, packed.output)
         codes, fmt = ordered(codes, packed.output), packed.output
         return QTensor(codes, fmt.scale, fmt.zero_point) if scales is None else QTensor(codes, scales, 0)
+
+
+@register("gated_quantize", "cuda")
+class TritonGated(GatedByQuantize):
+    name = "torch+triton-quantize"
+    quantize = TritonQuantize()
 
 
 @register("quantize_patches", "cuda")

@@ -11,6 +11,10 @@ times 16.
 Where inputs are floats (`weight_only`) the middle two of each four int4 bytes are exchanged: `w & 0x000F000F` then holds codes of two
 neighbouring k, the halves of one operand of the MMA.
 
+Matrices that rows are multiplied with before they are quantized (`transformed_rows`) lie in the order of the MMA's fragments: tiles of 16 outputs x 16
+inputs, of which lane 4 g + t has eight halves side by side, outputs g and g + 8 of inputs 2 t, 2 t + 1, then those of inputs 2 t + 8, 2 t + 9. Of a right
+matrix each 32 outputs are permuted, 8 q + g holds 4 g + q, so that a lane's results are four neighbours.
+
 What goes with a row (scales, biases) stays in logical order, padded to the same n. Constants of groups of columns are [G, N'], of each eight
 neighbouring rows the even ones first: a lane of the MMA then has those of its four rows side by side.
 """
@@ -62,6 +66,26 @@ def widen(packed: Tensor) -> Tensor:
     blocks = packed.shape[0], packed.shape[1] // 32, 32
     nibbles = torch.stack((low.view(blocks), high.view(blocks)), dim=2)
     return ((nibbles ^ 8) - 8).view(torch.int8).reshape(packed.shape[0], packed.shape[1] * 2)
+
+
+def pack_transform(matrix: Tensor, right: bool) -> Tensor:
+    """A float16 matrix [K, N], inputs by outputs, in the order of fragments: [N'/16, K'/16, 32, 8], K' the next multiple of 16, N' of 16 or, of a right one,
+    32."""
+    k, n = matrix.shape
+    m = F.pad(matrix.T, (0, -k % 16, 0, -n % (32 if right else 16)))
+    if right:
+        m = m.reshape(-1, 8, 4, m.shape[1]).transpose(1, 2).reshape(m.shape)
+    tiles = m.reshape(m.shape[0] // 16, 2, 8, m.shape[1] // 16, 2, 4, 2)
+    return tiles.permute(0, 3, 2, 5, 4, 1, 6).reshape(tiles.shape[0], tiles.shape[3], 32, 8).contiguous()
+
+
+def unpack_transform(packed: Tensor, size: int, right: bool) -> Tensor:
+    """Undo `pack_transform`: the square matrix [size, size]."""
+    outputs, inputs = packed.shape[:2]
+    m = packed.reshape(outputs, inputs, 8, 4, 2, 2, 2).permute(0, 5, 2, 1, 4, 3, 6).reshape(16 * outputs, 16 * inputs)
+    if right:
+        m = m.reshape(-1, 4, 8, m.shape[1]).transpose(1, 2).reshape(m.shape)
+    return m[:size, :size].T
 
 
 def exchange_bytes(packed: Tensor) -> Tensor:

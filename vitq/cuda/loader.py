@@ -15,13 +15,15 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 7  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
+ABI_VERSION = 8  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 FEW_ROWS = 16  # VITQ_FEW_ROWS
 PACKED_GROUP = 128  # VITQ_PACKED_GROUP
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}  # VitqActivation
+GATES = ACTIVATIONS | {"silu": 4}
+TRANSFORM_SIZE = 256  # VITQ_TRANSFORM_SIZE
 NORMS = {"": 0, "layer_norm": 1, "rms_norm": 2}  # VitqNorm
 
 BUILD = "VITQ_BUILD_CUDA=1 pip install --no-build-isolation .   (in a checkout: `make cuda`)"
@@ -198,8 +200,36 @@ class Patches(Structure):
     ]
 
 
+class TransformedRows(Structure):
+    """`VitqTransformedRows`."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("x_dtype", c_int32),
+        ("m", c_int32),
+        ("columns", c_int32),
+        ("gate", c_int32),
+        ("norm", c_int32),
+        ("weight", c_void_p),
+        ("bias", c_void_p),
+        ("eps", c_float),
+        ("left", c_void_p),
+        ("right", c_void_p),
+        ("left_size", c_int32),
+        ("right_size", c_int32),
+        ("clip", c_void_p),
+        ("qmin", c_int32),
+        ("qmax", c_int32),
+        ("out", c_void_p),
+        ("out_stride", c_int64),
+        ("row_scale", c_void_p),
+        ("row_shift", c_void_p),
+    ]
+
+
 STRUCTS = {"VitqMatrix": Matrix, "VitqLinear": Linear, "VitqWeightOnly": WeightOnly, "VitqAttention": Attention, "VitqRows": Rows,
-           "VitqPatches": Patches}
+           "VitqPatches": Patches, "VitqTransformedRows": TransformedRows}
 FUNCTIONS: dict[str, list] = {
     "vitq_linear_sm90": [POINTER(Linear), c_void_p],
     "vitq_linear_sm80": [POINTER(Linear), c_void_p],
@@ -213,6 +243,8 @@ FUNCTIONS: dict[str, list] = {
     "vitq_attention_supports": [c_int32, c_int32, c_int32, c_int32],
     "vitq_rows": [POINTER(Rows), c_void_p],
     "vitq_patches": [POINTER(Patches), c_void_p],
+    "vitq_transformed_rows": [POINTER(TransformedRows), c_void_p],
+    "vitq_transformed_rows_supports": [c_int32, c_int32, c_int32],
     "vitq_widen_int4": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p],
     "vitq_abi_version": [],
     "vitq_error": [c_int],

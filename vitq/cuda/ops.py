@@ -57,6 +57,13 @@ SCHEMAS = {
             "Tensor? bias=None, float eps=0.0, Tensor? order=None, float scale=1.0, int zero_point=0, int bits=8, "
             "Tensor(c!)? row_scale=None, Tensor(d!)? row_shift=None, Tensor? fp_order=None, Tensor(e!)? fp_out=None, "
             "Tensor? counted=None, Tensor? starts=None, bool merge=False) -> ()",
+    # act(gate)·up or a norm, or neither -> leftᵀ·X·right of each row as a matrix X [A, B] -> dynamic codes, as `Kronecker.apply` and
+    # `quantize_per_token` with `clip` have it. x float [M, K], with a gate [M, 2 K]; out int8 [M, K]; row_scale float32 [M]; with row_shift float32 [M]
+    # asymmetric; weight, bias float32 [K]; left and right as layout.pack_transform makes them of A = left_size and B = right_size numbers, up to
+    # TRANSFORM_SIZE; clip float32 [2].
+    "transformed_rows": "(Tensor(a!) out, Tensor x, Tensor(b!) row_scale, *, Tensor(c!)? row_shift=None, str gate='', str norm='', "
+                        "Tensor? weight=None, Tensor? bias=None, float eps=0.0, Tensor? left=None, Tensor? right=None, int left_size=0, "
+                        "int right_size=0, Tensor? clip=None, int bits=8) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
     # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [G, N'] (even_first) and group uint8 [K], below
@@ -208,6 +215,23 @@ def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor
         loader.check("rows", code, f"{m} rows of {columns} {x.dtype}, norm {norm or 'none'}, out {out.dtype}")
 
 
+def _transformed_rows(out: Tensor, x: Tensor, row_scale: Tensor, *, row_shift: Tensor | None = None, gate: str = "", norm: str = "",
+                      weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, left: Tensor | None = None,
+                      right: Tensor | None = None, left_size: int = 0, right_size: int = 0, clip: Tensor | None = None, bits: int = 8) -> None:
+    m, columns = checks.transformed_rows(out, x, row_scale, row_shift, gate, norm, weight, bias, left, right, left_size, right_size, clip, bits)
+    if not m:
+        return
+    qmin, qmax = int_range(bits)
+    arguments = loader.TransformedRows(
+        x=x.data_ptr(), x_stride=x.stride(0) if m > 1 else 0, x_dtype=loader.DTYPES[x.dtype], m=m, columns=columns, gate=loader.GATES[gate],
+        norm=loader.NORMS[norm], weight=_pointer(weight), bias=_pointer(bias), eps=eps, left=_pointer(left), right=_pointer(right),
+        left_size=left_size, right_size=right_size, clip=_pointer(clip), qmin=qmin, qmax=qmax, out=out.data_ptr(),
+        out_stride=out.stride(0) if m > 1 else 0, row_scale=row_scale.data_ptr(), row_shift=_pointer(row_shift))
+    if code := _launch(loader.library().vitq_transformed_rows, arguments, out.device):
+        loader.check("transformed_rows", code, f"{m} rows of {columns} {x.dtype}, gate {gate or 'none'}, norm {norm or 'none'}, "
+                                               f"matrices of {left_size or 'no'} and {right_size or 'no'} numbers")
+
+
 def _patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: float, zero_point: int, bits: int) -> None:
     checks.patches(out, images, patch_h, patch_w, scale)
     if not out.numel():
@@ -273,7 +297,8 @@ def _launch(function: Any, arguments: Any, device: torch.device) -> int:
 
 
 def _register() -> None:
-    cuda = {"linear": _linear, "weight_only": _weight_only, "dequantize": _dequantize, "attention": _attention, "rows": _rows, "patches": _patches,
+    cuda = {"linear": _linear, "weight_only": _weight_only, "dequantize": _dequantize, "attention": _attention, "rows": _rows,
+            "transformed_rows": _transformed_rows, "patches": _patches,
             "widen_int4": _widen_int4}
     for name, schema in SCHEMAS.items():
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.cuda import checks
-from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, unpack_weight, widen
-from vitq.formats import RANGE_MIN, int_range, pack_int4, to_float16, unpack_int4
+from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, unpack_transform, unpack_weight, widen
+from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range, pack_int4, to_float16, unpack_int4
 from vitq.ops.common import activate, fma32
+from vitq.ops.gated import gated
 from vitq.ops.linear import int_matmul
+from vitq.ops.quantize import ReferenceQuantize
 
 
 def linear(out: Tensor, codes: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, weight_bits: int = 8,
@@ -187,6 +189,26 @@ def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor 
         q = torch.round(ordered / torch.tensor(scale)) + zero_point
     q = q.clamp(qmin, qmax).to(torch.int8)
     out.copy_((pack_int4(q) if out.dtype == torch.uint8 else q).view(out.shape))
+
+
+def transformed_rows(out: Tensor, x: Tensor, row_scale: Tensor, *, row_shift: Tensor | None = None, gate: str = "", norm: str = "",
+                     weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, left: Tensor | None = None,
+                     right: Tensor | None = None, left_size: int = 0, right_size: int = 0, clip: Tensor | None = None, bits: int = 8) -> None:
+    m, columns = checks.transformed_rows(out, x, row_scale, row_shift, gate, norm, weight, bias, left, right, left_size, right_size, clip, bits)
+    if not m:
+        return
+    y = gated(x, gate) if gate else x
+    if norm:
+        y = y.double() - (y.double().mean(-1, keepdim=True) if norm == "layer_norm" else 0.0)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
+        y = (y * (1.0 if weight is None else weight.double()) + (0.0 if bias is None else bias.double())).float()
+    matrices = (None if left is None else unpack_transform(left, left_size, False), None if right is None else unpack_transform(right, right_size, True))
+    transform = None if left is None and right is None else Kronecker(*matrices)
+    q = ReferenceQuantize().run(ActivationFormat(bits, dynamic=True, symmetric=row_shift is None, transform=transform, clip=clip), y)
+    out.copy_(q.codes)
+    row_scale.copy_(q.scale.view(row_scale.shape))
+    if row_shift is not None:
+        row_shift.copy_(q.shift.view(row_shift.shape))
 
 
 def patches(out: Tensor, images: Tensor, patch_h: int, patch_w: int, scale: float, zero_point: int, bits: int) -> None:

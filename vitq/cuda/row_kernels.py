@@ -1,7 +1,8 @@
-"""The compiled row kernels of the CUDA backend, as `vitq.ops.dispatch` sees them: quantize, LayerNorm, patches of images."""
+"""The compiled row kernels of the CUDA backend, as `vitq.ops.dispatch` sees them: quantize, norms, gates, patches of images."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,14 @@ from torch import Tensor
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
 from vitq.cuda.checks import FLOATS
-from vitq.cuda.layout import bits_of, round_up, starts_of
+from vitq.cuda.layout import bits_of, pack_transform, round_up, starts_of
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
 from vitq.ops.float_norm import FloatNormSpec
-from vitq.ops.layer_norm import LayerNormSpec
+from vitq.ops.gated import GatedByQuantize, GatedSpec, gated
+from vitq.ops.layer_norm import LayerNormSpec, ReferenceLayerNorm
 from vitq.ops.patches import PatchesSpec, nan_guard
-from vitq.ops.quantize import on_device
+from vitq.ops.quantize import ReferenceQuantize, on_device
 
 WIDEST_ROW = 32768  # features that csrc/rows.cu takes
 
@@ -43,7 +45,7 @@ class PackedRows:
 
 
 class CudaRows:
-    """Floats to codes in one pass over memory, with or without a LayerNorm before."""
+    """Floats to codes in one pass over memory, with or without a norm before."""
 
     def why_not(self, fmt: ActivationFormat) -> str | None:
         if fmt.transform is not None or fmt.clip is not None:
@@ -131,7 +133,119 @@ class CudaLayerNorm(CudaRows):
 
     def pack(self, spec: LayerNormSpec, device: torch.device) -> PackedRows:
         return self.pack_rows(spec.output, device, weight=vector(spec.weight, device), bias=vector(spec.bias, device),
-                              eps=spec.eps, norm="layer_norm", merge=spec.merge)
+                              eps=spec.eps, norm="rms_norm" if spec.rms else "layer_norm", merge=spec.merge)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedTransform:
+    """format: on the device; left, right: `layout.pack_transform` of its matrices; the rest as the operator takes it."""
+
+    format: ActivationFormat
+    left: Tensor | None
+    right: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+    norm: str = ""
+    gate: str = ""
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        transform = self.format.transform
+        return (0, 0) if transform is None else tuple(0 if m is None else len(m) for m in (transform.left, transform.right))
+
+
+class CudaTransformedRows:
+    """Rows that are gated, normalised, multiplied with matrices or clipped, each with a range of its own, in one pass over memory."""
+
+    def why_not(self, fmt: ActivationFormat) -> str | None:
+        if not fmt.dynamic or not fmt.signed:
+            return "it finds the ranges of signed codes itself"
+        if fmt.columns is not None:
+            return "it writes features in their order, and keeps none in float16"
+        if fmt.transform is not None:
+            for matrix in (fmt.transform.left, fmt.transform.right):
+                if matrix is not None and len(matrix) > loader.TRANSFORM_SIZE:
+                    return f"a matrix of {len(matrix)} numbers, more than the {loader.TRANSFORM_SIZE} that it takes"
+        return loader.why_unavailable()
+
+    def pack_rows(self, fmt: ActivationFormat, device: torch.device, **before: Any) -> PackedTransform:
+        fmt = on_device(fmt, device)
+        left, right = (None, None) if fmt.transform is None else (fmt.transform.left, fmt.transform.right)
+        return PackedTransform(fmt, None if left is None else pack_transform(left, False), None if right is None else pack_transform(right, True), **before)
+
+    def run(self, packed: PackedTransform, x: Tensor) -> QTensor:
+        """x float [.., K], with a gate [.., 2 K] -> codes [.., K]."""
+        fmt, sizes, k = packed.format, packed.sizes, x.shape[-1] // (2 if packed.gate else 1)
+        if fmt.transform is not None:
+            fmt.transform.sizes(k)  # whether they divide it
+        if x.is_cuda and not fits(x.device.index, k, *sizes):
+            return self.run_wide(packed, x)
+        lead, rows = x.shape[:-1], readable(x)
+        rows = rows.reshape(-1, rows.shape[-1])
+        codes = torch.empty((len(rows), round_up(k, 16)), dtype=torch.int8, device=x.device)
+        scale = torch.empty((*lead, 1), dtype=torch.float32, device=x.device)
+        shift = None if fmt.symmetric else torch.empty_like(scale)
+        torch.ops.vitq.transformed_rows(
+            codes[:, :k], rows, scale, row_shift=shift, gate=packed.gate, norm=packed.norm, weight=packed.weight, bias=packed.bias, eps=packed.eps,
+            left=packed.left, right=packed.right, left_size=sizes[0], right_size=sizes[1], clip=fmt.clip, bits=fmt.bits)
+        return QTensor(codes.view(*lead, codes.shape[1])[..., :k], scale, 0, shift)
+
+    def run_wide(self, packed: PackedTransform, x: Tensor) -> QTensor:
+        """Rows of which a block cannot hold one: the reference's steps in torch."""
+        if packed.gate:
+            x = gated(x, packed.gate)
+        if packed.norm:
+            spec = LayerNormSpec(packed.weight, packed.bias, packed.eps, packed.format, rms=packed.norm == "rms_norm")
+            return ReferenceLayerNorm().run(spec, x)
+        return ReferenceQuantize().run(packed.format, x)
+
+
+@functools.cache
+def fits(device: int, columns: int, left_size: int, right_size: int) -> bool:
+    """Whether `transformed_rows` takes such rows on this GPU."""
+    with torch.cuda.device(device):
+        return loader.library().vitq_transformed_rows_supports(columns, left_size, right_size) == 0
+
+
+@register("quantize", "cuda")
+class CudaTransform(CudaTransformedRows):
+    name = "cuda-transformed-rows"
+
+    def supports(self, spec: ActivationFormat) -> str | None:
+        return self.why_not(spec)
+
+    def pack(self, spec: ActivationFormat, device: torch.device) -> PackedTransform:
+        return self.pack_rows(spec, device)
+
+
+@register("layer_norm_quantize", "cuda")
+class CudaNormTransform(CudaTransformedRows):
+    name = "cuda-transformed-rows-norm"
+
+    def supports(self, spec: LayerNormSpec) -> str | None:
+        return ("it merges no patches" if spec.merge else None) or self.why_not(spec.output)
+
+    def pack(self, spec: LayerNormSpec, device: torch.device) -> PackedTransform:
+        return self.pack_rows(spec.output, device, weight=vector(spec.weight, device), bias=vector(spec.bias, device), eps=spec.eps,
+                              norm="rms_norm" if spec.rms else "layer_norm")
+
+
+@register("gated_quantize", "cuda")
+class CudaGated(CudaTransformedRows):
+    name = "cuda-transformed-rows-gated"
+
+    def supports(self, spec: GatedSpec) -> str | None:
+        return self.why_not(spec.output)
+
+    def pack(self, spec: GatedSpec, device: torch.device) -> PackedTransform:
+        return self.pack_rows(spec.output, device, gate=spec.activation)
+
+
+@register("gated_quantize", "cuda")
+class TorchGated(GatedByQuantize):
+    name = "torch+cuda-rows"
+    quantize = CudaQuantize()
 
 
 @register("layer_norm", "cuda")

@@ -49,6 +49,8 @@ def activate(y: Tensor, activation: str | None) -> Tensor:
         return y
     if activation == "relu":
         return F.relu(y)
+    if activation == "silu":
+        return F.silu(y)
     return F.gelu(y, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 

@@ -1,7 +1,8 @@
-"""layer_norm_quantize: LayerNorm over the last dimension, its result quantized in the same pass."""
+"""layer_norm_quantize: LayerNorm or RMSNorm over the last dimension, its result quantized in the same pass."""
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
@@ -17,13 +18,18 @@ from vitq.ops.windows import merge_patches
 @dataclass(frozen=True)
 class LayerNormSpec:
     """weight, bias: float32 [C] or None; output: how the result is quantized. merge: x is [B, H, W, C/4], H and W even, and
-    `vitq.ops.windows.merge_patches` of it is what is normalised."""
+    `vitq.ops.windows.merge_patches` of it is what is normalised. rms: RMSNorm, which has no bias and takes no mean off."""
 
     weight: Tensor | None
     bias: Tensor | None
     eps: float
     output: ActivationFormat
     merge: bool = False
+    rms: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rms and self.bias is not None:
+            raise ValueError("LayerNormSpec: RMSNorm has no bias; leave it out, or rms")
 
 
 @register("layer_norm_quantize", "cpu")
@@ -31,7 +37,7 @@ class CpuLayerNorm:
     name = "c-layer-norm"
 
     def supports(self, spec: LayerNormSpec) -> str | None:
-        return why_not_in_one_pass(spec.output) or loader.why_unavailable()
+        return ("it takes no RMSNorm" if spec.rms else None) or why_not_in_one_pass(spec.output) or loader.why_unavailable()
 
     def pack(self, spec: LayerNormSpec, device) -> tuple:
         return spec, *cpu_constants(spec.output)
@@ -58,5 +64,6 @@ class ReferenceLayerNorm:
 
     def run(self, packed: LayerNormSpec, x: Tensor) -> QTensor:
         x = merge_patches(x) if packed.merge else x
-        y = F.layer_norm(x.float(), x.shape[-1:], packed.weight, packed.bias, packed.eps)
+        norm = F.rms_norm if packed.rms else functools.partial(F.layer_norm, bias=packed.bias)
+        y = norm(x.float(), x.shape[-1:], weight=packed.weight, eps=packed.eps)
         return ReferenceQuantize().run(packed.output, y)

@@ -10,13 +10,13 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 7  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 8  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
 
 typedef enum { VITQ_F32 = 0, VITQ_F16 = 1, VITQ_BF16 = 2, VITQ_S8 = 3, VITQ_S4 = 4 } VitqDtype;
-typedef enum { VITQ_NO_ACTIVATION = 0, VITQ_RELU = 1, VITQ_GELU = 2, VITQ_GELU_TANH = 3 } VitqActivation;
+typedef enum { VITQ_NO_ACTIVATION = 0, VITQ_RELU = 1, VITQ_GELU = 2, VITQ_GELU_TANH = 3, VITQ_SILU = 4 } VitqActivation;  // silu: of gates alone
 typedef enum { VITQ_NO_NORM = 0, VITQ_LAYER_NORM = 1, VITQ_RMS_NORM = 2 } VitqNorm;
 
 // A matrix of rows that may lie in groups: row r is at data + (r / rows_per_group) * group_stride
@@ -179,6 +179,30 @@ int vitq_patches(const VitqPatches* args, void* stream);
 // 256. More than two groups change at multiples of 32 columns alone.
 int vitq_widen_int4(const uint8_t* packed, const int8_t* multiplier, const int8_t* zero, const uint8_t* group, int64_t groups, int8_t* out,
                     int64_t rows, int64_t k, void* stream);
+
+// Rows that are made and quantized in one pass, each with the range that it then has: act(gate)·up, or a norm, or neither; leftᵀ·X·right of the
+// row as a matrix X [A, B]; codes. What is multiplied is float16, clamped to ±65504, sums are float32. A gate's result is rounded to x's dtype.
+typedef struct {
+  const void* x;         // [m, columns], or with a gate [m, 2 columns], gate first
+  int64_t x_stride;      // elements
+  int32_t x_dtype, m, columns;
+  int32_t gate;          // VitqActivation; none: no gate
+  int32_t norm;          // VitqNorm, without a gate
+  const float *weight, *bias;  // [columns] or null
+  float eps;
+  const void *left, *right;    // fp16, layout.py's pack_transform of [A, A] and of [B, B]; or null
+  int32_t left_size, right_size;  // A and B, up to VITQ_TRANSFORM_SIZE; 0 for one that is null
+  const float* clip;     // [2], what the least and the largest value of a row are multiplied with, the range then holding 0; or null
+  int32_t qmin, qmax;
+  int8_t* out;           // [m, columns]
+  int64_t out_stride;
+  float *row_scale, *row_shift;  // [m], as in VitqRows; row_shift may be null
+} VitqTransformedRows;
+
+#define VITQ_TRANSFORM_SIZE 256
+int vitq_transformed_rows(const VitqTransformedRows* args, void* stream);
+// 0 if a block of the current device can hold what such rows need, else VITQ_UNSUPPORTED
+int vitq_transformed_rows_supports(int32_t columns, int32_t left_size, int32_t right_size);
 
 int vitq_abi_version(void);
 const char* vitq_error(int code);  // a few words for what a function above returned

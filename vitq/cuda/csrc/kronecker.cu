@@ -1,0 +1,413 @@
+// Rows multiplied with a Kronecker product, leftᵀ·X·right, and quantized with the range that they then have: both products on tensor cores, nothing
+// but x read and codes written.
+//
+// Blocks stay for many tokens, the matrices in shared memory in the order of the MMA's fragments (layout.py's pack_transform), a few warps to a token. A
+// warp makes 32 columns of the result, all rows of them, and needs nothing of others: Yᵀ = (rightᵀ·Xᵀ)·left of its 32 rows, where the accumulators
+// of the first product have the layout that the second reads its operand in. So results stay in registers until the warps of a token have
+// agreed on its range. Which columns a warp's fragments hold is chosen so that a thread has four neighbours, whose codes are one word.
+// While the products run, the token to come is copied to shared memory as it is; gates and norms are applied on its way to float16.
+#include <algorithm>
+
+#include <cuda_runtime.h>
+
+#include "launch.cuh"
+#include "transformed_rows.cuh"
+
+namespace vitq {
+namespace {
+
+// Warps of a block, which share 64 K registers.
+constexpr int most_warps(int tiles) { return tiles <= 2 ? 16 : tiles <= 6 ? 12 : 8; }
+// Strips of 16 columns that a warp works on at once.
+constexpr int strips_of(int tiles) { return tiles <= 8 ? 2 : 1; }
+
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t saturated(__half2 x) {
+  const __half2 largest = __half2half2(__ushort_as_half(0x7BFF));  // 65504
+  x = __hmax2_nan(__hmin2_nan(x, largest), __hneg2(largest));
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+__device__ __forceinline__ uint32_t halves(float a, float b) { return saturated(__floats2half2_rn(a, b)); }
+__device__ __forceinline__ uint32_t halves(uint32_t both) { return saturated(*reinterpret_cast<const __half2*>(&both)); }
+
+// The warps of one token.
+struct Team {
+  int thread, threads, barrier;
+  uint32_t* scratch;  // of 64 words
+  int turn;
+
+  __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
+  // Two places by turns, so that one barrier is enough: who writes a place again has passed the barrier of the other.
+  __device__ __forceinline__ uint32_t* place() { return scratch + 32 * (turn ^= 1); }
+
+  __device__ __forceinline__ float sum(float value) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+    auto* const at = reinterpret_cast<float*>(place());
+    if (thread % 32 == 0) at[thread / 32] = value;
+    meet();
+    value = at[0];
+    for (int warp = 1; warp < threads / 32; ++warp) value += at[warp];
+    return value;
+  }
+
+  __device__ __forceinline__ void extremes(float& lo, float& hi) {
+    const int least = __reduce_min_sync(0xFFFFFFFFu, order_of(lo)), largest = __reduce_max_sync(0xFFFFFFFFu, order_of(hi));
+    auto* const at = reinterpret_cast<int*>(place());
+    if (thread % 32 == 0) at[thread / 32] = least, at[16 + thread / 32] = largest;
+    meet();
+    const int warp = min(thread % 32, threads / 32 - 1);
+    lo = of_order(__reduce_min_sync(0xFFFFFFFFu, at[warp])), hi = of_order(__reduce_max_sync(0xFFFFFFFFu, at[16 + warp]));
+  }
+};
+
+// A row of x, gated or normalised, as float16 [rows, pitch] in shared memory. With a left matrix alone, whose fragments are read from it, the columns of
+// each 32 are in the order of `pack_transform`: 8 q + g holds column 4 g + q.
+template <class T, bool EIGHTS>
+__device__ void prepare(const TransformedLaunch& p, const T* from, __half* to, Team& team) {
+  constexpr int W = EIGHTS ? 8 : 1;
+  const VitqTransformedRows& a = p.a;
+  const int vectors = a.columns / W, row_vectors = a.columns / p.rows / W;
+  const auto read = [&](int at, float (&x)[W]) {
+    if constexpr (EIGHTS) {
+      Eight<T> raw;
+      load_eight<T>(raw, from, at);
+      to_floats(raw, x);
+    } else {
+      x[0] = float(from[at]);
+    }
+  };
+  float mean = 0.0f, rstd = 1.0f;
+  if (a.norm == VITQ_LAYER_NORM) {
+    float sum = 0.0f;
+    for (int v = team.thread; v < vectors; v += team.threads) {
+      float x[W];
+      read(W * v, x);
+#pragma unroll
+      for (int w = 0; w < W; ++w) sum += x[w];
+    }
+    mean = team.sum(sum) * p.inverse_columns;
+  }
+  if (a.norm) {
+    float squares = 0.0f;
+    for (int v = team.thread; v < vectors; v += team.threads) {
+      float x[W];
+      read(W * v, x);
+#pragma unroll
+      for (int w = 0; w < W; ++w) squares = fmaf(x[w] - mean, x[w] - mean, squares);
+    }
+    rstd = rsqrtf(fmaf(team.sum(squares), p.inverse_columns, a.eps));
+  }
+  const bool plain = !a.gate && !a.norm;
+#pragma unroll 2
+  for (int v = team.thread; v < vectors; v += team.threads) {
+    const int row = p.by_row.divide(v), column = W * (v - row * row_vectors);
+    uint32_t word[(W + 1) / 2];
+    if (EIGHTS && std::is_same_v<T, __half> && plain && a.right) {
+      const uint4 raw = *reinterpret_cast<const uint4*>(from + W * v);
+      *reinterpret_cast<uint4*>(to + row * p.pitch + column) = make_uint4(halves(raw.x), halves(raw.y), halves(raw.z), halves(raw.w));
+      continue;
+    }
+    float x[W];
+    read(W * v, x);
+    if (a.gate) {
+      float up[W];
+      read(a.columns + W * v, up);
+      apply_gate<T>(x, up, a.gate);
+    } else if (a.norm) {
+#pragma unroll
+      for (int w = 0; w < W; ++w)
+        x[w] = fmaf((x[w] - mean) * rstd, a.weight ? a.weight[W * v + w] : 1.0f, a.bias ? a.bias[W * v + w] : 0.0f);
+    }
+    __half* const place = to + row * p.pitch;
+    if constexpr (!EIGHTS) {
+      const int at = a.right ? column : (column & ~31) + 8 * (column & 3) + (column & 31) / 4;
+      *reinterpret_cast<uint16_t*>(place + at) = uint16_t(halves(x[0], 0.0f));
+    } else if (a.right) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) word[i] = halves(x[2 * i], x[2 * i + 1]);
+      *reinterpret_cast<uint4*>(place + column) = make_uint4(word[0], word[1], word[2], word[3]);
+    } else {
+      auto* const at = reinterpret_cast<uint32_t*>(place + (column & ~31) + (column & 31) / 4);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) at[4 * q] = halves(x[q], x[q + 4]);
+    }
+  }
+}
+
+// TILES: of 16 rows of the result, the most that a warp has. Strips of 16 columns lie in pairs, whose 32 columns are 4 g + 2 s + h: of strip s, row
+// g + 8 h of the fragment.
+template <int TILES>
+__global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(const __grid_constant__ TransformedLaunch p) {
+  constexpr int STRIPS = strips_of(TILES);
+  extern __shared__ __align__(16) uint8_t shared[];
+  const VitqTransformedRows& a = p.a;
+  const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / p.warps, warp = threadIdx.x / 32 - group * p.warps;
+  Team team{int(threadIdx.x) - 32 * p.warps * group, 32 * p.warps, 1 + group, reinterpret_cast<uint32_t*>(shared + p.scratch) + 64 * group, 0};
+  uint8_t* const place = shared + p.tokens + group * p.token_bytes;
+  auto* const rows = reinterpret_cast<__half*>(place);
+  const int sizes = a.x_dtype == VITQ_F32 ? 4 : 2, row_bytes = (a.gate ? 2 : 1) * a.columns * sizes;
+  for (int i = 16 * team.thread; i < (p.staged ? p.staged : p.token_bytes); i += 16 * team.threads)
+    *reinterpret_cast<uint4*>(place + i) = make_uint4(0, 0, 0, 0);  // what pads X stays 0
+
+  start_dependents();
+  wait_for_kernels_before();
+  const auto copy_all = [&](const void* from, int to, int count) {
+    for (int i = 16 * threadIdx.x; i < count; i += 16 * blockDim.x)
+      copy_async(uint32_t(__cvta_generic_to_shared(shared)) + to + i, static_cast<const uint8_t*>(from) + i, true);
+  };
+  const int pairs = (a.columns / p.rows + 31) / 32;
+  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
+  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
+  commit_copies();
+  const auto start_of = [&](unsigned token) { return static_cast<const uint8_t*>(a.x) + int64_t(token) * a.x_stride * sizes; };
+  const auto fetch = [&](unsigned token) {
+    if (p.staged && token < unsigned(a.m)) {
+      const uint8_t* from = start_of(token);
+      const uint32_t to = uint32_t(__cvta_generic_to_shared(place)) + p.staged;
+      for (int i = 16 * team.thread; i < row_bytes; i += 16 * team.threads) copy_async(to + i, from + i, true);
+    }
+    commit_copies();
+  };
+  unsigned token = blockIdx.x + gridDim.x * group;
+  const unsigned stride = gridDim.x * p.groups;
+  fetch(token);
+  wait_copies<1>();
+  __syncthreads();
+
+  const auto* right = reinterpret_cast<const uint4*>(shared) + lane;
+  const auto* left = reinterpret_cast<const uint4*>(shared + p.left) + lane;
+  const uint32_t at = uint32_t(__cvta_generic_to_shared(rows));
+  const uint32_t step = 2 * p.pitch;  // bytes between rows
+  const uint32_t by_rows = at + (8 * (lane / 16) + lane % 8) * step + 16 * (lane / 8 % 2);
+  const bool once = p.items <= p.warps;  // results stay in registers
+  const int columns = a.columns / p.rows;
+
+  for (; token < unsigned(a.m); token += stride) {
+    wait_copies<0>();
+    team.meet();
+    const void* from = p.staged ? place + p.staged : start_of(token);
+    const auto of_type = [&](auto type) {
+      using T = decltype(type);
+      if (p.eights) prepare<T, true>(p, static_cast<const T*>(from), rows, team);
+      else prepare<T, false>(p, static_cast<const T*>(from), rows, team);
+    };
+    if (a.x_dtype == VITQ_F16) of_type(__half());
+    else if (a.x_dtype == VITQ_BF16) of_type(__nv_bfloat16());
+    else of_type(float());
+    team.meet();
+    fetch(token + stride);
+
+    float lo = INFINITY, hi = -INFINITY;
+    ClippedRange range{};
+    float y[STRIPS][2 * TILES][4];
+    const auto clear = [&] {
+#pragma unroll
+      for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+        for (int j = 0; j < 2 * TILES; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) y[s][j][e] = 0.0f;
+    };
+    const int strips = 2 * pairs / STRIPS;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+#pragma unroll 1
+      for (int item = warp; item < p.items; item += p.warps) {
+        const int chunk = a.left ? 0 : item / strips, first = STRIPS * (item - chunk * strips);
+        const int tiles = min(TILES, p.row_tiles - TILES * chunk);
+        if (pass == 0 || !once) {
+          clear();
+          if (a.right) {
+            const uint32_t x_at = by_rows + 16 * TILES * chunk * step;
+#pragma unroll 2
+            for (int k = 0; k < p.right_tiles; ++k) {
+              uint32_t r[STRIPS][4];
+#pragma unroll
+              for (int s = 0; s < STRIPS; ++s) {
+                const uint4 q = right[32 * ((first + s) * p.right_tiles + k)];
+                r[s][0] = q.x, r[s][1] = q.y, r[s][2] = q.z, r[s][3] = q.w;
+              }
+#pragma unroll
+              for (int j = 0; j < TILES; ++j) {
+                if (j >= tiles) break;
+                uint32_t x[4];
+                ldmatrix(x, x_at + 16 * j * step + 32 * k);
+#pragma unroll
+                for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * j], r[s], x[0], x[1]), multiply(y[s][2 * j + 1], r[s], x[2], x[3]);
+              }
+            }
+            if (a.left) {
+              uint32_t x[STRIPS][TILES][4];
+#pragma unroll
+              for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+                for (int k = 0; k < TILES; ++k) {
+                  x[s][k][0] = halves(y[s][2 * k][0], y[s][2 * k][1]), x[s][k][1] = halves(y[s][2 * k][2], y[s][2 * k][3]);
+                  x[s][k][2] = halves(y[s][2 * k + 1][0], y[s][2 * k + 1][1]), x[s][k][3] = halves(y[s][2 * k + 1][2], y[s][2 * k + 1][3]);
+                }
+              clear();
+#pragma unroll
+              for (int k = 0; k < TILES; ++k) {
+                if (k >= tiles) break;
+#pragma unroll
+                for (int i = 0; i < TILES; ++i) {
+                  if (i >= tiles) break;
+                  const uint4 l = left[32 * (i * p.left_tiles + k)];
+#pragma unroll
+                  for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * i], x[s][k], l.x, l.z), multiply(y[s][2 * i + 1], x[s][k], l.y, l.w);
+                }
+              }
+            }
+          } else {
+            const uint32_t x_at = by_rows + 32 * first;
+#pragma unroll 1
+            for (int k = 0; k < p.left_tiles; ++k) {
+              uint32_t x[STRIPS][4];
+#pragma unroll
+              for (int s = 0; s < STRIPS; ++s) ldmatrix_transposed(x[s], x_at + 16 * k * step + 32 * s);
+#pragma unroll
+              for (int i = 0; i < TILES; ++i) {
+                if (i >= tiles) break;
+                const uint4 l = left[32 * (i * p.left_tiles + k)];
+#pragma unroll
+                for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * i], x[s], l.x, l.z), multiply(y[s][2 * i + 1], x[s], l.y, l.w);
+              }
+            }
+          }
+        }
+        // A thread has columns `column` to `column` + 2 STRIPS - 1 of rows `row(j, e)`.
+        const int column = 32 * (first / 2) + 4 * (lane / 4) + 2 * (first % 2), width = columns - column;
+        const auto row = [&](int j, int e) { return 16 * TILES * chunk + 8 * j + 2 * (lane % 4) + e; };
+        if (pass == 0) {
+#pragma unroll
+          for (int j = 0; j < 2 * TILES; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float least = INFINITY, largest = -INFINITY;
+#pragma unroll
+              for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+                for (int h = 0; h < 2; ++h) {
+                  const bool there = 2 * s + h < width;
+                  least = fminf(least, there ? y[s][j][2 * h + e] : INFINITY), largest = fmaxf(largest, there ? y[s][j][2 * h + e] : -INFINITY);
+                }
+              const bool there = row(j, e) < p.rows;
+              lo = fminf(lo, there ? least : INFINITY), hi = fmaxf(hi, there ? largest : -INFINITY);
+            }
+          continue;
+        }
+        uint8_t* const out = reinterpret_cast<uint8_t*>(a.out) + int64_t(token) * a.out_stride + column;
+        // Sums are rounded, so that a rounded quotient makes no difference in kind: one multiplication in place of an exact division.
+        const auto code = [&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); };
+#pragma unroll
+        for (int j = 0; j < 2 * TILES; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            if (row(j, e) >= p.rows || width <= 0) continue;
+            uint8_t* const to = out + row(j, e) * columns;
+            const uint32_t word = pack_codes(code(y[0][j][e]), code(y[0][j][2 + e]), code(y[STRIPS - 1][j][e]), code(y[STRIPS - 1][j][2 + e]));
+            if (p.words) {
+              if constexpr (STRIPS == 2) *reinterpret_cast<uint32_t*>(to) = word;
+              else *reinterpret_cast<uint16_t*>(to) = uint16_t(word);
+            } else {
+#pragma unroll
+              for (int c = 0; c < 2 * STRIPS; ++c)
+                if (c < width) to[c] = uint8_t(word >> 8 * c);
+            }
+          }
+      }
+      if (pass == 0) {
+        team.extremes(lo, hi);
+        range = clipped_range(p, lo, hi);
+        if (team.thread == 0) store_range(p, token, range);
+      }
+    }
+  }
+  wait_copies<0>();
+}
+
+// The kernel's TILES for the rows of a result.
+int tiles_of(const TransformedLaunch& p) {
+  if (!p.a.left_size) return p.row_tiles <= 2 ? p.row_tiles : 4;
+  for (int tiles : {1, 2, 4, 6, 7, 8})
+    if (p.row_tiles <= tiles) return tiles;
+  return 16;
+}
+
+template <int TILES>
+int launch_tiles(const TransformedLaunch& p, int blocks, int shared, cudaStream_t stream) {
+  const auto kernel = kronecker_kernel<TILES>;
+  if (cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
+  return launch_early(kernel, unsigned(blocks), 32 * p.warps * p.groups, shared, stream, p);
+}
+
+}  // namespace
+
+// How many tokens and warps a block has, and what lies where in its shared memory; VITQ_UNSUPPORTED where it cannot hold one token.
+int plan_kronecker(TransformedLaunch& p, int processors, int shared) {
+  const VitqTransformedRows& a = p.a;
+  const auto up = [](int n, int multiple) { return (n + multiple - 1) / multiple; };
+  const int columns = a.right_size ? a.right_size : a.columns / a.left_size;
+  p.rows = a.columns / columns;
+  p.row_tiles = up(p.rows, 16);
+  p.left_tiles = a.left_size ? p.row_tiles : 0;
+  p.right_tiles = a.right_size ? up(columns, 16) : 0;
+  p.eights &= columns % 8 == 0;
+  p.by_row = divisor(p.eights ? columns / 8 : columns);
+  // An odd number of 16 bytes, so that ldmatrix meets each bank once.
+  p.pitch = 16 * (a.right_size ? p.right_tiles : 2 * up(columns, 32)) + 8;
+  const int pairs = up(columns, 32), tiles = tiles_of(p), strips = strips_of(tiles);
+  const int64_t items = int64_t(a.left_size ? 1 : up(p.row_tiles, tiles)) * 2 * pairs / strips;
+  p.left = 1024 * pairs * p.right_tiles;
+  p.tokens = p.left + 512 * p.left_tiles * p.left_tiles;
+  const int64_t own = int64_t(2) * p.pitch * 16 * p.row_tiles;
+  const int64_t raw = (a.gate ? 2 : 1) * int64_t(a.columns) * (a.x_dtype == VITQ_F32 ? 4 : 2);
+  const auto fitting = [&](int64_t bytes) { return int(std::max<int64_t>(0, (shared - p.tokens) / (bytes + 256))); };
+  const bool staged = p.eights && fitting(own + raw) > 0;
+  const int64_t each = own + (staged ? raw : 0);
+  if (!fitting(each)) return VITQ_UNSUPPORTED;
+  p.items = int(items);
+  p.warps = int(std::min<int64_t>(items, most_warps(tiles)));
+  p.groups = std::min({most_warps(tiles) / p.warps, fitting(each), up(a.m, processors), 15});
+  // Fewer tokens than processors: more warps copy and convert.
+  if (a.m <= processors) p.warps = std::max(p.warps, std::min(8, most_warps(tiles)));
+  p.token_bytes = int(each);
+  p.staged = staged ? int(own) : 0;
+  p.scratch = p.tokens + p.groups * p.token_bytes;
+  return 0;
+}
+
+int launch_kronecker(TransformedLaunch& p, cudaStream_t stream) {
+  Gpu gpu;
+  if (const int error = gpu_of_now(gpu)) return error;
+  if (const int error = plan_kronecker(p, gpu.processors, gpu.shared)) return error;
+  p.words = (p.a.columns / p.rows) % 4 == 0 && uintptr_t(p.a.out) % 4 == 0 && p.a.out_stride % 4 == 0;
+  const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors), shared = p.scratch + 256 * p.groups;
+  switch (tiles_of(p)) {
+    case 1: return launch_tiles<1>(p, blocks, shared, stream);
+    case 2: return launch_tiles<2>(p, blocks, shared, stream);
+    case 4: return launch_tiles<4>(p, blocks, shared, stream);
+    case 6: return launch_tiles<6>(p, blocks, shared, stream);
+    case 7: return launch_tiles<7>(p, blocks, shared, stream);
+    case 8: return launch_tiles<8>(p, blocks, shared, stream);
+    default: return launch_tiles<16>(p, blocks, shared, stream);
+  }
+}
+
+}  // namespace vitq
