@@ -14,6 +14,7 @@ from helpers import build as build_vit  # noqa: E402
 from helpers import images  # noqa: E402
 from language_models import GQA, build, ids, layers, quick  # noqa: E402
 from transformers import DynamicCache, StaticCache  # noqa: E402
+from transformers.cache_utils import Cache, DynamicLayer  # noqa: E402
 
 import vitq  # noqa: E402
 from vitq.formats import QTensor, pack_int4, unpack_int4  # noqa: E402
@@ -216,14 +217,15 @@ def test_what_a_model_does_not_take(kwargs: dict) -> None:
 
 def test_caches_that_do_not_fit() -> None:
     model, x = converted("Llama", *INT8), ids(2, 6)
-    with pytest.raises(TypeError, match="a StaticCache of StaticLayers holds floats.*leave cache_implementation= out, or give vitq.quantized_cache"):
-        generated(model, x, cache_implementation="static")
-    with pytest.raises(TypeError, match="StaticCache"):
-        model(x, **{CACHE: StaticCache(config=model.config, max_cache_len=20)})
-    floats = DynamicCache()
-    build()(x, **{CACHE: floats})
-    with pytest.raises(ValueError, match="holds floats of another model"):
-        model(x, **{CACHE: floats})
+    class Own(DynamicLayer):
+        pass
+
+    with pytest.raises(TypeError, match="a Cache of Owns holds floats, or codes of its own.*leave cache_implementation= out, or give vitq.quantized_cache"):
+        model(x, **{CACHE: Cache(layers=[Own(), Own()])})
+    for floats in (DynamicCache(), StaticCache(config=model.config, max_cache_len=20)):
+        build()(x, **{CACHE: floats})
+        with pytest.raises(ValueError, match="holds floats of another model"):
+            model(x, **{CACHE: floats})
     other = vitq.quantized_cache(model)
     model(x, **{CACHE: other})
     with pytest.raises(ValueError, match=r"holds \(RowCodes\(bits=8.*are \(RowCodes\(bits=4"):

@@ -32,11 +32,9 @@ class DecoderAttention(JoinedAttention):
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
                 past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-
         q, k, v = self.heads(hidden_states)
-        q, k = apply_rotary_pos_emb(self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), *position_embeddings)
-        y, weights = self.attend(q, k, v.transpose(1, 2), attention_mask, past_key_values if cache is None else cache, self.scaling, kwargs,
+        y, weights = self.attend(self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2), attention_mask,
+                                 past_key_values if cache is None else cache, self.scaling, kwargs, position_embeddings,
                                  sliding_window=self.sliding_window)
         return self.o_proj(y), weights
 

@@ -47,6 +47,15 @@ class KeyValues(nn.Module):
         k, v = self.tapped(k, v)
         return (q, k, v) if cache is None else (q, *cache.update(k, v, layer, **arguments))
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any, layer: int, scale: float,
+               rotary: tuple[Tensor, Tensor] | None, window: int) -> Tensor | None:
+        """The result [B, T, H·D] of attention, where this module attends by itself to what `cache` holds and to these new tokens; None where
+        the caller is to rotate q and k, call `forward`, and attend to what that gives.
+
+        q, k: before rotary positions (cos and sin), if there are any; window: of a sliding one, or 0.
+        """
+        return None
+
     def tapped(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.tap_k(k), self.tap_v(v)
 
@@ -75,15 +84,23 @@ class JoinedAttention(nn.Module):
         return [t.view(shape) for t in self.qkv_proj(hidden_states).split(self.widths, dim=-1)]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, attention_mask: Tensor | None, cache: Any, scaling: float, given: dict[str, Any],
-               **options: Any) -> tuple[Tensor, Tensor | None]:
+               rotary: tuple[Tensor, Tensor] | None = None, **options: Any) -> tuple[Tensor, Tensor | None]:
         """q [B, H, T, D], k and v [B, G, T, D], these joined to the cache's -> (result [B, T, H·D], weights or None).
 
-        given: the keyword arguments of the caller, which the cache and the attention of transformers may read.
+        given: the keyword arguments of the caller, which the cache and the attention of transformers may read. rotary: cos and sin by which q and
+        k are rotated before.
         """
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-        from transformers.models.llama.modeling_llama import eager_attention_forward
+        from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
+        y = self.kv.attend(q, k, v, attention_mask, cache, self.layer_idx, scaling, rotary, options.get("sliding_window") or 0)
+        if y is not None:
+            return y, None
+        if rotary is not None:
+            q, k = apply_rotary_pos_emb(q, k, *rotary)
         q, k, v = self.kv(q, k, v, cache, self.layer_idx, {} if cache is None else _cache_arguments(type(cache), given))
+        if attention_mask is not None and attention_mask.ndim == 4:  # of all that a static cache has room for, where new tokens may be all it holds
+            attention_mask = attention_mask[..., : k.shape[2]]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=scaling, **options, **given)
         return y.reshape(*y.shape[:2], -1), weights

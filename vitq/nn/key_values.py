@@ -3,104 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitq.formats import ActivationFormat, QTensor, pack_nibbles, unpack_int4
+from vitq.formats import ActivationFormat
 from vitq.nn.packed import PackedModule, Row
 from vitq.nn.rows import RowBuffers
+from vitq.ops import dispatch
+from vitq.ops.cached_attention import MOST_TOKENS, CachedAttentionSpec, CachePart, HeadCodes, RowCodes, codes_of, transformed
 from vitq.plan import CacheParams
-from vitq.quantizers.activation import fake_activation
-from vitq.quantizers.uniform import quantize_per_token, quantize_per_token_asymmetric
 from vitq.recipe import QuantSpec
-
-
-@dataclass(frozen=True)
-class RowCodes:
-    """A row of D numbers, a token's in one head, as bytes: its scale, its shift unless symmetric, both float32, then D codes, a byte each, or
-    up to 4 bits two to a byte. clip: float32 [2], as of an `ActivationFormat`; it says nothing of the bytes, so those with another are the same codes."""
-
-    bits: int
-    symmetric: bool
-    clip: Tensor | None = field(default=None, compare=False, repr=False)
-
-    def size(self, features: int) -> int:
-        """Bytes of a row."""
-        return self._constants() + ((features + 1) // 2 if self.bits <= 4 else features)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Float [..., D] -> uint8 [..., size(D)]."""
-        if self.symmetric:
-            codes, *constants = quantize_per_token(x, self.bits, clip=self.clip)
-        else:
-            codes, *constants = quantize_per_token_asymmetric(x, self.bits, self.clip)
-        codes = pack_nibbles(codes) if self.bits <= 4 else codes.view(torch.uint8)
-        return torch.cat((torch.cat(constants, dim=-1).view(torch.uint8), codes), dim=-1)
-
-    def unpack(self, rows: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-        """The numbers [..., D] of what `pack` made."""
-        constants, codes = rows[..., : self._constants()].contiguous().view(torch.float32), rows[..., self._constants():]
-        codes = unpack_int4(codes, features) if self.bits <= 4 else codes.view(torch.int8)
-        return QTensor(codes, constants[..., :1], 0, None if self.symmetric else constants[..., 1:]).dequantize(dtype)
-
-    def fake(self, x: Tensor) -> Tensor:
-        """`unpack(pack(x))` in x's dtype, bit for bit, without the bytes between."""
-        return fake_activation(x, ActivationFormat(self.bits, dynamic=True, symmetric=self.symmetric, clip=self.clip)).to(x.dtype)
-
-    def _constants(self) -> int:
-        return 4 if self.symmetric else 8
-
-
-@dataclass(frozen=True)
-class HeadCodes:
-    """Heads whose rows have different codes: a token's bytes of all heads side by side. parts: of so many heads each, None for floats, whose
-    bytes are their own."""
-
-    parts: tuple[tuple[int, RowCodes | None], ...]
-
-    def size(self, features: int, float_bytes: int = 2) -> int:
-        """Bytes of a token, all heads together."""
-        return sum(heads * (float_bytes * features if codes is None else codes.size(features)) for heads, codes in self.parts)
-
-    def pack(self, x: Tensor) -> Tensor:
-        """Float [B, heads, T, D] -> uint8 [B, 1, T, size(D)]."""
-        rows = [some.contiguous().view(torch.uint8) if codes is None else codes.pack(some) for codes, some in self._split(x)]
-        return torch.cat([part.transpose(1, 2).flatten(2) for part in rows], dim=-1).unsqueeze(1)
-
-    def unpack(self, rows: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-        """The numbers [B, heads, T, D] of what `pack` made."""
-        sizes = [HeadCodes((part,)).size(features, dtype.itemsize) for part in self.parts]
-        found = []
-        for (heads, codes), part in zip(self.parts, rows[:, 0].split(sizes, dim=-1)):
-            part = part.unflatten(-1, (heads, -1)).transpose(1, 2)
-            found.append(part.contiguous().view(dtype) if codes is None else codes.unpack(part, features, dtype))
-        return torch.cat(found, dim=1)
-
-    def fake(self, x: Tensor) -> Tensor:
-        """`unpack(pack(x))` in x's dtype, bit for bit."""
-        return torch.cat([some if codes is None else codes.fake(some) for codes, some in self._split(x)], dim=1)
-
-    def _split(self, x: Tensor) -> list[tuple[RowCodes | None, Tensor]]:
-        return [(codes, some) for (_, codes), some in zip(self.parts, x.split([heads for heads, _ in self.parts], dim=1))]
-
-    def __str__(self) -> str:
-        return " and ".join(f"{heads} heads of {codes or 'floats'}" for heads, codes in self.parts)
-
-
-def codes_of(parts: Sequence[tuple[int | None, RowCodes | None]]) -> RowCodes | HeadCodes | None:
-    """Of keys or values whose heads are in parts: (heads, their codes or None)."""
-    return parts[0][1] if len(parts) == 1 else HeadCodes(tuple(parts))
 
 
 class QuantKeyValues(PackedModule):
     """Quantizes new keys and values, before they are attended to, whether there is a cache or not.
 
     parts: (key and value heads, how keys are quantized, how values are), None where they stay in float; one part of all heads (None), or those of an
-    attention in parts. A cache keeps their codes: the layers of an empty `DynamicCache` of transformers are made those of a `QuantizedCache` as
-    they fill. Buffers, of part i: keys_i_right float16 [D, D] where keys are transformed, keys_i_clip and values_i_clip float32 [2] where ranges are
+    attention in parts. A cache keeps their codes: the layers of an empty `DynamicCache` or `StaticCache` of transformers are made those of a
+    `QuantizedCache` or `StaticQuantizedCache` as they fill. Buffers, of part i: keys_i_right float16 [D, D] where keys are transformed, keys_i_clip and values_i_clip float32 [2] where ranges are
     clipped. Queries are transformed by the inverse transpose, so that they can be multiplied with keys as these are.
     """
 
@@ -108,6 +30,7 @@ class QuantKeyValues(PackedModule):
         super().__init__(backend)
         self.head_dim, self.heads = head_dim, sum(heads or 0 for heads, *_ in parts)
         self.counts = [heads for heads, *_ in parts]
+        self._kernels: dict[torch.device, tuple[dispatch.Kernel, Any]] = {}
         self.specs = [specs for _, *specs in parts]
         self.buffers_of = [[None if spec is None else RowBuffers(self, f"{name}_{i}", spec, right=None if spec.transform == "none" else head_dim)
                             for name, spec in zip(("keys", "values"), specs)] for i, specs in enumerate(self.specs)]
@@ -130,12 +53,11 @@ class QuantKeyValues(PackedModule):
     @property
     def codes(self) -> tuple[RowCodes | HeadCodes | None, RowCodes | HeadCodes | None]:
         """Of keys and of values, None for those that stay in float."""
-        return tuple(codes_of([(heads, None if (fmt := self._format(i, side)) is None else RowCodes(fmt.bits, fmt.symmetric, fmt.clip))
-                               for i, heads in enumerate(self.counts)]) for side in (0, 1))
+        return tuple(codes_of([(part.heads, getattr(part, side)) for part in self._parts()]) for side in ("keys", "values"))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As the canonical form's. Raises TypeError or ValueError for a cache that does not keep these codes."""
-        q, k = self._transformed(q, k)
+        q, k = transformed(self._parts(), q, k)
         codes = self.codes
         if cache is None:
             return (q, *(x if of is None else of.fake(x) for x, of in zip((k, v), codes)))
@@ -144,17 +66,42 @@ class QuantKeyValues(PackedModule):
         take_codes(cache, layer, codes)
         return (q, *cache.update(k, v, layer, **arguments))
 
-    def _transformed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys in the bases of the keys' codes."""
-        if not any(rows is not None and rows.sizes["right"] for rows, _ in self.buffers_of):
-            return q, k
-        counts = [k.shape[1]] if len(self.counts) == 1 else self.counts
-        queries, keys = [], []
-        for i, (some_q, some_k) in enumerate(zip(q.split([n * (q.shape[1] // k.shape[1]) for n in counts], dim=1), k.split(counts, dim=1))):
-            inverse, fmt = self.derived(f"queries_{i}"), self._format(i, 0)
-            queries.append(some_q if inverse is None else (some_q.float() @ inverse).to(q.dtype))
-            keys.append(some_k if inverse is None else fmt.transform.apply(some_k).to(k.dtype))
-        return torch.cat(queries, dim=1), torch.cat(keys, dim=1)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any, layer: int, scale: float,
+               rotary: tuple[Tensor, Tensor] | None, window: int) -> Tensor | None:
+        """As the canonical form's: of a few tokens behind those that a static cache holds, whose codes a kernel reads as they are."""
+        if cache is None or q.shape[2] > MOST_TOKENS or mask is None or mask.dtype != torch.bool or mask.ndim != 4 or self._forward_hooks:
+            return None
+        from vitq.nn.quantized_cache import take_codes
+
+        kept = take_codes(cache, layer, self.codes)
+        if getattr(kept, "state", None) is None or not kept.seen or cache.offloading:
+            return None
+        kept.make_room(k)
+        kernel, packed = self._kernel(q.device)
+        return kernel.run(packed, q, k, v, kept.keys, kept.values, kept.state, mask, scale, rotary, window)
+
+    def invalidate(self) -> None:
+        super().invalidate()
+        self._kernels = {}
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_kernels": {}}
+
+    def _kernel(self, device: torch.device) -> tuple[dispatch.Kernel, Any]:
+        """What attends on this device, and its constants: a module without buffers does not know where it is."""
+        if device not in self._kernels:
+            spec = CachedAttentionSpec(self.head_dim, self._parts())
+            kernel = dispatch.choose("cached_attention", self.backend, spec, device).kernel
+            self._kernels[device] = kernel, kernel.pack(spec, device)
+        return self._kernels[device]
+
+    def _parts(self) -> tuple[CachePart, ...]:
+        found = []
+        for i, heads in enumerate(self.counts):
+            keys, values = (self._format(i, side) for side in (0, 1))
+            codes = (None if fmt is None else RowCodes(fmt.bits, fmt.symmetric, fmt.clip) for fmt in (keys, values))
+            found.append(CachePart(heads, *codes, None if keys is None else keys.transform, self.derived(f"queries_{i}")))
+        return tuple(found)
 
     def _format(self, part: int, side: int) -> ActivationFormat | None:
         spec, rows = self.specs[part][side], self.buffers_of[part][side]
@@ -177,17 +124,30 @@ class QuantKeyValues(PackedModule):
         return ", ".join(f"{name}={codes}" for name, codes in zip("kv", self.codes))
 
 
-def quantized_cache(model: nn.Module) -> Any:
+def quantized_cache(model: nn.Module, *, max_length: int | None = None, batch_size: int = 1, float_prefill: bool = False) -> Any:
     """An empty cache for a converted model whose recipe quantizes keys and values: `model.generate(..., past_key_values=cache)`; `cache.nbytes`
     says what it takes. Where it is given none, the model makes one by itself.
 
-    Raises TypeError for a model that vitq did not convert, ValueError for one whose recipe leaves keys and values in float.
+    max_length: one of that many tokens (up to 15 more), prompt and answer, with all its memory now; on a GPU `generate` then runs each new token as a
+    CUDA graph. batch_size: its sequences, beams counted. float_prefill: the tokens that fill it first attend to one another's keys and values in
+    float, while their codes are kept; by default they attend to what these stand for, as all later ones do.
+
+    Raises TypeError for a model that vitq did not convert, ValueError for one whose recipe leaves keys and values in float, or for sizes below 1.
     """
     if getattr(model, "vitq", None) is None:
         raise TypeError(f"expected a model that vitq.convert or vitq.load returned, got {type(model).__name__}")
     if not any(isinstance(module, QuantKeyValues) for module in model.modules()):
-        raise ValueError(f"the recipe {model.vitq.recipe.name!r} leaves keys and values in float: convert with kv.bits=8, or use transformers' "
-                         "DynamicCache")
-    from vitq.nn.quantized_cache import QuantizedCache
+        own = "DynamicCache" if max_length is None else "StaticCache (cache_implementation=\"static\")"
+        raise ValueError(f"the recipe {model.vitq.recipe.name!r} leaves keys and values in float: convert with kv.bits=8, or use transformers' {own}")
+    from vitq.nn.quantized_cache import QuantizedCache, StaticQuantizedCache
 
-    return QuantizedCache(config=model.config)
+    if max_length is None:
+        if batch_size != 1 or float_prefill:
+            raise ValueError("batch_size and float_prefill are of a cache with a max_length; without one it takes the batch that comes")
+        return QuantizedCache(config=model.config)
+    if min(max_length, batch_size) < 1:
+        raise ValueError(f"max_length {max_length}, batch_size {batch_size}: give 1 or more")
+    attentions = {module.layer_idx: module for module in model.modules() if hasattr(module, "kv") and hasattr(module, "layer_idx")}
+    device, dtype = model.get_input_embeddings().weight.device, model.vitq.dtype
+    shapes = [(getattr(at.kv, "codes", (None, None)), (batch_size, at.widths[1] // at.head_dim, 0, at.head_dim)) for _, at in sorted(attentions.items())]
+    return StaticQuantizedCache([(codes, torch.empty(shape, dtype=dtype, device=device)) for codes, shape in shapes], max_length, float_prefill)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer, StaticCache, StaticLayer, StaticSlidingWindowLayer
 
-from vitq.nn.key_values import HeadCodes, RowCodes
+from vitq.ops.cached_attention import HeadCodes, RowCodes, write
 
 Codes = tuple[RowCodes | HeadCodes | None, RowCodes | HeadCodes | None]  # of keys and of values, None for those that stay in float
 
@@ -34,11 +36,73 @@ class CodedSlidingWindowLayer(_Coded, DynamicSlidingWindowLayer):
     pass
 
 
-_CODED = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: CodedSlidingWindowLayer}
+class StaticCodedLayer(StaticLayer):
+    """A layer whose bytes have their place from the start: `keys` and `values` are those of `RowCodes`, [B, heads, max_cache_len, bytes], or of `HeadCodes`,
+    [B, 1, max_cache_len, bytes], or floats where the recipe leaves them. state: int64 [2], how many tokens they hold, and a 0 that kernels count with.
+
+    seen: the same number, as far as the host knows it: nothing waits for a GPU to tell. A window is in the mask that transformers makes, not in the memory.
+    """
+
+    codes: Codes
+    state: Tensor | None = None
+    seen = 0
+    float_prefill = False
+
+    def __init__(self, codes: Codes, max_cache_len: int, float_prefill: bool = False):
+        super().__init__(max_cache_len=max_cache_len)
+        self.codes, self.float_prefill = codes, float_prefill
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device, self.batch_size = key_states.device, key_states.shape[0]
+        self.keys, self.values = (self._rows(x if codes is None else codes.pack(x)) for x, codes in zip((key_states, value_states), self.codes))
+        self.state = torch.zeros(2, dtype=torch.long, device=self.device)
+        self.cumulative_length = self.state[0]
+        self.is_initialized = True
+
+    def _rows(self, new: Tensor) -> Tensor:
+        return new.new_zeros(*new.shape[:2], self.max_cache_len, new.shape[-1])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """New keys and values [B, heads, T, D] -> the numbers of those that are to be attended to: the first to come, alone, or all that there is room for."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first = self.seen == 0
+        self.make_room(key_states)
+        new = key_states, value_states
+        written = [write(rows, x, codes, self.cumulative_length) for rows, x, codes in zip((self.keys, self.values), new, self.codes)]
+        self.cumulative_length += key_states.shape[2]
+        if first and self.float_prefill:
+            return new
+        kept = written if first else (self.keys, self.values)
+        return tuple(rows if codes is None else codes.unpack(rows, x.shape[-1], x.dtype) for rows, x, codes in zip(kept, new, self.codes))
+
+    def make_room(self, new: Tensor) -> None:
+        """Count new tokens [B, heads, T, D]. Raises ValueError where they do not fit."""
+        batch, _, tokens, _ = new.shape
+        if batch != self.batch_size:
+            raise ValueError(f"the cache is of {self.batch_size} sequences, and {batch} came: vitq.quantized_cache(model, max_length=…, batch_size={batch})")
+        if self.seen + tokens > self.max_cache_len:
+            raise ValueError(f"the cache has room for {self.max_cache_len} tokens, holds {self.seen}, and {tokens} came: give a larger max_length, or reset()")
+        self.seen += tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        self.seen -= abs(tokens_to_remove)
+
+    def reset(self) -> None:
+        self.cumulative_length.zero_()  # what lies behind it is not read
+        self.seen = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        for rows in (self.keys, self.values):
+            rows[:, :, : self.seen] = rows[beam_idx.to(rows.device), :, : self.seen]  # where graphs look for them
 
 
-class QuantizedCache(DynamicCache):
-    """A `DynamicCache` whose layers hold codes. Heads are stored as the model has them, those of grouped queries once."""
+_CODED = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: CodedSlidingWindowLayer, StaticLayer: StaticCodedLayer}
+
+
+class _Sized:
+    """Mixed into a cache."""
 
     @property
     def nbytes(self) -> int:
@@ -46,13 +110,32 @@ class QuantizedCache(DynamicCache):
         return sum(t.numel() * t.element_size() for layer in self.layers for t in (layer.keys, layer.values) if t is not None)
 
 
-def take_codes(cache: Cache, index: int, codes: Codes) -> None:
-    """See to it that layer `index` of the cache stores these codes: an empty one of a `DynamicCache` is replaced.
+class QuantizedCache(_Sized, DynamicCache):
+    """A `DynamicCache` whose layers hold codes. Heads are stored as the model has them, those of grouped queries once."""
+
+
+class StaticQuantizedCache(_Sized, StaticCache):
+    """A `StaticCache` whose layers hold codes, with all their memory from the start. Made by `vitq.quantized_cache(model, max_length=…)`.
+
+    layers: codes of each layer's keys and values, and an empty tensor [B, heads, 0, D] of the type in which they come.
+    """
+
+    def __init__(self, layers: Sequence[tuple[Codes, Tensor]], max_length: int, float_prefill: bool = False):
+        length = max_length + -max_length % 16  # kernels read rows of 16 tokens at once
+        Cache.__init__(self, layers=[StaticCodedLayer(codes, length, float_prefill) for codes, _ in layers])
+        for layer, (_, empty) in zip(self.layers, layers):
+            layer.lazy_initialization(empty, empty)
+
+
+_QUANTIZED = {DynamicCache: QuantizedCache, StaticCache: StaticQuantizedCache}
+
+
+def take_codes(cache: Cache, index: int, codes: Codes) -> Any:
+    """Layer `index` of the cache, which stores these codes: an empty one of a `DynamicCache` or `StaticCache` is replaced.
 
     Raises TypeError for a cache of another kind, ValueError for a layer that holds floats already or other codes.
     """
-    if type(cache) is DynamicCache:
-        cache.__class__ = QuantizedCache  # so that it tells its size
+    cache.__class__ = _QUANTIZED.get(type(cache), type(cache))  # so that it tells its size
     if isinstance(cache, DynamicCache):
         while len(cache.layers) <= index:  # one that was made without a config grows as it fills
             cache.layers.append(DynamicLayer())
@@ -64,8 +147,12 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> None:
     if type(layer) in _CODED:
         raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, "
                          "vitq.quantized_cache(model)")
-    if not isinstance(layer, _Coded):
+    if isinstance(layer, StaticSlidingWindowLayer):
+        raise TypeError("a static cache of a model with a sliding window comes from vitq.quantized_cache(model, max_length=…): leave "
+                        "cache_implementation= out")
+    if not isinstance(layer, (_Coded, StaticCodedLayer)):
         raise TypeError(f"a {type(cache).__name__} of {type(layer).__name__}s holds floats, or codes of its own: this model quantizes its keys and "
                         "values; leave cache_implementation= out, or give vitq.quantized_cache(model)")
     if layer.codes != codes:
         raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are {codes}: give vitq.quantized_cache(model)")
+    return layer

@@ -1,0 +1,182 @@
+"""A static cache of quantized keys and values: the tokens of the dynamic one, at places that do not move."""
+
+from __future__ import annotations
+
+import copy
+import types
+
+import pytest
+import torch
+from helpers import sqnr
+from torch import nn
+
+transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
+from language_models import build, ids, quick  # noqa: E402
+from test_kv_cache import CACHE, CASES, INT4, INT8, SPLIT, converted, generated, step_by_step  # noqa: E402
+from transformers import StaticCache  # noqa: E402
+
+import vitq  # noqa: E402
+from vitq.nn.key_values import QuantKeyValues  # noqa: E402
+from vitq.nn.quantized_cache import StaticQuantizedCache  # noqa: E402
+from vitq.ops.cached_attention import CachedAttention  # noqa: E402
+
+MIXED = ("kv.bits=8", "qk.other.bits=16", "name:*.layers.0.self_attn.*.other.bits=16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread(one_thread):
+    yield
+
+
+@pytest.fixture
+def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many new tokens each attention had that read the rows of a static cache themselves."""
+    counts, run = [], CachedAttention.run
+    monkeypatch.setattr(CachedAttention, "run", lambda self, packed, q, *rest: counts.append(q.shape[2]) or run(self, packed, q, *rest))
+    return counts
+
+
+@pytest.mark.parametrize("family, kwargs", CASES)
+@pytest.mark.parametrize("changes", [INT8, INT4, ("kv.bits=8", "qk.other.bits=16"), ("kv.bits=4", "pv.other.bits=8"), MIXED])
+def test_logits_are_those_without_a_cache(family: str, kwargs: dict, changes: tuple, attended: list[int]) -> None:
+    """In pieces of one token, of a few, which read the cache's rows, and of many."""
+    model, x = converted(family, "bits=16", *changes, **kwargs), ids(2, 32)
+    cache = vitq.quantized_cache(model, max_length=37, batch_size=2)
+    assert sqnr(model(x, use_cache=False).logits, step_by_step(model, x, cache, 9, 10, 14, 30, 31)) > SPLIT
+    assert cache.get_seq_length() == 32 and cache.get_max_length() == 48 and cache.is_compileable
+    layers = sum(isinstance(module, QuantKeyValues) for module in model.modules())
+    assert attended == [1] * layers + [4] * layers + [1] * 2 * layers
+
+
+@pytest.mark.parametrize("family, kwargs", [*CASES[:2], CASES[4]])
+@pytest.mark.parametrize("changes", [INT8, INT4])
+def test_generation(family: str, kwargs: dict, changes: tuple, attended: list[int]) -> None:
+    """The tokens of the dynamic cache: greedy, sampled, with padding on the left, as beams, and once more after reset."""
+    model, x = converted(family, *changes, **kwargs), ids(2, 12)
+    padded, mask = x.clone(), torch.ones_like(x)
+    padded[1, :5], mask[1, :5] = 0, 0
+    wanted, other = generated(model, x), generated(model, padded, mask)
+    cache = vitq.quantized_cache(model, max_length=20, batch_size=2)
+    places = [layer.keys.data_ptr() for layer in cache.layers]
+    assert torch.equal(generated(model, x, past_key_values=cache), wanted) and attended
+    for given, of, tokens in ((x, torch.ones_like(x), wanted), (padded, mask, other)):
+        cache.reset()
+        assert cache.get_seq_length() == 0 and torch.equal(generated(model, given, of, past_key_values=cache), tokens)
+    beams = dict(num_beams=3, num_return_sequences=2)
+    of_beams = vitq.quantized_cache(model, max_length=20, batch_size=6)
+    assert torch.equal(generated(model, x, **beams, past_key_values=of_beams), generated(model, x, **beams))
+    assert places == [layer.keys.data_ptr() for layer in cache.layers]
+    drawn = []
+    cache.reset()
+    for given in (cache, None):
+        torch.manual_seed(3)
+        drawn.append(model.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=True, past_key_values=given))
+    assert torch.equal(*drawn)
+
+
+def test_a_cache_of_transformers_becomes_one() -> None:
+    model, x = converted("Llama", *INT4), ids(2, 6)
+    assert torch.equal(generated(model, x, cache_implementation="static"), generated(model, x))
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    assert torch.equal(generated(model, x, past_key_values=cache), generated(model, x))
+    assert isinstance(cache, StaticQuantizedCache) and cache.nbytes == 2 * 2 * 2 * 2 * 20 * (8 + 8)  # layers, k and v, batch, heads, tokens, bytes
+
+
+@pytest.mark.parametrize("recipe", ["phq-w8", "phq-mixed"])
+def test_heads_with_codes_of_their_own(recipe: str, attended: list[int]) -> None:
+    heads = [f"name:model.layers.{i}.self_attn.{role}.least.other.bits=4" for i in (0, 1) for role in ("qk", "pv")]
+    model = vitq.convert(build("Llama"), quick(recipe, *INT8, *heads), [ids(4, 40)], dtype=torch.float32)
+    x = ids(2, 12)
+    cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
+    assert torch.equal(generated(model, x, past_key_values=cache), generated(model, x)) and attended
+    assert cache.layers[0].keys.shape == (2, 1, 32, cache.layers[0].codes[0].size(16, 4))
+
+
+def test_crop_and_rows() -> None:
+    """A cache that was cropped writes over what lay behind; its rows are the dynamic one's."""
+    model, x = converted("Llama", "bits=16", *INT4), ids(2, 30)
+    cache, dynamic = vitq.quantized_cache(model, max_length=32, batch_size=2), vitq.quantized_cache(model)
+    step_by_step(model, ids(2, 30, seed=9), cache, 20)
+    cache.crop(-10)
+    assert cache.get_seq_length() == 20 == cache.layers[0].seen
+    cache.crop(-20)
+    found, wanted = step_by_step(model, x, cache, 12, 13, 14), step_by_step(model, x, dynamic, 12, 13, 14)
+    assert sqnr(wanted, found) > SPLIT
+    for static, of in zip(cache.layers, dynamic.layers):
+        for codes, rows, others in zip(static.codes, (static.keys, static.values), (of.keys, of.values)):
+            numbers = (codes.unpack(some, 16, torch.float32) for some in (others, rows[:, :, :30]))
+            assert rows.shape == (2, 2, 32, 16) and sqnr(*numbers) > SPLIT
+
+
+def test_a_prompt_in_float() -> None:
+    """Its tokens see each other in float; the cache keeps codes, which those after see."""
+    model, x = converted("Llama", "bits=16", *INT4), ids(2, 20)
+    plain = vitq.convert(build("Llama"), quick("w8a8-dynamic", "bits=16"), dtype=torch.float32)
+    cache = vitq.quantized_cache(model, max_length=32, batch_size=2, float_prefill=True)
+    first = model(x, **{CACHE: cache}).logits
+    assert sqnr(plain(x).logits, first) > SPLIT > sqnr(model(x).logits, first)
+    assert cache.layers[0].keys.dtype == torch.uint8
+    other = vitq.quantized_cache(model, max_length=32, batch_size=2)
+    model(x, **{CACHE: other})
+    assert torch.equal(cache.layers[0].keys, other.layers[0].keys)  # of the first layer, whose input is the same
+
+
+def test_what_does_not_fit() -> None:
+    model, x = converted("Llama", *INT8), ids(2, 12)
+    cache = vitq.quantized_cache(model, max_length=16)
+    with pytest.raises(ValueError, match="of 1 sequences, and 2 came: .*batch_size=2"):
+        model(x, **{CACHE: cache})
+    model(x[:1], **{CACHE: cache})
+    for tokens in (5, 12):
+        with pytest.raises(ValueError, match=f"room for 16 tokens, holds 12, and {tokens} came: give a larger max_length"):
+            model(x[:1, :tokens], **{CACHE: cache})
+    with pytest.raises(ValueError, match="max_length 0, batch_size 1"):
+        vitq.quantized_cache(model, max_length=0)
+    with pytest.raises(ValueError, match="are of a cache with a max_length"):
+        vitq.quantized_cache(model, batch_size=2)
+    with pytest.raises(ValueError, match="leaves keys and values in float: .*StaticCache"):
+        vitq.quantized_cache(converted("Llama"), max_length=16)
+    with pytest.raises(TypeError, match=r"sliding window comes from vitq.quantized_cache\(model, max_length=…\)"):
+        generated(converted("Mistral", *INT8, sliding_window=8), x, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"holds \(RowCodes\(bits=8.*are \(RowCodes\(bits=4"):
+        converted("Llama", *INT4)(x[:1], **{CACHE: cache})
+
+
+@pytest.mark.parametrize("changes, part", [(INT4, 0.28125), (("kv.bits=4",), 68 / 256), (INT8, 132 / 256)])
+def test_memory_of_32k_tokens(changes: tuple, part: float) -> None:
+    """Of Llama-3-8B's shape, beside the cache of float16 numbers."""
+    small = converted("Llama", *changes, head_dim=128, dtype=torch.float16)
+    kv = next(module for module in small.modules() if isinstance(module, QuantKeyValues))
+    cache = StaticQuantizedCache([(kv.codes, torch.empty(1, 8, 0, 128, dtype=torch.float16, device="meta"))] * 32, 32768)
+    floats = 32 * 2 * 8 * 32768 * 128 * 2
+    assert len(cache) == 32 and cache.nbytes == part * floats and part <= (0.30 if "kv.bits=4" in changes else 0.52)
+
+
+def test_copies_and_hooks() -> None:
+    """A copied model attends with its own constants; a hook on the entry sees every token."""
+    model, x = converted("Llama", *INT4), ids(1, 12)
+    wanted = generated(model, x, past_key_values=vitq.quantized_cache(model, max_length=24))
+    again, seen = copy.deepcopy(model), []
+    next(m for m in again.modules() if isinstance(m, QuantKeyValues)).register_forward_hook(lambda module, args, output: seen.append(args[1].shape[2]))
+    assert torch.equal(generated(again, x, past_key_values=vitq.quantized_cache(again, max_length=24)), wanted)
+    assert seen == [12] + [1] * 7
+
+
+def test_streaming() -> None:
+    from transformers import TextStreamer
+
+    words: list[str] = []
+    tokenizer = types.SimpleNamespace(decode=lambda tokens, **options: " ".join(map(str, tokens)) + " ")
+    streamer = TextStreamer(tokenizer, skip_prompt=True)
+    streamer.on_finalized_text = lambda text, stream_end=False: words.extend(text.split())
+    model, x = converted("Llama", *INT8), ids(1, 6)
+    tokens = generated(model, x, past_key_values=vitq.quantized_cache(model, max_length=16), streamer=streamer)
+    assert [int(w) for w in words] == tokens[0].tolist()
+
+
+def test_transformed_keys(attended: list[int]) -> None:
+    """Queries and keys in other bases, clipped ranges."""
+    recipe = quick("w8a8-dynamic", "bits=16", *INT4, "qk.other.transform=hadamard", "qk.other.clip_ratio=0.9")
+    model, x = vitq.convert(build("Llama"), recipe, dtype=torch.float32), ids(2, 24)
+    cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
+    assert sqnr(model(x).logits, step_by_step(model, x, cache, 12, 13, 16)) > SPLIT and attended == [1, 1, 3, 3, 8, 8]
