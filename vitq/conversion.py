@@ -24,6 +24,7 @@ from vitq.models.attention import RelativePositionBias
 from vitq.models.adapter import is_plain_layer_norm, replace
 from vitq.models.heads import part_heads
 from vitq.nn.attention import QuantAttention
+from vitq.nn.decoder_block import QuantGatedMlp, decoder_block
 from vitq.nn.block import QuantBlock, QuantMlp, QuantPatchMerging
 from vitq.nn.key_values import QuantKeyValues
 from vitq.nn.linear import CodedLinear, QuantLinear, QuantPatchConv
@@ -214,6 +215,11 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
         replace(model, site.name, QuantMlp(model.get_submodule(site.name), site.activation, backend=backend))
     for site in prepared.blocks:
         block = model.get_submodule(site.name)
+        if site.kind == "decoder":
+            parts = (block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj)
+            if all(isinstance(part, QuantLinear) for part in parts):
+                replace(model, site.name, decoder_block(block, backend))
+            continue
         linears = (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2)
         if all(isinstance(linear, QuantLinear) for linear in linears):
             window = dict(window=tuple(block.window_size), shift=tuple(block.shift_size)) if site.kind == "window" else {}
@@ -365,6 +371,8 @@ def explain(model: nn.Module) -> list[Row]:
             rows += module.rows(name)
         elif isinstance(module, QuantKeyValues):
             rows.append(module.row(name))
+        elif isinstance(module, QuantGatedMlp):
+            rows += filter(None, [module.row(name)])
         elif isinstance(module, (QuantLayerNorm, FloatLayerNorm)):
             rows.append(module.row(name))
         elif name in info.floats:

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from vitq.models.adapter import check_children, replace
 from vitq.models.language import JoinedAttention, check_module, embeddings, is_own, joined
-from vitq.models.sites import CacheSite, LinearSite, Prepared
+from vitq.models.sites import BlockSite, CacheSite, LinearSite, Prepared
 
+# Activations of configs, by vitq's names.
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "relu": "relu"}
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
 
@@ -32,11 +34,15 @@ class DecoderAttention(JoinedAttention):
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None = None,
                 past_key_values: Any = None, cache: Any = None, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        q, k, v = self.heads(hidden_states)
-        y, weights = self.attend(self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2), attention_mask,
-                                 past_key_values if cache is None else cache, self.scaling, kwargs, position_embeddings,
-                                 sliding_window=self.sliding_window)
+        y, weights = self.context(hidden_states, position_embeddings, attention_mask, past_key_values if cache is None else cache, kwargs)
         return self.o_proj(y), weights
+
+    def context(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], attention_mask: Tensor | None, cache: Any,
+                given: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """What o_proj reads, [B, T, H·D], and weights or None. given: the keyword arguments of the caller."""
+        q, k, v = self.heads(hidden_states)
+        return self.attend(self.q_norm(q).transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2), attention_mask,
+                           cache, self.scaling, given, position_embeddings, sliding_window=self.sliding_window)
 
 
 class GatedMlp(nn.Module):
@@ -45,10 +51,18 @@ class GatedMlp(nn.Module):
     def __init__(self, source: nn.Module):
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = joined(source.gate_proj, source.up_proj), source.down_proj, source.act_fn
+        self.activation = _activation(source.act_fn, source.config.hidden_act)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(self.act_fn(gate) * up)
+
+
+def _activation(module: nn.Module, name: str) -> str | None:
+    """vitq's name of the activation that a config calls `name`, None for one that is not known or not that of the module."""
+    from transformers.activations import ACT2FN
+
+    return ACTIVATIONS.get(name) if type(module) is type(ACT2FN[name]) else None
 
 
 def fill(prepared: Prepared) -> None:
@@ -67,6 +81,7 @@ def fill(prepared: Prepared) -> None:
         layer.self_attn, layer.mlp = DecoderAttention(attention), GatedMlp(mlp)
         prepared.heads.append(layer.self_attn.head_site(f"{name}.self_attn", "o_proj"))
         prepared.caches.append(CacheSite(f"{name}.self_attn"))
+        prepared.blocks.append(BlockSite(name, "decoder"))
         prepared.linears += [LinearSite(f"{name}.self_attn.qkv_proj", "qkv", f"{name}.input_layernorm"),
                              LinearSite(f"{name}.self_attn.o_proj", "proj"),
                              LinearSite(f"{name}.mlp.gate_up_proj", "fc1", f"{name}.post_attention_layernorm"),

@@ -101,7 +101,8 @@ class MlpSite:
 
 @dataclass(frozen=True)
 class BlockSite:
-    """x + attn(norm1(x)), then x + mlp(norm2(x)), with both norms plain LayerNorms. `kind`: 'plain' or 'window'."""
+    """x + attn(norm1(x)), then x + mlp(norm2(x)), with both norms plain LayerNorms. `kind`: 'plain' or 'window'; or 'decoder', of a language model, with
+    RMSNorms and a gated MLP."""
 
     name: str
     kind: str = "plain"

@@ -14,16 +14,18 @@ from vitq.ops.layer_norm import LayerNormSpec
 
 
 class QuantLayerNorm(PackedModule):
-    """float [..., C] -> codes [..., C]. Buffers weight, bias: float32 [C], ones and zeros where the source has none.
+    """float [..., C] -> codes [..., C]. Buffers weight, bias: float32 [C], ones and zeros where the source has none; an RMSNorm has no bias.
 
     merge: the input is [B, H, W, C/4] with even H and W, and its 2 x 2 neighbours are put side by side first (Swin).
     """
 
-    def __init__(self, norm: nn.LayerNorm, *, merge: bool = False, backend: str):
+    def __init__(self, norm: nn.LayerNorm | nn.RMSNorm, *, merge: bool = False, backend: str):
         super().__init__(backend)
         channels, self.eps, self.merge = norm.normalized_shape[-1], norm.eps, merge
         self.register_buffer("weight", torch.ones(channels) if norm.weight is None else norm.weight.detach().float().clone())
-        self.register_buffer("bias", torch.zeros(channels) if norm.bias is None else norm.bias.detach().float().clone())
+        self.rms = isinstance(norm, nn.RMSNorm)
+        bias = getattr(norm, "bias", None)
+        self.register_buffer("bias", None if self.rms else torch.zeros(channels) if bias is None else bias.detach().float().clone())
         self._output: ActivationFormat | None = None
 
     def fuse(self, output: ActivationFormat) -> None:
@@ -31,7 +33,7 @@ class QuantLayerNorm(PackedModule):
         self.invalidate()
 
     def cases(self) -> dict[str, Any]:
-        return {"layer_norm_quantize": LayerNormSpec(self.weight, self.bias, self.eps, self._output, self.merge)}
+        return {"layer_norm_quantize": LayerNormSpec(self.weight, self.bias, self.eps, self._output, self.merge, self.rms)}
 
     def forward(self, x: Tensor) -> QTensor:
         return self.call("layer_norm_quantize", x)

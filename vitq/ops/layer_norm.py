@@ -11,7 +11,7 @@ from torch import Tensor
 from vitq.cpu import loader
 from vitq.formats import ActivationFormat, QTensor
 from vitq.ops.dispatch import register
-from vitq.ops.quantize import ReferenceQuantize, cpu_constants, on_device, ordered, readable, why_not_in_one_pass
+from vitq.ops.quantize import CpuQuantize, ReferenceQuantize, cpu_constants, on_device, ordered, readable, why_not_in_one_pass
 from vitq.ops.windows import merge_patches
 
 
@@ -50,6 +50,24 @@ class CpuLayerNorm:
         codes, row_scale = kernels.layer_norm_quantize(readable(x), spec.weight, spec.bias, spec.eps, scale, zero_point,
                                                        fmt.qmin, fmt.qmax)
         return QTensor(ordered(codes, fmt), fmt.scale if row_scale is None else row_scale, handed_on)
+
+
+@register("layer_norm_quantize", "cpu")
+class CpuRmsNorm:
+    """torch for the norm, in float32, the C kernel for its codes."""
+
+    name = "torch+c-quantize"
+
+    def supports(self, spec: LayerNormSpec) -> str | None:
+        return (None if spec.rms else "it takes RMSNorm alone") or CpuQuantize().supports(spec.output)
+
+    def pack(self, spec: LayerNormSpec, device) -> tuple:
+        return spec, CpuQuantize().pack(spec.output, device)
+
+    def run(self, packed: tuple, x: Tensor) -> QTensor:
+        spec, constants = packed
+        x = merge_patches(x) if spec.merge else x
+        return CpuQuantize().run(constants, F.rms_norm(x.float(), x.shape[-1:], spec.weight, spec.eps))
 
 
 @register("layer_norm_quantize", "reference")
