@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 import logging
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,19 @@ def check_blocks(args: argparse.Namespace) -> None:
         vitq.pick_device(args.calib_device)
 
 
-def block_options(args: argparse.Namespace, recipe: vitq.Recipe, several: bool) -> dict[str, Any]:
-    """Keyword arguments of vitq.convert and vitq.simulate."""
-    if args.stream is None:
-        return {}
-    return {"stream": args.stream, "device": args.calib_device, "resume": args.resume / recipe.name if args.resume and several else args.resume}
+@contextlib.contextmanager
+def options_of(args: argparse.Namespace, source: Any) -> Iterator[dict[str, Any]]:
+    """Keyword arguments of vitq.convert and vitq.simulate for calibration block by block; where what a recipe learns is to be simulated too, with a folder
+    that keeps it meanwhile."""
+    blocks: dict[str, Any] = {}
+    if args.stream and isinstance(source, vitq.Recipe):
+        several = "," in (args.recipe or "")
+        blocks = {"stream": args.stream, "device": args.calib_device, "resume": args.resume / source.name if args.resume and several else args.resume}
+    if not (isinstance(source, vitq.Recipe) and source.learns and args.simulate) or blocks.get("resume"):
+        yield blocks
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield {"stream": "float", **blocks, "resume": Path(folder) / "run"}
 
 
 @contextlib.contextmanager

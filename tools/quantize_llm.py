@@ -20,7 +20,7 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import (add_blocks, block_options, check_blocks, check_positions, check_recipes, check_same, collected, half_of, kept_statistics,
+from _language import (add_blocks, check_blocks, check_positions, check_recipes, check_same, collected, half_of, kept_statistics, options_of,
                        on_cpu, prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
 from _memory import measured
 
@@ -95,7 +95,8 @@ def run(args: argparse.Namespace, console: Console) -> int:
             stats = collected(args, [recipe for recipe in recipes if recipe.is_static], loaded, text, console)
         try:
             for source in recipes or [checkpoint]:
-                report["rows"].append(row(args, source, loaded, text, stats, tasks, targets, report, console))
+                with options_of(args, source) as blocks:
+                    report["rows"].append(row(args, source, loaded, text, stats, tasks, targets, report, blocks, console))
                 if args.output:  # a run of hours that is cut off keeps what it found
                     vitq.report.write_json(args.output / "report.json", report)
         finally:
@@ -149,16 +150,16 @@ def scores(args, model, name: str, loaded, text, tasks: list, console: Console) 
     return found
 
 
-def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: dict, console: Console) -> dict:
-    """Everything measured of one recipe, or of the checkpoint in its place."""
-    blocks, device = block_options(args, source, "," in (args.recipe or "")) if args.stream else {}, loaded.model.device
+def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: dict, blocks: dict, console: Console) -> dict:
+    """Everything measured of one recipe, or of the checkpoint in its place. blocks: as `options_of` has them."""
+    device = loaded.model.device
     if isinstance(source, vitq.Recipe):
         kept = stats if source.is_static else None
         reads = source.needs_data if kept is None else source.needs_inputs or source.scores_heads
         calib = list(text.calib[:source.calib_size].split(args.batch_size)) if reads else None
         console.step(f"quantizing with the recipe {source.name}")
         cost: list[tuple[float, float]] = []
-        total, away = sum(map(len, calib)) if calib and not blocks else None, args.calib_device
+        total, away = sum(map(len, calib)) if calib and not blocks and not source.learns else None, args.calib_device
         backend, dtype = args.backend, dtype_of(args)
         if away:  # what is made on the CPU is to run on the device
             backend, dtype = "auto" if backend == device.type else backend, dtype or (torch.float16 if device.type == "cuda" else None)

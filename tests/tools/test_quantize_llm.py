@@ -342,3 +342,15 @@ def test_block_by_block_gives_the_same_and_goes_on(folder, text, tmp_path, monke
 def test_mistakes_of_block_options(args: list, message: str, folder, text) -> None:
     code, _, err = run(*SMALL, "--model", folder, "--data", text, *args)
     assert code == 2 and re.search(message, err), err
+
+
+def test_what_is_learned_is_learned_once(folder, text, monkeypatch) -> None:
+    """The simulation of a recipe with block_gradient takes what the executed model learned."""
+    from vitq.calib import blocks
+
+    seen, learn = [], blocks.learn
+    monkeypatch.setattr(blocks, "learn", lambda model, name, *args, **kwargs: (seen.append(name), learn(model, name, *args, **kwargs))[1])
+    code, out, err = run(*SMALL, "--model", folder, "--data", text, "--recipe", "flatquant-w4a4kv4", "--set", "block_gradient.epochs=1", "--simulate", "--json")
+    row = json.loads(out)["rows"][1]
+    assert code == 0 and seen == ["model.layers.0", "model.layers.1"]
+    assert abs(row["perplexity"] / row["simulated"] - 1) < 0.02 and row["bits"]["linears"] < 8
