@@ -176,3 +176,31 @@ def half_of(model: nn.Module) -> tuple[str, nn.Module]:
     """A 16-bit copy of a float model: float16 on a GPU, bfloat16 on a CPU."""
     dtype = torch.float16 if next(model.parameters()).is_cuda else torch.bfloat16
     return str(dtype)[6:], copy.deepcopy(model).to(dtype)
+
+
+# Sizes of models whose weights are random: those that decide about time and memory.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": dict(family="Llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                       num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False),
+    "llama-3-8b": dict(family="Llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                       num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False),
+    "qwen2.5-7b": dict(family="Qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                       num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1000000.0, tie_word_embeddings=False),
+    "tiny": dict(family="Llama", vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=4096, tie_word_embeddings=False),
+}
+
+
+def random_model(name: str, device: torch.device, layers: int | None = None) -> nn.Module:
+    """A float16 model (bfloat16 on a CPU) in one of SHAPES with random weights, made on the device."""
+    import transformers
+
+    sizes = dict(SHAPES[name])
+    family = sizes.pop("family")
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    config = getattr(transformers, f"{family}Config")(**sizes, bos_token_id=None, eos_token_id=None)
+    with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16,
+                                                             attn_implementation="sdpa").eval()

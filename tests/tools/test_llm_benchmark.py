@@ -1,0 +1,51 @@
+"""tools/llm_benchmark.py, in process: its table on a tiny model, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import run_tool
+
+pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
+
+import llm_benchmark  # noqa: E402
+import vitq  # noqa: E402
+
+TINY = ["--random", "tiny", "--prompt", "12", "--decode", "3", "--repeats", "1", "--no-compile", "--device", "cpu"]
+
+
+def test_a_table(tmp_path) -> None:
+    code, out, err = run_tool(llm_benchmark, *TINY, "--batch", "1,2", "--recipes", "w8a8-dynamic,flatquant-w4a4kv4", "--output", tmp_path / "r.json")
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert code == 0, err
+    assert [(r["case"], r["batch"]) for r in report["rows"]] == [(case, batch) for case in ("float16 eager", "w8a8-dynamic", "flatquant-w4a4kv4") for batch in (1, 2)]
+    assert all(r["prefill_ms"] > 0 and r["decode_ms"] > 0 and r["prefill_ratio"] > 0 for r in report["rows"])
+    assert all(r["decode_ratio"] == 1 for r in report["rows"][:2]) and "flatquant-w4a4kv4" in out and report["prompt"] == 12
+
+
+@torch.no_grad()
+def test_its_steps_are_those_of_generate() -> None:
+    """What is timed writes the tokens that `generate` writes."""
+    model = vitq.convert(llm_benchmark.random_model("tiny", torch.device("cpu")), llm_benchmark.recipe_of("flatquant-w4a4kv4", None), dtype=torch.float32)
+    cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
+    case = llm_benchmark.Case(model, cache, model, 2, 12, 5, torch.device("cpu"))
+    case.prefill(case.ids)
+    tokens = [case.token.clone()]
+    for _ in range(5):
+        case.step(case.token)
+        tokens.append(case.token.clone())
+    wanted = model.generate(case.ids, attention_mask=torch.ones_like(case.ids), max_new_tokens=6, do_sample=False)
+    assert torch.equal(torch.cat(tokens, 1), wanted[:, 12:])
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ([], "give --random with the names of shapes, or --model"), (["--random", "tiny", "--model", "x"], "give --random"),
+    (["--random", "llama-9"], "--random llama-9: known are llama-2-7b"), ([*TINY, "--batch", "0"], "--batch 0: give numbers"),
+    ([*TINY, "--batch", "a"], "--batch a: give numbers"), ([*TINY, "--recipes", "w9"], "neither a file nor a shipped recipe"),
+    ([*TINY, "--prompt", "0"], "--prompt"),
+])
+def test_mistakes(arguments: list[str], message: str) -> None:
+    code, _, err = run_tool(llm_benchmark, *arguments)
+    assert code == 2 and message in err

@@ -1,0 +1,273 @@
+#!/usr/bin/env python3
+"""Prefill and decode of language models on a GPU: float16, eager and compiled, against vitq's recipes, with the peak of memory.
+
+    python tools/llm_benchmark.py --random llama-2-7b --batch 1,16 --output llama.json        # random weights in that model's shape
+    python tools/llm_benchmark.py --model meta-llama/Llama-2-7b-hf --recipes w8a8-dynamic,flatquant-w4a4kv4
+
+Every case has a static cache and runs as CUDA graphs where it can be captured: a prompt of --prompt tokens, then --decode tokens, each chosen on the GPU and fed
+back, without a word from the host. The baseline of a row is the faster of float16 eager and torch.compile with SDPA. A recipe runs whole: norms, rotary
+positions, cache and head are in its time. What a recipe would measure or learn is replaced by what costs the same time (`vitq.profiling.quick_recipe`).
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import vitq
+from _cli import check_least, exit_code
+from _console import Console
+from _language import SHAPES, random_model
+
+FLOAT = "float16"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--random", metavar="A,B", help=f"random weights in the shapes of {', '.join(SHAPES)}")
+    p.add_argument("--model", help="or a folder of transformers, a name on the hub, or a .gguf file")
+    p.add_argument("--layers", type=int, metavar="N", help="of a random model, in place of all")
+    p.add_argument("--recipes", default="w8a8-dynamic,dgq-w4a8,w4a4,quarot-w4a4kv4,flatquant-w4a4kv4",
+                   help="with commas; w4a4: 4 bits a token and an output, nothing else (default %(default)s)")
+    p.add_argument("--batch", default="1", metavar="N,M", help="sequences (default 1)")
+    p.add_argument("--prompt", type=int, default=2048, metavar="T", help="tokens of each (default 2048)")
+    p.add_argument("--decode", type=int, default=256, metavar="T", help="tokens after them (default 256)")
+    p.add_argument("--kv-bits", type=int, metavar="N", help="bits of keys and values of recipes that leave them in float (default: float)")
+    p.add_argument("--repeats", type=int, default=5, help="timed prefills, and decodes of all tokens (default 5)")
+    p.add_argument("--no-compile", action="store_true", help="leave torch.compile of float16 out, which takes minutes")
+    p.add_argument("--device-map", help="auto: the float model over all visible GPUs, by accelerate; recipes run on one")
+    p.add_argument("--device", help="default: cuda")
+    p.add_argument("--output", type=Path, metavar="PATH", help="write every figure as JSON")
+    p.add_argument("--quiet", action="store_true", help="no progress, only the results")
+    return p.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: done; 2: a user's mistake, said in one line."""
+    args = parse(argv)
+    return exit_code("llm_benchmark", lambda: run(args), "out of memory: lower --batch, --prompt or --layers")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_least(args, prompt=1, decode=1, repeats=1, layers=1)
+    if bool(args.random) == bool(args.model):
+        raise ValueError("give --random with the names of shapes, or --model")
+    try:
+        batches = [int(b) for b in args.batch.split(",")]
+    except ValueError:
+        batches = [0]
+    if min(batches) < 1:
+        raise ValueError(f"--batch {args.batch}: give numbers of sequences, such as 1,16")
+    device, console = torch.device(vitq.pick_device(args.device)), Console(args.quiet, False)
+    recipes = [(name, recipe_of(name, args.kv_bits)) for name in args.recipes.split(",")]
+    names = args.random.split(",") if args.random else [args.model]
+    for name in names:
+        if args.random and name not in SHAPES:
+            raise ValueError(f"--random {name}: known are {', '.join(SHAPES)}")
+    report: dict[str, Any] = {"vitq": vitq.__version__, "torch": torch.__version__, "device": device_name(device), "prompt": args.prompt, "decode": args.decode,
+                              "rows": []}
+    for name in names:
+        def source(name: str = name) -> nn.Module:
+            if args.random:
+                return random_model(name, device, args.layers)
+            return vitq.load_language_model(name, dtype=torch.float16).model.to(device).eval()
+
+        rows = [*float_rows(args, name, source, batches, device, console)]
+        for recipe_name, recipe in recipes:
+            rows += recipe_rows(args, name, source, recipe_name, recipe, batches, device, console)
+        compare(rows)
+        report["rows"] += rows
+        console.result("\n" + vitq.report.table(*table(rows)))
+        if args.output:
+            vitq.report.write_json(args.output, report)
+    return 0
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def recipe_of(name: str, kv_bits: int | None) -> vitq.Recipe:
+    """A recipe that runs in the time of the named one. `w4a4` is of 4 bits for each token and output, with nothing around it."""
+    if name == "w4a4":
+        recipe = vitq.Recipe.from_yaml("w8a8-dynamic").with_overrides([f"{role}.bits=4" for role in ("qkv", "proj", "fc1", "fc2")] + ["weight.observer=minmax"])
+    else:
+        recipe = vitq.profiling.quick_recipe(name)
+    if recipe.needs_data:  # a solver, outliers: which of them is no matter here
+        changes = ["solver=rtn", "transforms=[]"]
+        recipe = recipe.with_overrides(changes)
+    if kv_bits and not recipe.resolve("qk").cached:
+        recipe = recipe.with_overrides([f"kv.bits={kv_bits}"])
+    return recipe
+
+
+class Case:
+    """One model at one batch size: a prefill and a decode that can be called again and again."""
+
+    def __init__(self, model: nn.Module, cache: Any, call: Callable[..., Any], batch: int, prompt: int, decode: int, device: torch.device):
+        self.model, self.cache, self.call, self.decode_tokens = model, cache, call, decode
+        vocabulary = model.get_input_embeddings().num_embeddings
+        self.ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
+        self.length = cache.layers[0].max_cache_len
+        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=device)
+        self.places = torch.arange(self.length, device=device)
+        self.prefill_graph = self.step_graph = None
+        self.notes: list[str] = []
+
+    def prefill(self, ids: torch.Tensor) -> None:
+        self.cache.reset()
+        positions = self.places[None, : ids.shape[1]].expand(len(ids), -1)
+        mask = (self.places <= positions[..., None])[:, None]
+        logits = self.call(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.position.fill_(ids.shape[1])
+
+    def step(self, token: torch.Tensor) -> None:
+        mask = (self.places <= self.position).expand(len(token), 1, 1, -1)
+        logits = self.call(input_ids=token, position_ids=self.position.expand(len(token), 1), attention_mask=mask, past_key_values=self.cache,
+                           use_cache=True).logits
+        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
+        self.position += 1
+
+    def capture(self) -> None:
+        """Both as CUDA graphs, where they can be."""
+        self.prefill(self.ids)
+        self.step(self.token)
+        for name, fn, static in (("prefill", self.prefill, self.ids), ("step", self.step, self.token)):
+            seen = [getattr(layer, "seen", None) for layer in self.cache.layers]
+            try:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    fn(static)
+                setattr(self, f"{name}_graph", graph.replay)
+            except RuntimeError as error:
+                self.notes.append(f"{name} without a graph: {str(error).splitlines()[0][:80]}")
+            finally:
+                for layer, count in zip(self.cache.layers, seen):
+                    if count is not None:
+                        layer.seen = count
+
+    def run_prefill(self, _: torch.Tensor) -> None:
+        (self.prefill_graph or (lambda: self.prefill(self.ids)))()
+
+    def run_decode(self, _: torch.Tensor) -> None:
+        """From the prompt on, as many tokens as asked for; the prompt's keys and values stay."""
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.ids.shape[1])
+            if hasattr(layer, "seen"):
+                layer.seen = self.ids.shape[1]
+        self.position.fill_(self.ids.shape[1])
+        for _ in range(self.decode_tokens):
+            (self.step_graph or (lambda: self.step(self.token)))()
+
+
+@torch.inference_mode()
+def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
+    """Milliseconds of a prefill and of a token after it, and the peak of memory in both."""
+    if device.type == "cuda":
+        case.capture()
+    case.run_prefill(case.ids)
+    prefill = vitq.timing.time_model(case.run_prefill, case.ids, repeats=repeats, warmup=1)
+    decode = vitq.timing.time_model(case.run_decode, case.ids, repeats=max(1, repeats // 2), warmup=1)
+    found = {"prefill_ms": prefill.median_ms, "prefill_spread": prefill.spread, "decode_ms": decode.median_ms / case.decode_tokens, "decode_spread": decode.spread,
+             "notes": case.notes}
+    if device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return found
+
+
+@contextlib.contextmanager
+def memory_of(device: torch.device) -> Iterator[None]:
+    """Whatever was there before is gone, and the peak of memory begins anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    yield
+
+
+def float_rows(args, name: str, source: Callable, batches: list[int], device: torch.device, console: Console) -> Iterator[dict]:
+    from transformers import StaticCache
+
+    model = source()
+    kinds = [("eager", lambda: model)] + ([] if args.no_compile else [("compiled", lambda: torch.compile(model, dynamic=False))])
+    if args.device_map:
+        from accelerate import dispatch_model, infer_auto_device_map
+
+        dispatch_model(model, infer_auto_device_map(model, no_split_module_classes=model._no_split_modules))
+    for batch in batches:
+        for kind, make in kinds:
+            console.step(f"{name}, {FLOAT} {kind}, batch {batch}")
+            with memory_of(device):
+                torch._dynamo.reset()
+                cache = StaticCache(config=model.config, max_cache_len=args.prompt + args.decode + 16)
+                yield row(name, f"{FLOAT} {kind}", batch, lambda cache=cache, make=make, batch=batch: Case(
+                    model, cache, make(), batch, args.prompt, args.decode, device), args, device, console)
+
+
+def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vitq.Recipe, batches: list[int], device: torch.device,
+                console: Console) -> Iterator[dict]:
+    from transformers import StaticCache
+
+    console.step(f"{name}, {recipe_name}: converting")
+    float_model = source()
+    model = vitq.convert(float_model, recipe, dtype=torch.float16 if device.type == "cuda" else None)
+    del float_model
+    for batch in batches:
+        console.step(f"{name}, {recipe_name}, batch {batch}")
+        with memory_of(device):
+            length = args.prompt + args.decode + 16
+            cached = recipe.resolve("qk").cached or recipe.resolve("pv").cached
+
+            def case() -> Case:
+                cache = vitq.quantized_cache(model, max_length=length, batch_size=batch) if cached else StaticCache(config=model.config, max_cache_len=length)
+                return Case(model, cache, model, batch, args.prompt, args.decode, device)
+
+            yield row(name, recipe_name, batch, case, args, device, console)
+
+
+def row(name: str, kind: str, batch: int, case: Callable[[], Case], args, device: torch.device, console: Console) -> dict:
+    found: dict[str, Any] = {"model": name, "case": kind, "batch": batch}
+    try:
+        found.update(measure(case(), args.repeats, device))
+    except torch.OutOfMemoryError:
+        found["notes"] = ["out of memory"]
+        return found
+    console.step(f"prefill {found['prefill_ms']:.2f} ms, a token {found['decode_ms']:.3f} ms")
+    return found
+
+
+def compare(rows: list[dict]) -> None:
+    """Ratios to the best float row of the same batch: of time, and to the least memory that one takes."""
+    for found in rows:
+        floats = [r for r in rows if r["batch"] == found["batch"] and r["case"].startswith(FLOAT)]
+        for key in ("prefill_ms", "decode_ms"):
+            best = min((r[key] for r in floats if key in r), default=None)
+            if best is not None and key in found:
+                found[f"{key[:-3]}_ratio"] = best / found[key]
+        least = min((r["peak_gb"] for r in floats if "peak_gb" in r), default=None)
+        if least is not None and "peak_gb" in found:
+            found["memory_ratio"] = found["peak_gb"] / least
+
+
+def table(rows: list[dict]) -> tuple[list[str], list[list]]:
+    def number(of: dict, key: str, digits: int) -> str | None:
+        return f"{of[key]:.{digits}f}" if key in of else None
+
+    headers = ["model", "case", "batch", "prefill ms", "x", "ms a token", "x", "peak GB", "part", "notes"]
+    return headers, [[r["model"], r["case"], r["batch"], number(r, "prefill_ms", 2), number(r, "prefill_ratio", 2), number(r, "decode_ms", 3),
+                      number(r, "decode_ratio", 2), number(r, "peak_gb", 2), number(r, "memory_ratio", 2), "; ".join(r.get("notes", ()))] for r in rows]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
