@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -46,6 +47,8 @@ def check_least(args: argparse.Namespace, **least: float) -> None:
 
 def device_of(args: argparse.Namespace) -> torch.device:
     device = torch.device(vitq.pick_device(args.device))
+    if args.device is None and device.type == "cuda" and "LOCAL_RANK" in os.environ:  # of several processes each has its own
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if args.backend not in ("auto", "reference", device.type):
         raise ValueError(f"--backend {args.backend} cannot run on {device}: give --device {args.backend}, or --backend auto or reference")
     return device

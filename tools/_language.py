@@ -17,6 +17,7 @@ from torch import nn
 
 import vitq
 from _console import Console
+from _memory import measured
 
 
 def kept_statistics(args: argparse.Namespace, recipes: list) -> Any:
@@ -159,6 +160,31 @@ def options_of(args: argparse.Namespace, source: Any) -> Iterator[dict[str, Any]
         return
     with tempfile.TemporaryDirectory() as folder:
         yield {"stream": "float", **blocks, "resume": Path(folder) / "run"}
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype | None:
+    return getattr(torch, args.dtype) if args.dtype else None
+
+
+def convert(args: argparse.Namespace, recipe: vitq.Recipe, loaded: Any, text: Any, stats: Any, blocks: dict,
+            console: Console) -> tuple[nn.Module, list | None, Any, dict[str, Any]]:
+    """The converted model on the float one's device; the batches and the statistics that it was calibrated with, None for what the recipe needs not; what
+    that cost."""
+    device, kept = loaded.model.device, stats if recipe.is_static else None
+    reads = recipe.needs_data if kept is None else recipe.needs_inputs or recipe.learns or recipe.scores_heads
+    calib = list(text.calib[:recipe.calib_size].split(args.batch_size)) if reads else None
+    console.step(f"quantizing with the recipe {recipe.name}")
+    cost: list[tuple[float, float]] = []
+    total, away = sum(map(len, calib)) if calib and not blocks and not recipe.learns else None, args.calib_device
+    backend, dtype = args.backend, dtype_of(args)
+    if away:  # what is made on the CPU is to run on the device
+        backend, dtype = "auto" if backend == device.type else backend, dtype or (torch.float16 if device.type == "cuda" else None)
+    with on_cpu(loaded.model, away), measured(torch.device(away or device), cost), console.bar(recipe.name, total, "windows") as bar:
+        model = vitq.convert(loaded.model, recipe, calib, backend, dtype=dtype, statistics=kept, memory=args.memory * 1e9, progress=bar.update,
+                             **blocks).to(device)
+    (seconds, memory), = cost
+    console.step(f"calibrated and converted in {seconds:.1f} s, with {memory:.0f} MB at most beyond the model's")
+    return model, calib, kept, {"windows": min(recipe.calib_size, len(text.calib)) if calib else 0, "seconds": seconds, "memory_mb": memory}
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 import time
@@ -20,9 +21,8 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import (add_blocks, check_blocks, check_positions, check_recipes, check_same, collected, half_of, kept_statistics, options_of,
-                       on_cpu, prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
-from _memory import measured
+from _language import (add_blocks, check_blocks, check_positions, check_recipes, check_same, collected, convert, dtype_of, half_of, kept_statistics,
+                       on_cpu, options_of, prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
+    if helps := int(os.environ.get("RANK", "0")) > 0 and args.resume is not None:  # one of several processes, of which the first reports
+        args.quiet, args.eval, args.tasks, args.benchmark, args.simulate, args.save, args.output = True, "none", None, False, False, None, None
     check_least(args, nsamples=1, seqlen=2, limit=1, batch_size=1, memory=1e-3)
     if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats or args.stream):
         raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save, --stats and --stream")
@@ -96,6 +98,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
         try:
             for source in recipes or [checkpoint]:
                 with options_of(args, source) as blocks:
+                    if helps:
+                        convert(args, source, loaded, text, stats, blocks, console)
+                        continue
                     report["rows"].append(row(args, source, loaded, text, stats, tasks, targets, report, blocks, console))
                 if args.output:  # a run of hours that is cut off keeps what it found
                     vitq.report.write_json(args.output / "report.json", report)
@@ -114,10 +119,6 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.json:
         print(vitq.report.to_json(report))
     return 0 if all(r.get("reload", True) for r in report["rows"]) else 1
-
-
-def dtype_of(args) -> torch.dtype | None:
-    return getattr(torch, args.dtype) if args.dtype else None
 
 
 def load(args, recipes: list, checkpoint, device: torch.device, console: Console):
@@ -154,20 +155,8 @@ def row(args, source, loaded, text, stats, tasks: list, targets: dict, report: d
     """Everything measured of one recipe, or of the checkpoint in its place. blocks: as `options_of` has them."""
     device = loaded.model.device
     if isinstance(source, vitq.Recipe):
-        kept = stats if source.is_static else None
-        reads = source.needs_data if kept is None else source.needs_inputs or source.scores_heads
-        calib = list(text.calib[:source.calib_size].split(args.batch_size)) if reads else None
-        console.step(f"quantizing with the recipe {source.name}")
-        cost: list[tuple[float, float]] = []
-        total, away = sum(map(len, calib)) if calib and not blocks and not source.learns else None, args.calib_device
-        backend, dtype = args.backend, dtype_of(args)
-        if away:  # what is made on the CPU is to run on the device
-            backend, dtype = "auto" if backend == device.type else backend, dtype or (torch.float16 if device.type == "cuda" else None)
-        with on_cpu(loaded.model, away), measured(torch.device(away or device), cost), console.bar(source.name, total, "windows") as bar:
-            model = vitq.convert(loaded.model, source, calib, backend, dtype=dtype, statistics=kept, memory=args.memory * 1e9, progress=bar.update,
-                                 **blocks).to(device)
-        found = {"recipe": source.name, "calibration": {"windows": min(source.calib_size, len(text.calib)) if calib else 0, "seconds": cost[0][0], "memory_mb": cost[0][1]}}
-        console.step(f"calibrated and converted in {cost[0][0]:.1f} s, with {cost[0][1]:.0f} MB at most beyond the model's")
+        model, calib, kept, cost = convert(args, source, loaded, text, stats, blocks, console)
+        found = {"recipe": source.name, "calibration": cost}
     else:
         model, calib, kept, found = source, None, None, {"recipe": source.vitq.recipe.name}
     found.update(settings=model.vitq.recipe.to_dict(), dtype=model.vitq.dtype, **scores(args, model, found["recipe"], loaded, text, tasks, console))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -65,7 +66,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
         and the result is that of None, bit for bit where the device is the same; `quantized`: what the quantized blocks before it give, and in a
         block each group of layers that share an input what the quantized groups before it give.
     device: with stream=, where blocks are calibrated, cpu or cuda (default: the model's device). The result is on the model's device all the same.
-    resume: with stream=, a folder in which each finished block is kept; the same call goes on after them. With stream='float' it holds
+    resume: with stream=, a folder in which each finished block is kept; the same call goes on after them. Processes that `torchrun` started share the
+        blocks of stream='float' by way of it, and each returns the whole model, the same but for last digits. With stream='float' it holds
         `statistics.safetensors` at the end, for `Statistics.load`; not of a recipe with heads, whose layers are in parts by then.
 
     Raises ValueError (a static recipe without calib, unusable data, NaN weights, an unknown block, a bad recipe) or
@@ -174,11 +176,17 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         if not (recipe.needs_inputs or recipe.learns or recipe.is_static and stats is None or scored):
             data = None  # nobody looks at it
         plan, _ = quantize_blocks(prepared, recipe, data, stream=stream, device=device, statistics=stats if recipe.is_static else None, memory=memory,
-                                  resume=resume, progress=progress)
+                                  resume=resume, share=_share(stream, resume), progress=progress)
         return prepared, plan
     if stats is None and recipe.is_static:
         stats = collect(prepared, [recipe], data, progress=progress)
     return prepared, choose(prepared, recipe, stats, data, memory, progress)
+
+
+def _share(stream: str, resume: str | Path | None) -> tuple[int, int]:
+    """(rank, processes) of those that `torchrun` started, where they have a folder to share the blocks of a float stream by."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return (int(os.environ["RANK"]), processes) if processes > 1 and resume is not None and stream == "float" else (0, 1)
 
 
 def _kept(calib: Iterable, recipe: Recipe, prepared: Prepared) -> Iterable:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 pytest.importorskip("transformers")
@@ -215,3 +217,22 @@ def test_refuses() -> None:
     parallel = build("Falcon")
     with pytest.raises(ValueError, match="share in two ways"):
         vitq.convert(parallel, recipe("flatquant-w4a4", "fc1.input.bits=8", epochs=1), CALIB)
+
+
+def _learn_a_share(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        model = vitq.convert(outlying(num_hidden_layers=3), recipe(epochs=2), CALIB, dtype=torch.float32, stream="float", resume=f"{folder}/run")
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+
+
+def test_processes_share_the_blocks(tmp_path) -> None:
+    """Two learn what one would have learned, each its part of the blocks."""
+    torch.multiprocessing.spawn(_learn_a_share, (str(tmp_path),), nprocs=2)
+    with torch.no_grad():
+        alone = vitq.convert(outlying(num_hidden_layers=3), recipe(epochs=2), CALIB, dtype=torch.float32, stream="float", resume=tmp_path / "alone")
+    for rank in (0, 1):
+        shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(shared[name], tensor) for name, tensor in alone.state_dict().items())
+    assert (tmp_path / "run" / "statistics.safetensors").exists()

@@ -80,6 +80,12 @@ class FloatStream:
         self.plain: Hidden | None = start if recipe.learns or statistics is None and any(part.wanted for part in chain.parts) else None
         self.folded: Hidden | None = start if recipe.needs_inputs and (recipe.transforms or self.plain is None) else None
 
+    def skip(self, index: int, onward: bool) -> None:
+        """Make the hidden states after a part that is solved elsewhere."""
+        for name in ("plain", "folded"):
+            if getattr(self, name) is not None:
+                setattr(self, name, self.chain.run(index, getattr(self, name), (), onward))
+
     def part(self, index: int, done: Done | None, onward: bool) -> Done:
         """Calibrate and solve a part, or apply what was done; with `onward`, the hidden states after it are made."""
         chain, plan = self.chain, self.plan
@@ -266,14 +272,15 @@ class QuantizedStream:
 @torch.no_grad()
 def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *, stream: str, device: torch.device | None = None,
                     statistics: Statistics | None = None, memory: float = GRAM_MEMORY, resume: str | Path | None = None,
-                    progress: Callable[[int], None] | None = None) -> tuple[Plan, Statistics]:
+                    share: tuple[int, int] = (0, 1), progress: Callable[[int], None] | None = None) -> tuple[Plan, Statistics]:
     """As `choose` after `collect`, with one block on `device` at a time: the plan, and the statistics of a float stream. Changes
     `prepared.model` by the transforms only.
 
     stream: `float`: layers do not depend on one another, and the plan is that of `choose`, bit for bit on one device; `quantized`: each reads
     what the quantized ones before it give. data: None only for a recipe that needs none (or statistics alone, which a float stream may be
-    given). resume: a folder to keep each finished part in, and to take those from that are there. progress: called once a block, with the number
-    of images.
+    given). resume: a folder to keep each finished part in, and to take those from that are there. share: (rank, processes), of a float stream with such a
+    folder: this process does every so many-th part that is left and takes the others' from the folder, when they are there. progress: called once a block,
+    with the number of images.
 
     Raises ValueError as those do, and for a folder of another run; torch.OutOfMemoryError that says what is kept and what to lower.
     """
@@ -299,23 +306,38 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
     filled = [bool(part.groups or part.attentions) for part in chain.parts]
     done = [folder.load(i, part.name) if folder is not None and filled[i] else None for i, part in enumerate(chain.parts)]
     to_do = [i for i in range(len(done)) if filled[i] and done[i] is None]
+    rank, processes = share
+    if processes > 1 and (stream != "float" or folder is None):
+        raise ValueError("several processes share the blocks of a float stream by way of a folder: give stream='float' and resume=")
+    others = [i for i in to_do if i % processes != rank]  # whatever is done already when a process looks
+    to_do = [i for i in to_do if i not in others]
     running = FloatStream(chain, plan, memory, statistics) if stream == "float" else QuantizedStream(chain, plan, memory)
-    seen = Statistics(of_model, samples)
     for i, part in enumerate(chain.parts):
-        kept = done[i]
+        onward = any(later > i for later in to_do)
         with _memory_errors(chain, part, folder, memory), chain.at(i), exact_float32():
-            kept = running.part(i, kept, onward=any(later > i for later in to_do))
+            if i in others:
+                running.skip(i, onward)
+            else:
+                done[i] = running.part(i, done[i], onward)
         if folder is not None and i in to_do:
-            folder.save(i, part.name, kept)
+            folder.save(i, part.name, done[i])
+        if progress is not None and 0 < i <= len(chain.blocks) and i not in others:
+            progress(samples)
+    for i in others:
+        kept = folder.wait(i, chain.parts[i].name)
+        with chain.at(i), exact_float32():
+            done[i] = running.part(i, kept, onward=False)
+        if progress is not None and 0 < i <= len(chain.blocks):
+            progress(samples)
+    seen = Statistics(of_model, samples)
+    for kept in done:
         plan.layers.update(kept.layers)
         for key in kept.statistics:
             seen[key] = kept.statistics[key]
-        if progress is not None and 0 < i <= len(chain.blocks):
-            progress(samples)
     check_transformed(plan)
     record_thresholds(prepared, plan)
     plan.samples = statistics.samples if statistics is not None else samples if wanted else 0
-    if folder is not None and stream == "float" and len(seen) and not recipe.heads:  # whose statistics are of the parts
+    if folder is not None and stream == "float" and len(seen) and not recipe.heads and rank == 0:  # whose statistics are of the parts
         seen.save(folder.path / STATISTICS)
     return plan, seen
 

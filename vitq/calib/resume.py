@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from vitq.recipe import Recipe
 SCHEMA = 1
 FORMAT = "vitq-blocks"
 HEADER = "run.json"
+POLL = 0.2  # seconds between looks for a file of another process
 # What a fingerprint is made of, and how a message calls it.
 PARTS = {"model": "another model or other weights", "recipe": "another recipe", "data": "other calibration data", "stream": "the other stream",
          "statistics": "other statistics", "blocks": "other blocks"}
@@ -79,7 +81,7 @@ class Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             if (self.path / HEADER).exists():
                 self._check(run)
-            elif any(self.path.iterdir()):
+            elif any(not file.name.startswith(f".{HEADER}.") for file in self.path.iterdir()):  # which another process may be writing
                 raise ValueError(f"resume: {self.path} holds other files and no {HEADER}: it is no folder of a calibration; give another")
             else:
                 with replacing(self.path / HEADER) as temporary:
@@ -120,6 +122,12 @@ class Folder:
                 save_file(tensors, temporary, metadata={"vitq": json.dumps(header)})
         except (SafetensorError, OSError) as error:
             raise OSError(f"resume: {self.file(index)} cannot be written ({error}); the blocks before it are kept") from error
+
+    def wait(self, index: int, name: str) -> Done:
+        """What another process saves of a block, when it is there."""
+        while (done := self.load(index, name)) is None:
+            time.sleep(POLL)
+        return done
 
     def load(self, index: int, name: str) -> Done | None:
         """What :meth:`save` wrote of a block, None where there is nothing. Raises ValueError for a damaged file."""
