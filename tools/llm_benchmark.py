@@ -24,6 +24,7 @@ from torch import nn
 import vitq
 from _cli import check_least, exit_code
 from _console import Console
+from _generation import Case, measure
 from _language import SHAPES, random_model
 
 FLOAT = "float16"
@@ -106,83 +107,6 @@ def recipe_of(name: str, kv_bits: int | None) -> vitq.Recipe:
     if kv_bits and not recipe.resolve("qk").cached:
         recipe = recipe.with_overrides([f"kv.bits={kv_bits}"])
     return recipe
-
-
-class Case:
-    """One model at one batch size: a prefill and a decode that can be called again and again."""
-
-    def __init__(self, model: nn.Module, cache: Any, call: Callable[..., Any], batch: int, prompt: int, decode: int, device: torch.device):
-        self.model, self.cache, self.call, self.decode_tokens = model, cache, call, decode
-        vocabulary = model.get_input_embeddings().num_embeddings
-        self.ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-        self.length = cache.layers[0].max_cache_len
-        self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=device)
-        self.places = torch.arange(self.length, device=device)
-        self.prefill_graph = self.step_graph = None
-        self.notes: list[str] = []
-
-    def prefill(self, ids: torch.Tensor) -> None:
-        self.cache.reset()
-        positions = self.places[None, : ids.shape[1]].expand(len(ids), -1)
-        mask = (self.places <= positions[..., None])[:, None]
-        logits = self.call(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
-        self.position.fill_(ids.shape[1])
-
-    def step(self, token: torch.Tensor) -> None:
-        mask = (self.places <= self.position).expand(len(token), 1, 1, -1)
-        logits = self.call(input_ids=token, position_ids=self.position.expand(len(token), 1), attention_mask=mask, past_key_values=self.cache,
-                           use_cache=True).logits
-        self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
-        self.position += 1
-
-    def capture(self) -> None:
-        """Both as CUDA graphs, where they can be."""
-        self.prefill(self.ids)
-        self.step(self.token)
-        for name, fn, static in (("prefill", self.prefill, self.ids), ("step", self.step, self.token)):
-            seen = [getattr(layer, "seen", None) for layer in self.cache.layers]
-            try:
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
-                    fn(static)
-                setattr(self, f"{name}_graph", graph.replay)
-            except RuntimeError as error:
-                self.notes.append(f"{name} without a graph: {str(error).splitlines()[0][:80]}")
-            finally:
-                for layer, count in zip(self.cache.layers, seen):
-                    if count is not None:
-                        layer.seen = count
-
-    def run_prefill(self, _: torch.Tensor) -> None:
-        (self.prefill_graph or (lambda: self.prefill(self.ids)))()
-
-    def run_decode(self, _: torch.Tensor) -> None:
-        """From the prompt on, as many tokens as asked for; the prompt's keys and values stay."""
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(self.ids.shape[1])
-            if hasattr(layer, "seen"):
-                layer.seen = self.ids.shape[1]
-        self.position.fill_(self.ids.shape[1])
-        for _ in range(self.decode_tokens):
-            (self.step_graph or (lambda: self.step(self.token)))()
-
-
-@torch.inference_mode()
-def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a prefill and of a token after it, and the peak of memory in both."""
-    if device.type == "cuda":
-        case.capture()
-    case.run_prefill(case.ids)
-    prefill = vitq.timing.time_model(case.run_prefill, case.ids, repeats=repeats, warmup=1)
-    decode = vitq.timing.time_model(case.run_decode, case.ids, repeats=max(1, repeats // 2), warmup=1)
-    found = {"prefill_ms": prefill.median_ms, "prefill_spread": prefill.spread, "decode_ms": decode.median_ms / case.decode_tokens, "decode_spread": decode.spread,
-             "notes": case.notes}
-    if device.type == "cuda":
-        found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-    return found
 
 
 @contextlib.contextmanager

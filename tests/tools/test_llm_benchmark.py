@@ -10,6 +10,7 @@ from helpers import run_tool
 
 pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 
+import _generation  # noqa: E402
 import llm_benchmark  # noqa: E402
 import vitq  # noqa: E402
 
@@ -30,7 +31,7 @@ def test_its_steps_are_those_of_generate() -> None:
     """What is timed writes the tokens that `generate` writes."""
     model = vitq.convert(llm_benchmark.random_model("tiny", torch.device("cpu")), llm_benchmark.recipe_of("flatquant-w4a4kv4", None), dtype=torch.float32)
     cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
-    case = llm_benchmark.Case(model, cache, model, 2, 12, 5, torch.device("cpu"))
+    case = _generation.Case(model, cache, model, 2, 12, 5, torch.device("cpu"))
     case.prefill(case.ids)
     tokens = [case.token.clone()]
     for _ in range(5):
