@@ -17,7 +17,7 @@ namespace vitq {
 namespace {
 
 // Warps of a block, which share 64 K registers.
-constexpr int most_warps(int tiles) { return tiles <= 2 ? 24 : tiles <= 4 ? 16 : tiles <= 6 ? 12 : 8; }
+constexpr int most_warps(int tiles) { return tiles <= 2 ? 16 : tiles <= 6 ? 12 : 8; }
 // Strips of 16 columns that a warp works on at once.
 constexpr int strips_of(int tiles) { return tiles <= 8 ? 2 : 1; }
 
@@ -82,17 +82,17 @@ struct Team {
 // A row of x, gated or normalised, as float16 [rows, pitch] in shared memory. With a left matrix alone, whose fragments are read from it, the columns of
 // each 32 are in the order of `pack_transform`: 8 q + g holds column 4 g + q.
 template <class T, bool EIGHTS>
-__device__ void prepare(const TransformedLaunch& p, const T* from, __half* to, Team& team) {
+__device__ __forceinline__ void prepare(const TransformedLaunch& p, const T* from, __half* to, Team& team) {
   const VitqTransformedRows& a = p.a;
   const int vectors = (a.columns + 7) / 8, columns = a.columns / p.rows;
   float mean = 0.0f, rstd = 1.0f;
   if (a.norm) {
     const auto total = [&](auto of) {
       float sum = 0.0f;
-#pragma unroll 2
+#pragma unroll 1
       for (int v = team.thread; v < vectors; v += team.threads) {
         float x[8];
-        to_floats(read_eight<T, EIGHTS>(a, from, 8 * v), x);
+        to_floats(read_eight<T, EIGHTS>(from, 8 * v, a.columns), x);
 #pragma unroll
         for (int w = 0; w < 8; ++w)
           if (EIGHTS || 8 * v + w < a.columns) sum = of(sum, x[w]);
@@ -102,30 +102,14 @@ __device__ void prepare(const TransformedLaunch& p, const T* from, __half* to, T
     if (a.norm == VITQ_LAYER_NORM) mean = total([](float sum, float x) { return sum + x; });
     rstd = rsqrtf(total([&](float sum, float x) { return fmaf(x - mean, x - mean, sum); }) + a.eps);
   }
-#pragma unroll 4
-  for (int v = team.thread; v < vectors; v += team.threads) {
-    const Eight<T> raw = read_eight<T, EIGHTS>(a, from, 8 * v);
-    uint32_t word[4];
-    if constexpr (std::is_same_v<T, __half>) word[0] = raw.q[0].x, word[1] = raw.q[0].y, word[2] = raw.q[0].z, word[3] = raw.q[0].w;
-    if (!std::is_same_v<T, __half> || a.norm) {
-      float x[8];
-      to_floats(raw, x);
-      if (a.norm) normalise<EIGHTS>(a, x, 8 * v, mean, rstd);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const __half2 both = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
-        word[i] = *reinterpret_cast<const uint32_t*>(&both);
-      }
-    }
+  const auto place = [&](int row, int column) { return row * p.pitch + (a.right ? column : (column & ~31) + 8 * (column & 3) + (column & 31) / 4); };
+  const auto put = [&](int v, uint32_t (&word)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) word[i] = saturated(word[i]);
-    const auto place = [&](int row, int column) {
-      return row * p.pitch + (a.right ? column : (column & ~31) + 8 * (column & 3) + (column & 31) / 4);
-    };
     if constexpr (EIGHTS) {
       const int row = p.by_row.divide(v), column = 8 * v - row * columns;
       if (a.right) {
-        *reinterpret_cast<uint4*>(to + place(row, column)) = make_uint4(word[0], word[1], word[2], word[3]);
+        *reinterpret_cast<uint4*>(to + row * p.pitch + column) = make_uint4(word[0], word[1], word[2], word[3]);
       } else {  // columns q and q + 4, which are neighbours
         auto* const at = reinterpret_cast<uint32_t*>(to + place(row, column));
         at[0] = __byte_perm(word[0], word[2], 0x5410), at[4] = __byte_perm(word[0], word[2], 0x7632);
@@ -137,6 +121,45 @@ __device__ void prepare(const TransformedLaunch& p, const T* from, __half* to, T
         const int i = 8 * v + w, row = p.by_row.divide(i);
         if (i < a.columns) reinterpret_cast<uint16_t*>(to)[place(row, i - row * columns)] = uint16_t(word[w / 2] >> 16 * (w & 1));
       }
+    }
+  };
+  const auto words_of = [&](const Eight<T>& raw, auto change, uint32_t (&word)[4]) {
+    float x[8];
+    to_floats(raw, x);
+    change(x);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const __half2 both = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+      word[i] = *reinterpret_cast<const uint32_t*>(&both);
+    }
+  };
+  const auto convert = [&](int v, const Eight<T>& raw) {
+    uint32_t word[4];
+    if constexpr (std::is_same_v<T, __half>) word[0] = raw.q[0].x, word[1] = raw.q[0].y, word[2] = raw.q[0].z, word[3] = raw.q[0].w;
+    else words_of(raw, [](float (&)[8]) {}, word);
+    put(v, word);
+  };
+  if (a.norm) {
+#pragma unroll 1
+    for (int v = team.thread; v < vectors; v += team.threads) {
+      uint32_t word[4];
+      words_of(read_eight<T, EIGHTS>(from, 8 * v, a.columns), [&](float (&x)[8]) { normalise<EIGHTS>(a, x, 8 * v, mean, rstd); }, word);
+      put(v, word);
+    }
+  } else if (a.gate) {
+#pragma unroll 1
+    for (int v = team.thread; v < vectors; v += team.threads) convert(v, read_gated<T, EIGHTS>(a, from, 8 * v));
+  } else {
+    // Loads of several before what is stored of the first, which the compiler would not move past it.
+    constexpr int BATCH = EIGHTS ? 16 / int(sizeof(T)) / 2 : 1;
+#pragma unroll 1
+    for (int v = team.thread; v < vectors; v += BATCH * team.threads) {
+      Eight<T> raw[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) raw[i] = read_eight<T, EIGHTS>(from, 8 * min(v + i * team.threads, vectors - 1), a.columns);
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i)
+        if (v + i * team.threads < vectors) convert(v + i * team.threads, raw[i]);
     }
   }
 }
@@ -150,7 +173,8 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   const int tiles = PART ? p.left_tiles : TILES;
   extern __shared__ __align__(16) uint8_t shared[];
   const VitqTransformedRows& a = p.a;
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / p.warps, warp = threadIdx.x / 32 - group * p.warps;
+  int lane = threadIdx.x % 32;
+  const int group = threadIdx.x / 32 / p.warps, warp = threadIdx.x / 32 - group * p.warps;
   Team team{int(threadIdx.x) - 32 * p.warps * group, 32 * p.warps, 1 + group, reinterpret_cast<uint32_t*>(shared + p.scratch) + 64 * group, 0};
   uint8_t* const place = shared + p.tokens + group * p.token_bytes;
   auto* const rows = reinterpret_cast<__half*>(place);
@@ -160,14 +184,13 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
 
   start_dependents();
   wait_for_kernels_before();
+  unsigned token = blockIdx.x + gridDim.x * group;
+  const unsigned stride = gridDim.x * p.groups;
   const auto copy_all = [&](const void* from, int to, int count) {
     for (int i = 16 * threadIdx.x; i < count; i += 16 * blockDim.x)
       copy_async(uint32_t(__cvta_generic_to_shared(shared)) + to + i, static_cast<const uint8_t*>(from) + i, true);
   };
   const int pairs = (a.columns / p.rows + 31) / 32;
-  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
-  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
-  commit_copies();
   const auto start_of = [&](unsigned token) { return static_cast<const uint8_t*>(a.x) + int64_t(token) * a.x_stride * sizes; };
   const auto fetch = [&](unsigned token, int stage) {
     if (p.stages && token < unsigned(a.m)) {
@@ -177,13 +200,12 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
     }
     commit_copies();
   };
-  unsigned token = blockIdx.x + gridDim.x * group;
-  const unsigned stride = gridDim.x * p.groups;
   fetch(token, 0);
+  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
+  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
+  commit_copies();
   if (p.stages == 2) fetch(token + stride, 1);
   else commit_copies();
-  wait_copies<2>();
-  __syncthreads();
   const float2 clip = clip_of(a);
 
   const auto* right = reinterpret_cast<const uint4*>(shared) + lane;
@@ -194,20 +216,31 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   const bool once = p.items <= p.warps;  // results stay in registers
   const int columns = a.columns / p.rows;
 
+  bool ready = false;  // whether the matrices are there
   for (int stage = 0; token < unsigned(a.m); token += stride) {
-    if (p.stages == 2) wait_copies<1>();
+    // Else the compiler keeps every address of every way to prepare a row in registers through all rows, and spills.
+    asm volatile("" : "+r"(team.thread), "+r"(lane));
+    if (!ready) wait_copies<2>();
+    else if (p.stages == 2) wait_copies<1>();
     else wait_copies<0>();
     team.meet();
-    const void* from = p.stages ? place + p.staged + stage * p.stage_bytes : start_of(token);
     const auto of_type = [&](auto type) {
       using T = decltype(type);
-      if (p.eights) prepare<T, true>(p, static_cast<const T*>(from), rows, team);
-      else prepare<T, false>(p, static_cast<const T*>(from), rows, team);
+      // Two calls, so that the compiler knows which memory it reads.
+      if (p.stages) prepare<T, true>(p, reinterpret_cast<const T*>(place + p.staged + stage * p.stage_bytes), rows, team);
+      else if (p.eights) prepare<T, true>(p, reinterpret_cast<const T*>(start_of(token)), rows, team);
+      else prepare<T, false>(p, reinterpret_cast<const T*>(start_of(token)), rows, team);
     };
     if (a.x_dtype == VITQ_F16) of_type(__half());
     else if (a.x_dtype == VITQ_BF16) of_type(__nv_bfloat16());
     else of_type(float());
-    team.meet();
+    if (ready) {
+      team.meet();
+    } else {
+      wait_copies<1>();
+      __syncthreads();
+      ready = true;
+    }
     fetch(token + max(p.stages, 1) * stride, stage);
     stage = p.stages == 2 ? stage ^ 1 : 0;
 
@@ -222,6 +255,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
 #pragma unroll
           for (int e = 0; e < 4; ++e) y[s][j][e] = 0.0f;
     };
+    clear();  // here: results of the token before need no registers while a row is prepared
     const int strips = 2 * pairs / STRIPS;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
@@ -229,7 +263,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
       for (int item = warp; item < p.items; item += p.warps) {
         const int chunk = a.left ? 0 : item / strips, first = STRIPS * (item - chunk * strips);
         if (pass == 0 || !once) {
-          clear();
+          if (!once) clear();
           if (a.right) {
             const uint32_t x_at = by_rows + 16 * TILES * chunk * step;
 #pragma unroll 2
@@ -292,27 +326,26 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
         const int column = 32 * (first / 2) + 4 * (lane / 4) + 2 * (first % 2), width = columns - column;
         const auto row = [&](int j, int e) { return 16 * TILES * chunk + 8 * j + 2 * (lane % 4) + e; };
         if (pass == 0) {
+          // What pads a result is 0, which changes no range but one that need not hold it.
+          const bool any = !a.row_shift || a.clip;
+          const auto add = [&](auto valid) {
 #pragma unroll
-          for (int j = 0; j < 2 * TILES; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float least = INFINITY, largest = -INFINITY;
+            for (int j = 0; j < 2 * TILES; ++j)
 #pragma unroll
               for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                  const bool there = 2 * s + h < width;
-                  least = fminf(least, there ? y[s][j][2 * h + e] : INFINITY), largest = fmaxf(largest, there ? y[s][j][2 * h + e] : -INFINITY);
+                for (int i = 0; i < 4; ++i) {
+                  const bool there = valid(j, i % 2, 2 * s + i / 2);
+                  lo = fminf(lo, there ? y[s][j][i] : INFINITY), hi = fmaxf(hi, there ? y[s][j][i] : -INFINITY);
                 }
-              const bool there = row(j, e) < p.rows;
-              lo = fminf(lo, there ? least : INFINITY), hi = fmaxf(hi, there ? largest : -INFINITY);
-            }
+          };
+          if (any) add([](int, int, int) { return true; });
+          else add([&](int j, int e, int c) { return row(j, e) < p.rows && c < width; });
           continue;
         }
         uint8_t* const out = reinterpret_cast<uint8_t*>(a.out) + int64_t(token) * a.out_stride + column;
         // Sums are rounded, so that a rounded quotient makes no difference in kind: one multiplication in place of an exact division.
-        const auto code = [&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); };
-        const auto store = [&](auto put) {
+        const auto store = [&](auto code, auto put) {
 #pragma unroll
           for (int j = 0; j < 2 * TILES; ++j)
 #pragma unroll
@@ -320,16 +353,16 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
               put(out + row(j, e) * columns, row(j, e) < p.rows && width > 0,
                   pack_codes(code(y[0][j][e]), code(y[0][j][2 + e]), code(y[STRIPS - 1][j][e]), code(y[STRIPS - 1][j][2 + e])));
         };
+        const auto shifted = [&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); };
+        const auto symmetric = [&](float x) { return fmaf(fminf(fmaxf(x, range.low), range.high), range.s.inverse, MAGIC); };
+        const auto word_to = [&](uint8_t* to, bool there, uint32_t word) {
+          if (there) *reinterpret_cast<std::conditional_t<STRIPS == 2, uint32_t, uint16_t>*>(to) = word;
+        };
         if (p.words) {
-          store([&](uint8_t* to, bool there, uint32_t word) {
-            if constexpr (STRIPS == 2) {
-              if (there) *reinterpret_cast<uint32_t*>(to) = word;
-            } else {
-              if (there) *reinterpret_cast<uint16_t*>(to) = uint16_t(word);
-            }
-          });
+          if (a.row_shift) store(shifted, word_to);
+          else store(symmetric, word_to);
         } else {
-          store([&](uint8_t* to, bool there, uint32_t word) {
+          store(shifted, [&](uint8_t* to, bool there, uint32_t word) {
 #pragma unroll
             for (int c = 0; c < 2 * STRIPS; ++c)
               if (there && c < width) to[c] = uint8_t(word >> 8 * c);
@@ -342,6 +375,10 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
         if (team.thread == 0) store_range(p, token, range);
       }
     }
+  }
+  if (!ready) {
+    wait_copies<1>();
+    __syncthreads();
   }
   wait_copies<0>();
 }

@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     // Where there are no columns, the first ones once more: they change no range.
-    const Eight<T> raw = read_eight<T, EIGHTS>(a, x, EIGHTS && !used(v) ? 0 : column(v));
+    const int at = EIGHTS && !used(v) ? 0 : column(v);
+    const Eight<T> raw = a.gate ? read_gated<T, EIGHTS>(a, x, at) : read_eight<T, EIGHTS>(x, at, a.columns);
     to_floats(raw, y[v]);
   }
   if (a.norm) {

@@ -76,25 +76,28 @@ __device__ __forceinline__ void apply_gate(Eight<T>& gate, const Eight<T>& up, i
   else gate_eight<VITQ_RELU>(gate, up);
 }
 
-// Eight values of x, or of a gate with what it multiplies, from a row's column `at` on; those from `columns` on are 0.
+// Eight values of a row from `at` on, of which those up to column `columns` exist; the others are 0.
 template <class T, bool EIGHTS>
-__device__ __forceinline__ Eight<T> read_eight(const VitqTransformedRows& a, const T* row, int at) {
-  const auto load = [&](int64_t from) {
-    Eight<T> raw;
-    if constexpr (EIGHTS) {
-      load_eight<T>(raw, row, from);
-    } else {
-      alignas(16) T x[8];
+__device__ __forceinline__ Eight<T> read_eight(const T* row, int at, int columns) {
+  Eight<T> raw;
+  if constexpr (EIGHTS) {
+    load_eight<T>(raw, row, at);
+  } else {
+    alignas(16) T x[8];
 #pragma unroll
-      for (int w = 0; w < 8; ++w) x[w] = at + w < a.columns ? row[from + w] : T(0.0f);
+    for (int w = 0; w < 8; ++w) x[w] = at + w < columns ? row[at + w] : T(0.0f);
 #pragma unroll
-      for (int i = 0; i < int(sizeof(T) / 2); ++i) raw.q[i] = reinterpret_cast<const uint4*>(x)[i];
-    }
-    return raw;
-  };
-  Eight<T> raw = load(at);
-  if (a.gate) apply_gate<T>(raw, load(at + a.columns), a.gate);
+    for (int i = 0; i < int(sizeof(T) / 2); ++i) raw.q[i] = reinterpret_cast<const uint4*>(x)[i];
+  }
   return raw;
+}
+
+// The same of act(gate)·up.
+template <class T, bool EIGHTS>
+__device__ __forceinline__ Eight<T> read_gated(const VitqTransformedRows& a, const T* row, int at) {
+  Eight<T> gate = read_eight<T, EIGHTS>(row, at, a.columns);
+  apply_gate<T>(gate, read_eight<T, EIGHTS>(row + a.columns, at, a.columns), a.gate);
+  return gate;
 }
 
 // (x - mean)·rstd·weight + bias of the columns from `at` on.
