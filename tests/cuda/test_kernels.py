@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from vitq.cuda import fallback, kernels, loader, row_kernels
-from vitq.formats import ActivationFormat, Columns, QTensor, int_range, pack_int4
+from vitq.formats import ActivationFormat, Columns, Kronecker, QTensor, int_range, pack_int4
 from vitq.ops.attention import AttentionSpec
 from vitq.ops.common import OutputFormat, signed
 from vitq.ops.dispatch import registered
 from vitq.ops.float_norm import FloatNormSpec
+from vitq.ops.gated import GatedSpec
 from vitq.ops.layer_norm import LayerNormSpec
 from vitq.ops.linear import LinearSpec, int_matmul
 from vitq.ops.patches import PatchesSpec
@@ -201,6 +202,105 @@ def test_layer_norm_quantize(fmt, kind, affine, dtype):
     want, got = reference("layer_norm_quantize", spec, x), cuda("layer_norm_quantize", spec, to_device(x))
     assert_same_codes(got, want, share=1e-3)
     torch.testing.assert_close(got.scale.cpu(), want.scale, rtol=1e-5, atol=1e-12)
+
+
+# rows that are made before they are quantized --------------------------------------------------------------------------
+
+COMPILED = [where for where in WHICH if where is not FALLBACK]
+CLIP = torch.tensor([0.9, 0.8])
+
+
+@pytest.fixture(params=COMPILED)
+def compiled(request):
+    STATE["which"] = request.param
+
+
+def kronecker(left: int, right: int) -> Kronecker | None:
+    matrices = [(torch.randn(n, n) * n**-0.5).half() if n else None for n in (left, right)]
+    return Kronecker(*matrices) if left or right else None
+
+
+def compare(kernel, op: str, spec, x: Tensor, share: float) -> None:
+    assert device() == CPU or kernel.supports(spec) is None
+    want, got = reference(op, spec, x), kernel.run(kernel.pack(spec, device()), to_device(x))
+    # Sums in another order: a code whose number lies near the middle of two may be the other one.
+    assert_same_codes(got, want, share)
+    assert got.codes.dim() < 2 or got.codes.stride(-2) % 16 == 0
+    for a, b in ((got.scale, want.scale), (got.shift, want.shift)):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-3, atol=1e-3 * float(want.scale.max()) if b.numel() else 0.0)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bits, symmetric, clip", [(8, True, None), (4, True, CLIP), (8, False, CLIP), (4, False, None)])
+@pytest.mark.parametrize("left, right, shape", [(64, 64, (3, 7, 4096)), (86, 128, (2, 11008)), (5, 7, (9, 35)), (12, 0, (2, 5, 768)), (32, 0, (300, 1024)),
+                                                (0, 32, (33, 96)), (0, 0, (5, 77)), (0, 0, (6, 5120)), (24, 24, (0, 576)), (24, 24, (576,))], ids=str)
+def test_transformed_quantize(left, right, shape, bits, symmetric, clip, dtype):
+    torch.manual_seed(0)
+    fmt = ActivationFormat(bits, dynamic=True, symmetric=symmetric, transform=kronecker(left, right), clip=clip)
+    compare(row_kernels.CudaTransform(), "quantize", fmt, torch.randn(shape).to(dtype), 5e-3 if left or right else 0.0)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("rms", [False, True])
+@pytest.mark.parametrize("left, right, k", [(64, 64, 4096), (0, 8, 72), (0, 0, 768), (0, 0, 5003)], ids=str)
+def test_transformed_norms(left, right, k, rms):
+    torch.manual_seed(0)
+    fmt = ActivationFormat(8, dynamic=True, transform=kronecker(left, right), clip=CLIP)
+    spec = LayerNormSpec(torch.randn(k), None if rms else torch.randn(k), 1e-6, fmt, rms=rms)
+    compare(row_kernels.CudaNormTransform(), "layer_norm_quantize", spec, (torch.randn(3, 11, k) * 3 + 1).half(), 5e-3)
+
+
+@on_gpu
+@pytest.mark.parametrize("fmt", ["asymmetric", "static4", "dynamic"])
+@pytest.mark.parametrize("kind", ["plain", "odd", "wide"])
+def test_rms_norm_quantize(kind, fmt):
+    torch.manual_seed(0)
+    x = INPUTS[kind]().half()
+    spec = LayerNormSpec(torch.randn(x.shape[-1]), None, 1e-6, FORMATS[fmt], rms=True)
+    if STATE["which"] == "fallback":
+        assert "RMSNorm" in chosen("layer_norm_quantize").supports(spec)
+        return
+    assert_same_codes(cuda("layer_norm_quantize", spec, to_device(x)), reference("layer_norm_quantize", spec, x), share=1e-3)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("left, right, k", [(86, 128, 11008), (32, 48, 1536), (3, 5, 15), (0, 0, 11008), (0, 0, 77)], ids=str)
+def test_gated_quantize(left, right, k, activation, dtype):
+    torch.manual_seed(0)
+    for clip in (None, CLIP):
+        fmt = ActivationFormat(8, dynamic=True, transform=kronecker(left, right), clip=clip)
+        compare(row_kernels.CudaGated(), "gated_quantize", GatedSpec(activation, fmt), torch.randn(5, 2 * k).to(dtype), 5e-3)
+
+
+@on_gpu
+def test_gates_of_other_formats_are_two_steps():
+    """Static scales, and features that stay in float16, are quantized after torch has made the rows."""
+    torch.manual_seed(0)
+    x = torch.randn(7, 400).half()
+    kept = ActivationFormat(4, dynamic=True, symmetric=False, columns=Columns(torch.arange(32, 200, dtype=torch.int32), fp=torch.arange(32, dtype=torch.int32)))
+    for fmt in (FORMATS["asymmetric"],) if STATE["which"] == "fallback" else (FORMATS["asymmetric"], kept):
+        spec = GatedSpec("silu", fmt)
+        kernel = chosen("gated_quantize") if STATE["which"] == "fallback" else row_kernels.TorchGated()
+        assert STATE["which"] == "fallback" or row_kernels.CudaGated().supports(spec)
+        want, got = reference("gated_quantize", spec, x), kernel.run(kernel.pack(spec, device()), to_device(x))
+        assert_same_codes(got, want, share=1e-2)
+        if want.fp is not None:
+            torch.testing.assert_close(got.fp[:, :32].cpu(), want.fp, rtol=2e-3, atol=2e-3)
+
+
+@needs_library[0]
+@needs_library[1]
+def test_rows_that_a_block_cannot_hold_are_made_in_steps():
+    torch.manual_seed(0)
+    STATE["which"] = "library"
+    fmt = ActivationFormat(8, dynamic=True, transform=kronecker(256, 256), clip=CLIP)
+    assert not row_kernels.fits(torch.cuda.current_device(), 65536, 256, 256) and row_kernels.fits(torch.cuda.current_device(), 4096, 64, 64)
+    compare(row_kernels.CudaTransform(), "quantize", fmt, torch.randn(3, 65536).half(), 5e-3)
 
 
 # linear --------------------------------------------------------------------------------------------------------------
@@ -711,6 +811,11 @@ def test_what_is_refused_says_why():
     spec = AttentionSpec(AttentionParams(dynamic, dynamic, dynamic, 8), 1, 16, 0.25)
     assert "dynamically" in attention.supports(spec)
     assert "unsigned" in dict(registered("quantize"))["cuda"].supports(ActivationFormat(8, scale=1.0, signed=False))
+    rows = row_kernels.CudaTransform()
+    assert "ranges" in rows.supports(FORMATS["static"]) and "a matrix of 257" in rows.supports(
+        ActivationFormat(8, dynamic=True, transform=Kronecker(torch.eye(257).half())))
+    assert "float16" in rows.supports(ActivationFormat(8, dynamic=True, columns=Columns(fp=torch.arange(2, dtype=torch.int32))))
+    assert "patches" in row_kernels.CudaNormTransform().supports(LayerNormSpec(None, None, 1e-6, dynamic, merge=True))
     spec, _ = linear_case(1, 8, 8, activation="silu")
     assert "silu" in dict(registered("linear"))["cuda"].supports(spec)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vitq.cuda.layout import bits_of, pack_weight, pad_columns, permute_rows, starts_of, unpack_weight, widen
+from vitq.cuda.layout import (bits_of, pack_transform, pack_weight, pad_columns, permute_rows, starts_of, unpack_transform,
+                              unpack_weight, widen)
 from vitq.formats import int_range
 
 
@@ -46,6 +47,28 @@ def test_nibbles_where_the_kernels_expect_them() -> None:
         assert torch.equal((own << 4).view(torch.int8) // 16, rows[:, 64 * block : 64 * block + 32])
         assert torch.equal((own & 0xF0).view(torch.int8) // 16, rows[:, 64 * block + 32 : 64 * block + 64])
     assert torch.equal(widen(packed), pack_weight(weight, 8))
+
+
+@pytest.mark.parametrize("right", [False, True])
+@pytest.mark.parametrize("size", [1, 7, 16, 64, 86, 128, 200])
+def test_matrices_there_and_back(size: int, right: bool) -> None:
+    matrix = torch.randn(size, size).half()
+    packed = pack_transform(matrix, right)
+    assert packed.is_contiguous() and int(packed.ne(0).sum()) == int(matrix.ne(0).sum())
+    assert torch.equal(unpack_transform(packed, size, right), matrix)
+
+
+def test_matrices_where_the_kernels_expect_them() -> None:
+    """Lane 4 g + t has outputs g and g + 8 of inputs 2 t + e, then of 2 t + 8 + e; of a right one output 8 q + g is 4 g + q."""
+    matrix = torch.arange(64 * 64).view(64, 64)[:, :64].remainder(2039).half()  # [inputs, outputs], integers that float16 holds
+    left, right = pack_transform(matrix, False), pack_transform(matrix, True)
+    for n in range(4):
+        for k in range(4):
+            for lane in range(32):
+                for i in range(8):
+                    output, inputs = 16 * n + lane // 4 + 8 * (i // 2 % 2), 16 * k + 2 * (lane % 4) + 8 * (i // 4) + i % 2
+                    assert left[n, k, lane, i] == matrix[inputs, output]
+                    assert right[n, k, lane, i] == matrix[inputs, 32 * (output // 32) + 4 * (output % 8) + output % 32 // 8]
 
 
 def test_padding_is_zero() -> None:

@@ -10,6 +10,7 @@ from vitq.formats import ActivationFormat, Columns, QTensor, int_range
 from vitq.ops import dispatch
 from vitq.ops.attention import AttentionSpec
 from vitq.ops.common import OutputFormat, signed, unsigned
+from vitq.ops.gated import GatedSpec
 from vitq.ops.layer_norm import LayerNormSpec
 from vitq.ops.linear import LinearSpec, ReferenceLinear
 from vitq.ops.quantize import ReferenceQuantize
@@ -214,6 +215,46 @@ def test_layer_norm(kernel, output: ActivationFormat) -> None:
     scale = q.scale.double() if output.dynamic else output.scale.double()
     zero = 0 if output.dynamic else output.zero_point
     same_codes(q, QTensor(torch.clamp(torch.round(y / scale) + zero, output.qmin, output.qmax).to(torch.int8), torch.ones(()), 0))
+
+
+@pytest.mark.parametrize("output", [QUANT, ActivationFormat(8, dynamic=True), ActivationFormat(4, dynamic=True, symmetric=False)])
+@pytest.mark.parametrize("kernel", kernels("layer_norm_quantize"))
+def test_rms_norm(kernel, output: ActivationFormat) -> None:
+    weight, x = torch.randn(192, generator=generator(9)), awkward(400, 192)
+    q = run(kernel, LayerNormSpec(weight, None, 1e-6, output, rms=True), x)
+    y = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+    same_codes(q, ReferenceQuantize().run(output, y.float()))
+
+
+def test_an_rms_norm_has_no_bias() -> None:
+    with pytest.raises(ValueError, match="no bias"):
+        LayerNormSpec(torch.ones(4), torch.zeros(4), 1e-6, QUANT, rms=True)
+
+
+# gated_quantize -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize("output", [QUANT, ActivationFormat(8, dynamic=True), ActivationFormat(4, dynamic=True, clip=torch.tensor([0.5, 0.75]))])
+@pytest.mark.parametrize("kernel", kernels("gated_quantize"))
+def test_gated(kernel, output: ActivationFormat, activation: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 21, 154, generator=generator(1)).to(dtype)
+    gate, up = x[..., :77].double(), x[..., 77:]
+    y = {"silu": lambda: gate * torch.sigmoid(gate), "relu": lambda: gate.clamp_min(0.0), "gelu": lambda: gate * (1 + torch.erf(gate * 0.5**0.5)) / 2,
+         "gelu_tanh": lambda: gate * (1 + torch.tanh((gate + 0.044715 * gate**3) * (2 / torch.pi) ** 0.5)) / 2}[activation]()
+    q = run(kernel, GatedSpec(activation, output), x)
+    assert q.shape == (3, 21, 77)
+    # Each rounding to x's dtype may fall to the other side of a tie.
+    same_codes(q, ReferenceQuantize().run(output, y.to(dtype) * up)) if dtype == torch.float32 else torch.testing.assert_close(
+        q.dequantize(), ReferenceQuantize().run(output, y.to(dtype) * up).dequantize(), rtol=2e-2, atol=float(q.scale.max()) * 1.01)
+
+
+def test_gates_that_do_not_exist() -> None:
+    with pytest.raises(ValueError, match="'swish'"):
+        GatedSpec("swish", QUANT)
+    with pytest.raises(ValueError, match="rows of 5"):
+        dispatch.choose("gated_quantize", "reference", GatedSpec("silu", QUANT), CPU).kernel.run(("silu", QUANT), torch.zeros(2, 5))
 
 
 # attention ------------------------------------------------------------------------------------------------------------

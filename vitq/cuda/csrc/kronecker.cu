@@ -23,12 +23,12 @@ constexpr int strips_of(int tiles) { return tiles <= 8 ? 2 : 1; }
 
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
 __device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address) : "memory");
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
 }
 
 __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -36,13 +36,16 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ uint32_t saturated(__half2 x) {
-  const __half2 largest = __half2half2(__ushort_as_half(0x7BFF));  // 65504
-  x = __hmax2_nan(__hmin2_nan(x, largest), __hneg2(largest));
+// Two halves, clamped to float16's largest number.
+__device__ __forceinline__ uint32_t saturated(uint32_t both) {
+  const __half2 largest = __half2half2(__ushort_as_half(0x7BFF));
+  const __half2 x = __hmax2_nan(__hmin2_nan(*reinterpret_cast<const __half2*>(&both), largest), __hneg2(largest));
   return *reinterpret_cast<const uint32_t*>(&x);
 }
-__device__ __forceinline__ uint32_t halves(float a, float b) { return saturated(__floats2half2_rn(a, b)); }
-__device__ __forceinline__ uint32_t halves(uint32_t both) { return saturated(*reinterpret_cast<const __half2*>(&both)); }
+__device__ __forceinline__ uint32_t halves(float a, float b) {
+  const __half2 both = __floats2half2_rn(a, b);
+  return saturated(*reinterpret_cast<const uint32_t*>(&both));
+}
 
 // The warps of one token.
 struct Team {
@@ -79,73 +82,84 @@ struct Team {
 // A row of x, gated or normalised, as float16 [rows, pitch] in shared memory. With a left matrix alone, whose fragments are read from it, the columns of
 // each 32 are in the order of `pack_transform`: 8 q + g holds column 4 g + q.
 template <class T, bool EIGHTS>
-__device__ void prepare(const TransformedLaunch& p, const T* from, __half* to, Team& team) {
-  constexpr int W = EIGHTS ? 8 : 1;
+__device__ __forceinline__ void prepare(const TransformedLaunch& p, const T* from, __half* to, Team& team) {
   const VitqTransformedRows& a = p.a;
-  const int vectors = a.columns / W, row_vectors = a.columns / p.rows / W;
-  const auto read = [&](int at, float (&x)[W]) {
+  const int vectors = (a.columns + 7) / 8, columns = a.columns / p.rows;
+  float mean = 0.0f, rstd = 1.0f;
+  if (a.norm) {
+    const auto total = [&](auto of) {
+      float sum = 0.0f;
+#pragma unroll 1
+      for (int v = team.thread; v < vectors; v += team.threads) {
+        float x[8];
+        to_floats(read_eight<T, EIGHTS>(from, 8 * v, a.columns), x);
+#pragma unroll
+        for (int w = 0; w < 8; ++w)
+          if (EIGHTS || 8 * v + w < a.columns) sum = of(sum, x[w]);
+      }
+      return team.sum(sum) * p.inverse_columns;
+    };
+    if (a.norm == VITQ_LAYER_NORM) mean = total([](float sum, float x) { return sum + x; });
+    rstd = rsqrtf(total([&](float sum, float x) { return fmaf(x - mean, x - mean, sum); }) + a.eps);
+  }
+  const auto place = [&](int row, int column) { return row * p.pitch + (a.right ? column : (column & ~31) + 8 * (column & 3) + (column & 31) / 4); };
+  const auto put = [&](int v, uint32_t (&word)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) word[i] = saturated(word[i]);
     if constexpr (EIGHTS) {
-      Eight<T> raw;
-      load_eight<T>(raw, from, at);
-      to_floats(raw, x);
+      const int row = p.by_row.divide(v), column = 8 * v - row * columns;
+      if (a.right) {
+        *reinterpret_cast<uint4*>(to + row * p.pitch + column) = make_uint4(word[0], word[1], word[2], word[3]);
+      } else {  // columns q and q + 4, which are neighbours
+        auto* const at = reinterpret_cast<uint32_t*>(to + place(row, column));
+        at[0] = __byte_perm(word[0], word[2], 0x5410), at[4] = __byte_perm(word[0], word[2], 0x7632);
+        at[8] = __byte_perm(word[1], word[3], 0x5410), at[12] = __byte_perm(word[1], word[3], 0x7632);
+      }
     } else {
-      x[0] = float(from[at]);
+#pragma unroll
+      for (int w = 0; w < 8; ++w) {
+        const int i = 8 * v + w, row = p.by_row.divide(i);
+        if (i < a.columns) reinterpret_cast<uint16_t*>(to)[place(row, i - row * columns)] = uint16_t(word[w / 2] >> 16 * (w & 1));
+      }
     }
   };
-  float mean = 0.0f, rstd = 1.0f;
-  if (a.norm == VITQ_LAYER_NORM) {
-    float sum = 0.0f;
-    for (int v = team.thread; v < vectors; v += team.threads) {
-      float x[W];
-      read(W * v, x);
+  const auto words_of = [&](const Eight<T>& raw, auto change, uint32_t (&word)[4]) {
+    float x[8];
+    to_floats(raw, x);
+    change(x);
 #pragma unroll
-      for (int w = 0; w < W; ++w) sum += x[w];
+    for (int i = 0; i < 4; ++i) {
+      const __half2 both = __floats2half2_rn(x[2 * i], x[2 * i + 1]);
+      word[i] = *reinterpret_cast<const uint32_t*>(&both);
     }
-    mean = team.sum(sum) * p.inverse_columns;
-  }
+  };
+  const auto convert = [&](int v, const Eight<T>& raw) {
+    uint32_t word[4];
+    if constexpr (std::is_same_v<T, __half>) word[0] = raw.q[0].x, word[1] = raw.q[0].y, word[2] = raw.q[0].z, word[3] = raw.q[0].w;
+    else words_of(raw, [](float (&)[8]) {}, word);
+    put(v, word);
+  };
   if (a.norm) {
-    float squares = 0.0f;
+#pragma unroll 1
     for (int v = team.thread; v < vectors; v += team.threads) {
-      float x[W];
-      read(W * v, x);
-#pragma unroll
-      for (int w = 0; w < W; ++w) squares = fmaf(x[w] - mean, x[w] - mean, squares);
+      uint32_t word[4];
+      words_of(read_eight<T, EIGHTS>(from, 8 * v, a.columns), [&](float (&x)[8]) { normalise<EIGHTS>(a, x, 8 * v, mean, rstd); }, word);
+      put(v, word);
     }
-    rstd = rsqrtf(fmaf(team.sum(squares), p.inverse_columns, a.eps));
-  }
-  const bool plain = !a.gate && !a.norm;
-#pragma unroll 2
-  for (int v = team.thread; v < vectors; v += team.threads) {
-    const int row = p.by_row.divide(v), column = W * (v - row * row_vectors);
-    uint32_t word[(W + 1) / 2];
-    if (EIGHTS && std::is_same_v<T, __half> && plain && a.right) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(from + W * v);
-      *reinterpret_cast<uint4*>(to + row * p.pitch + column) = make_uint4(halves(raw.x), halves(raw.y), halves(raw.z), halves(raw.w));
-      continue;
-    }
-    float x[W];
-    read(W * v, x);
-    if (a.gate) {
-      float up[W];
-      read(a.columns + W * v, up);
-      apply_gate<T>(x, up, a.gate);
-    } else if (a.norm) {
+  } else if (a.gate) {
+#pragma unroll 1
+    for (int v = team.thread; v < vectors; v += team.threads) convert(v, read_gated<T, EIGHTS>(a, from, 8 * v));
+  } else {
+    // Loads of several before what is stored of the first, which the compiler would not move past it.
+    constexpr int BATCH = EIGHTS ? 16 / int(sizeof(T)) / 2 : 1;
+#pragma unroll 1
+    for (int v = team.thread; v < vectors; v += BATCH * team.threads) {
+      Eight<T> raw[BATCH];
 #pragma unroll
-      for (int w = 0; w < W; ++w)
-        x[w] = fmaf((x[w] - mean) * rstd, a.weight ? a.weight[W * v + w] : 1.0f, a.bias ? a.bias[W * v + w] : 0.0f);
-    }
-    __half* const place = to + row * p.pitch;
-    if constexpr (!EIGHTS) {
-      const int at = a.right ? column : (column & ~31) + 8 * (column & 3) + (column & 31) / 4;
-      *reinterpret_cast<uint16_t*>(place + at) = uint16_t(halves(x[0], 0.0f));
-    } else if (a.right) {
+      for (int i = 0; i < BATCH; ++i) raw[i] = read_eight<T, EIGHTS>(from, 8 * min(v + i * team.threads, vectors - 1), a.columns);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) word[i] = halves(x[2 * i], x[2 * i + 1]);
-      *reinterpret_cast<uint4*>(place + column) = make_uint4(word[0], word[1], word[2], word[3]);
-    } else {
-      auto* const at = reinterpret_cast<uint32_t*>(place + (column & ~31) + (column & 31) / 4);
-#pragma unroll
-      for (int q = 0; q < 4; ++q) at[4 * q] = halves(x[q], x[q + 4]);
+      for (int i = 0; i < BATCH; ++i)
+        if (v + i * team.threads < vectors) convert(v + i * team.threads, raw[i]);
     }
   }
 }
@@ -155,40 +169,44 @@ __device__ void prepare(const TransformedLaunch& p, const T* from, __half* to, T
 template <int TILES>
 __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(const __grid_constant__ TransformedLaunch p) {
   constexpr int STRIPS = strips_of(TILES);
+  constexpr bool PART = TILES > 8;  // the left matrix has less than TILES
+  const int tiles = PART ? p.left_tiles : TILES;
   extern __shared__ __align__(16) uint8_t shared[];
   const VitqTransformedRows& a = p.a;
-  const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / p.warps, warp = threadIdx.x / 32 - group * p.warps;
+  int lane = threadIdx.x % 32;
+  const int group = threadIdx.x / 32 / p.warps, warp = threadIdx.x / 32 - group * p.warps;
   Team team{int(threadIdx.x) - 32 * p.warps * group, 32 * p.warps, 1 + group, reinterpret_cast<uint32_t*>(shared + p.scratch) + 64 * group, 0};
   uint8_t* const place = shared + p.tokens + group * p.token_bytes;
   auto* const rows = reinterpret_cast<__half*>(place);
   const int sizes = a.x_dtype == VITQ_F32 ? 4 : 2, row_bytes = (a.gate ? 2 : 1) * a.columns * sizes;
-  for (int i = 16 * team.thread; i < (p.staged ? p.staged : p.token_bytes); i += 16 * team.threads)
+  for (int i = 16 * team.thread; i < p.staged; i += 16 * team.threads)
     *reinterpret_cast<uint4*>(place + i) = make_uint4(0, 0, 0, 0);  // what pads X stays 0
 
   start_dependents();
   wait_for_kernels_before();
+  unsigned token = blockIdx.x + gridDim.x * group;
+  const unsigned stride = gridDim.x * p.groups;
   const auto copy_all = [&](const void* from, int to, int count) {
     for (int i = 16 * threadIdx.x; i < count; i += 16 * blockDim.x)
       copy_async(uint32_t(__cvta_generic_to_shared(shared)) + to + i, static_cast<const uint8_t*>(from) + i, true);
   };
   const int pairs = (a.columns / p.rows + 31) / 32;
-  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
-  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
-  commit_copies();
   const auto start_of = [&](unsigned token) { return static_cast<const uint8_t*>(a.x) + int64_t(token) * a.x_stride * sizes; };
-  const auto fetch = [&](unsigned token) {
-    if (p.staged && token < unsigned(a.m)) {
+  const auto fetch = [&](unsigned token, int stage) {
+    if (p.stages && token < unsigned(a.m)) {
       const uint8_t* from = start_of(token);
-      const uint32_t to = uint32_t(__cvta_generic_to_shared(place)) + p.staged;
+      const uint32_t to = uint32_t(__cvta_generic_to_shared(place)) + p.staged + stage * p.stage_bytes;
       for (int i = 16 * team.thread; i < row_bytes; i += 16 * team.threads) copy_async(to + i, from + i, true);
     }
     commit_copies();
   };
-  unsigned token = blockIdx.x + gridDim.x * group;
-  const unsigned stride = gridDim.x * p.groups;
-  fetch(token);
-  wait_copies<1>();
-  __syncthreads();
+  fetch(token, 0);
+  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
+  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
+  commit_copies();
+  if (p.stages == 2) fetch(token + stride, 1);
+  else commit_copies();
+  const float2 clip = clip_of(a);
 
   const auto* right = reinterpret_cast<const uint4*>(shared) + lane;
   const auto* left = reinterpret_cast<const uint4*>(shared + p.left) + lane;
@@ -198,20 +216,33 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   const bool once = p.items <= p.warps;  // results stay in registers
   const int columns = a.columns / p.rows;
 
-  for (; token < unsigned(a.m); token += stride) {
-    wait_copies<0>();
+  bool ready = false;  // whether the matrices are there
+  for (int stage = 0; token < unsigned(a.m); token += stride) {
+    // Else the compiler keeps every address of every way to prepare a row in registers through all rows, and spills.
+    asm volatile("" : "+r"(team.thread), "+r"(lane));
+    if (!ready) wait_copies<2>();
+    else if (p.stages == 2) wait_copies<1>();
+    else wait_copies<0>();
     team.meet();
-    const void* from = p.staged ? place + p.staged : start_of(token);
     const auto of_type = [&](auto type) {
       using T = decltype(type);
-      if (p.eights) prepare<T, true>(p, static_cast<const T*>(from), rows, team);
-      else prepare<T, false>(p, static_cast<const T*>(from), rows, team);
+      // Two calls, so that the compiler knows which memory it reads.
+      if (p.stages) prepare<T, true>(p, reinterpret_cast<const T*>(place + p.staged + stage * p.stage_bytes), rows, team);
+      else if (p.eights) prepare<T, true>(p, reinterpret_cast<const T*>(start_of(token)), rows, team);
+      else prepare<T, false>(p, reinterpret_cast<const T*>(start_of(token)), rows, team);
     };
     if (a.x_dtype == VITQ_F16) of_type(__half());
     else if (a.x_dtype == VITQ_BF16) of_type(__nv_bfloat16());
     else of_type(float());
-    team.meet();
-    fetch(token + stride);
+    if (ready) {
+      team.meet();
+    } else {
+      wait_copies<1>();
+      __syncthreads();
+      ready = true;
+    }
+    fetch(token + max(p.stages, 1) * stride, stage);
+    stage = p.stages == 2 ? stage ^ 1 : 0;
 
     float lo = INFINITY, hi = -INFINITY;
     ClippedRange range{};
@@ -224,15 +255,15 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
 #pragma unroll
           for (int e = 0; e < 4; ++e) y[s][j][e] = 0.0f;
     };
+    clear();  // here: results of the token before need no registers while a row is prepared
     const int strips = 2 * pairs / STRIPS;
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
 #pragma unroll 1
       for (int item = warp; item < p.items; item += p.warps) {
         const int chunk = a.left ? 0 : item / strips, first = STRIPS * (item - chunk * strips);
-        const int tiles = min(TILES, p.row_tiles - TILES * chunk);
         if (pass == 0 || !once) {
-          clear();
+          if (!once) clear();
           if (a.right) {
             const uint32_t x_at = by_rows + 16 * TILES * chunk * step;
 #pragma unroll 2
@@ -245,7 +276,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
               }
 #pragma unroll
               for (int j = 0; j < TILES; ++j) {
-                if (j >= tiles) break;
+                if (PART && j >= tiles) break;
                 uint32_t x[4];
                 ldmatrix(x, x_at + 16 * j * step + 32 * k);
 #pragma unroll
@@ -264,11 +295,11 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
               clear();
 #pragma unroll
               for (int k = 0; k < TILES; ++k) {
-                if (k >= tiles) break;
+                if (PART && k >= tiles) break;
 #pragma unroll
                 for (int i = 0; i < TILES; ++i) {
-                  if (i >= tiles) break;
-                  const uint4 l = left[32 * (i * p.left_tiles + k)];
+                  if (PART && i >= tiles) break;
+                  const uint4 l = left[32 * (i * tiles + k)];
 #pragma unroll
                   for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * i], x[s][k], l.x, l.z), multiply(y[s][2 * i + 1], x[s][k], l.y, l.w);
                 }
@@ -277,14 +308,14 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
           } else {
             const uint32_t x_at = by_rows + 32 * first;
 #pragma unroll 1
-            for (int k = 0; k < p.left_tiles; ++k) {
+            for (int k = 0; k < tiles; ++k) {
               uint32_t x[STRIPS][4];
 #pragma unroll
               for (int s = 0; s < STRIPS; ++s) ldmatrix_transposed(x[s], x_at + 16 * k * step + 32 * s);
 #pragma unroll
               for (int i = 0; i < TILES; ++i) {
-                if (i >= tiles) break;
-                const uint4 l = left[32 * (i * p.left_tiles + k)];
+                if (PART && i >= tiles) break;
+                const uint4 l = left[32 * (i * tiles + k)];
 #pragma unroll
                 for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * i], x[s], l.x, l.z), multiply(y[s][2 * i + 1], x[s], l.y, l.w);
               }
@@ -295,59 +326,68 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
         const int column = 32 * (first / 2) + 4 * (lane / 4) + 2 * (first % 2), width = columns - column;
         const auto row = [&](int j, int e) { return 16 * TILES * chunk + 8 * j + 2 * (lane % 4) + e; };
         if (pass == 0) {
+          // What pads a result is 0, which changes no range but one that need not hold it.
+          const bool any = !a.row_shift || a.clip;
+          const auto add = [&](auto valid) {
 #pragma unroll
-          for (int j = 0; j < 2 * TILES; ++j)
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float least = INFINITY, largest = -INFINITY;
+            for (int j = 0; j < 2 * TILES; ++j)
 #pragma unroll
               for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                  const bool there = 2 * s + h < width;
-                  least = fminf(least, there ? y[s][j][2 * h + e] : INFINITY), largest = fmaxf(largest, there ? y[s][j][2 * h + e] : -INFINITY);
+                for (int i = 0; i < 4; ++i) {
+                  const bool there = valid(j, i % 2, 2 * s + i / 2);
+                  lo = fminf(lo, there ? y[s][j][i] : INFINITY), hi = fmaxf(hi, there ? y[s][j][i] : -INFINITY);
                 }
-              const bool there = row(j, e) < p.rows;
-              lo = fminf(lo, there ? least : INFINITY), hi = fmaxf(hi, there ? largest : -INFINITY);
-            }
+          };
+          if (any) add([](int, int, int) { return true; });
+          else add([&](int j, int e, int c) { return row(j, e) < p.rows && c < width; });
           continue;
         }
         uint8_t* const out = reinterpret_cast<uint8_t*>(a.out) + int64_t(token) * a.out_stride + column;
         // Sums are rounded, so that a rounded quotient makes no difference in kind: one multiplication in place of an exact division.
-        const auto code = [&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); };
+        const auto store = [&](auto code, auto put) {
 #pragma unroll
-        for (int j = 0; j < 2 * TILES; ++j)
+          for (int j = 0; j < 2 * TILES; ++j)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            if (row(j, e) >= p.rows || width <= 0) continue;
-            uint8_t* const to = out + row(j, e) * columns;
-            const uint32_t word = pack_codes(code(y[0][j][e]), code(y[0][j][2 + e]), code(y[STRIPS - 1][j][e]), code(y[STRIPS - 1][j][2 + e]));
-            if (p.words) {
-              if constexpr (STRIPS == 2) *reinterpret_cast<uint32_t*>(to) = word;
-              else *reinterpret_cast<uint16_t*>(to) = uint16_t(word);
-            } else {
+            for (int e = 0; e < 2; ++e)
+              put(out + row(j, e) * columns, row(j, e) < p.rows && width > 0,
+                  pack_codes(code(y[0][j][e]), code(y[0][j][2 + e]), code(y[STRIPS - 1][j][e]), code(y[STRIPS - 1][j][2 + e])));
+        };
+        const auto shifted = [&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); };
+        const auto symmetric = [&](float x) { return fmaf(fminf(fmaxf(x, range.low), range.high), range.s.inverse, MAGIC); };
+        const auto word_to = [&](uint8_t* to, bool there, uint32_t word) {
+          if (there) *reinterpret_cast<std::conditional_t<STRIPS == 2, uint32_t, uint16_t>*>(to) = word;
+        };
+        if (p.words) {
+          if (a.row_shift) store(shifted, word_to);
+          else store(symmetric, word_to);
+        } else {
+          store(shifted, [&](uint8_t* to, bool there, uint32_t word) {
 #pragma unroll
-              for (int c = 0; c < 2 * STRIPS; ++c)
-                if (c < width) to[c] = uint8_t(word >> 8 * c);
-            }
-          }
+            for (int c = 0; c < 2 * STRIPS; ++c)
+              if (there && c < width) to[c] = uint8_t(word >> 8 * c);
+          });
+        }
       }
       if (pass == 0) {
         team.extremes(lo, hi);
-        range = clipped_range(p, lo, hi);
+        range = clipped_range(p, clip, lo, hi);
         if (team.thread == 0) store_range(p, token, range);
       }
     }
   }
+  if (!ready) {
+    wait_copies<1>();
+    __syncthreads();
+  }
   wait_copies<0>();
 }
 
-// The kernel's TILES for the rows of a result.
+// The kernel's TILES for the rows of a result: all of them, or where there is no left matrix a part.
 int tiles_of(const TransformedLaunch& p) {
-  if (!p.a.left_size) return p.row_tiles <= 2 ? p.row_tiles : 4;
-  for (int tiles : {1, 2, 4, 6, 7, 8})
-    if (p.row_tiles <= tiles) return tiles;
-  return 16;
+  if (p.left_tiles) return p.left_tiles <= 8 ? p.left_tiles : 16;
+  const int all = (p.rows + 15) / 16, chunks = (all + 3) / 4;
+  return (all + chunks - 1) / chunks;
 }
 
 template <int TILES>
@@ -363,32 +403,30 @@ int launch_tiles(const TransformedLaunch& p, int blocks, int shared, cudaStream_
 int plan_kronecker(TransformedLaunch& p, int processors, int shared) {
   const VitqTransformedRows& a = p.a;
   const auto up = [](int n, int multiple) { return (n + multiple - 1) / multiple; };
-  const int columns = a.right_size ? a.right_size : a.columns / a.left_size;
+  const int columns = a.right_size ? a.right_size : a.columns / a.left_size, pairs = up(columns, 32);
   p.rows = a.columns / columns;
-  p.row_tiles = up(p.rows, 16);
-  p.left_tiles = a.left_size ? p.row_tiles : 0;
+  p.left_tiles = a.left_size ? up(p.rows, 16) : 0;
   p.right_tiles = a.right_size ? up(columns, 16) : 0;
   p.eights &= columns % 8 == 0;
   p.by_row = divisor(p.eights ? columns / 8 : columns);
   // An odd number of 16 bytes, so that ldmatrix meets each bank once.
-  p.pitch = 16 * (a.right_size ? p.right_tiles : 2 * up(columns, 32)) + 8;
-  const int pairs = up(columns, 32), tiles = tiles_of(p), strips = strips_of(tiles);
-  const int64_t items = int64_t(a.left_size ? 1 : up(p.row_tiles, tiles)) * 2 * pairs / strips;
+  p.pitch = 16 * (a.right_size ? p.right_tiles : 2 * pairs) + 8;
+  const int tiles = tiles_of(p), chunks = up(p.rows, 16 * tiles), warps = most_warps(tiles);
+  p.items = chunks * 2 * pairs / strips_of(tiles);
   p.left = 1024 * pairs * p.right_tiles;
   p.tokens = p.left + 512 * p.left_tiles * p.left_tiles;
-  const int64_t own = int64_t(2) * p.pitch * 16 * p.row_tiles;
+  const int64_t own = int64_t(2) * p.pitch * 16 * (a.left_size ? p.left_tiles : tiles * chunks);
   const int64_t raw = (a.gate ? 2 : 1) * int64_t(a.columns) * (a.x_dtype == VITQ_F32 ? 4 : 2);
-  const auto fitting = [&](int64_t bytes) { return int(std::max<int64_t>(0, (shared - p.tokens) / (bytes + 256))); };
-  const bool staged = p.eights && fitting(own + raw) > 0;
-  const int64_t each = own + (staged ? raw : 0);
-  if (!fitting(each)) return VITQ_UNSUPPORTED;
-  p.items = int(items);
-  p.warps = int(std::min<int64_t>(items, most_warps(tiles)));
-  p.groups = std::min({most_warps(tiles) / p.warps, fitting(each), up(a.m, processors), 15});
+  p.warps = std::min(p.items, warps);
+  const int wanted = std::min({warps / p.warps, up(a.m, processors), 15});
+  const auto fitting = [&](int stages) { return int(std::clamp<int64_t>((shared - p.tokens) / (own + stages * raw + 256), 0, wanted)); };
+  // Rows to come are worth more than tokens at once.
+  p.stages = !p.eights || !fitting(1) ? 0 : fitting(2) == wanted ? 2 : 1;
+  p.groups = fitting(p.stages);
+  if (!p.groups) return VITQ_UNSUPPORTED;
   // Fewer tokens than processors: more warps copy and convert.
-  if (a.m <= processors) p.warps = std::max(p.warps, std::min(8, most_warps(tiles)));
-  p.token_bytes = int(each);
-  p.staged = staged ? int(own) : 0;
+  if (a.m <= processors) p.warps = std::max(p.warps, std::min(8, warps));
+  p.staged = int(own), p.stage_bytes = int(raw), p.token_bytes = int(own + p.stages * raw);
   p.scratch = p.tokens + p.groups * p.token_bytes;
   return 0;
 }
@@ -402,7 +440,9 @@ int launch_kronecker(TransformedLaunch& p, cudaStream_t stream) {
   switch (tiles_of(p)) {
     case 1: return launch_tiles<1>(p, blocks, shared, stream);
     case 2: return launch_tiles<2>(p, blocks, shared, stream);
+    case 3: return launch_tiles<3>(p, blocks, shared, stream);
     case 4: return launch_tiles<4>(p, blocks, shared, stream);
+    case 5: return launch_tiles<5>(p, blocks, shared, stream);
     case 6: return launch_tiles<6>(p, blocks, shared, stream);
     case 7: return launch_tiles<7>(p, blocks, shared, stream);
     case 8: return launch_tiles<8>(p, blocks, shared, stream);

@@ -34,28 +34,17 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
   const VitqTransformedRows& a = p.a;
   const unsigned row = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + int64_t(row) * a.x_stride;
+  const float2 clip = clip_of(a);
   const auto column = [&](int v) { return 8 * int(threadIdx.x + v * blockDim.x); };
-  const auto left = [&](int v) { return min(max(a.columns - column(v), 0), 8); };  // columns of a group that exist
-  const auto load = [&](int v, int64_t from, float (&to)[8]) {
-    if constexpr (EIGHTS) {
-      Eight<T> raw;
-      load_eight<T>(raw, x, from + (left(v) ? column(v) : 0));
-      to_floats(raw, to);
-    } else {
-#pragma unroll
-      for (int w = 0; w < 8; ++w) to[w] = w < left(v) ? float(x[from + column(v) + w]) : 0.0f;
-    }
-  };
+  const auto used = [&](int v) { return column(v) < a.columns; };
+  const auto there = [&](int v, int w) { return EIGHTS ? used(v) : column(v) + w < a.columns; };
   float y[V][8];
 #pragma unroll
-  for (int v = 0; v < V; ++v) load(v, 0, y[v]);
-  if (a.gate) {
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-      float up[8];
-      load(v, a.columns, up);
-      apply_gate<T>(y[v], up, a.gate);
-    }
+  for (int v = 0; v < V; ++v) {
+    // Where there are no columns, the first ones once more: they change no range.
+    const int at = EIGHTS && !used(v) ? 0 : column(v);
+    const Eight<T> raw = a.gate ? read_gated<T, EIGHTS>(a, x, at) : read_eight<T, EIGHTS>(x, at, a.columns);
+    to_floats(raw, y[v]);
   }
   if (a.norm) {
     float mean = 0.0f, squares = 0.0f;
@@ -64,37 +53,35 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
 #pragma unroll
       for (int v = 0; v < V; ++v)
 #pragma unroll
-        for (int w = 0; w < 8; ++w) sum += w < left(v) ? y[v][w] : 0.0f;
+        for (int w = 0; w < 8; ++w) sum += there(v, w) ? y[v][w] : 0.0f;
       mean = block_sum(sum, sums[0]) * p.inverse_columns;
     }
 #pragma unroll
     for (int v = 0; v < V; ++v)
 #pragma unroll
       for (int w = 0; w < 8; ++w) {
-        y[v][w] -= mean;
-        squares = w < left(v) ? fmaf(y[v][w], y[v][w], squares) : squares;
+        const float off = there(v, w) ? y[v][w] - mean : 0.0f;
+        squares = fmaf(off, off, squares);
       }
     const float rstd = rsqrtf(fmaf(block_sum(squares, sums[1]), p.inverse_columns, a.eps));
 #pragma unroll
-    for (int v = 0; v < V; ++v)
-#pragma unroll
-      for (int w = 0; w < 8; ++w) {
-        const int at = min(column(v) + w, a.columns - 1);
-        y[v][w] = fmaf(y[v][w] * rstd, a.weight ? a.weight[at] : 1.0f, a.bias ? a.bias[at] : 0.0f);
-      }
+    for (int v = 0; v < V; ++v) normalise<EIGHTS>(a, y[v], EIGHTS && !used(v) ? 0 : column(v), mean, rstd);
   }
 
   float lo = INFINITY, hi = -INFINITY;
 #pragma unroll
   for (int v = 0; v < V; ++v)
 #pragma unroll
-    for (int w = 0; w < 8; ++w) lo = fminf(lo, w < left(v) ? y[v][w] : INFINITY), hi = fmaxf(hi, w < left(v) ? y[v][w] : -INFINITY);
+    for (int w = 0; w < 8; ++w) {
+      const bool counts = EIGHTS || there(v, w);
+      lo = fminf(lo, counts ? y[v][w] : INFINITY), hi = fmaxf(hi, counts ? y[v][w] : -INFINITY);
+    }
   const int low = __reduce_min_sync(0xFFFFFFFFu, order_of(lo)), high = __reduce_max_sync(0xFFFFFFFFu, order_of(hi));
   if (threadIdx.x % 32 == 0) least[threadIdx.x / 32] = low, largest[threadIdx.x / 32] = high;
   __syncthreads();
   const int warp = min(threadIdx.x % 32, blockDim.x / 32 - 1);
   lo = of_order(__reduce_min_sync(0xFFFFFFFFu, least[warp])), hi = of_order(__reduce_max_sync(0xFFFFFFFFu, largest[warp]));
-  const ClippedRange range = clipped_range(p, lo, hi);
+  const ClippedRange range = clipped_range(p, clip, lo, hi);
   if (threadIdx.x == 0) store_range(p, row, range);
 
   uint8_t* out = reinterpret_cast<uint8_t*>(a.out) + int64_t(row) * a.out_stride;
@@ -105,11 +92,11 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
     for (int w = 0; w < 8; ++w) code[w] = __fadd_rn(divide(clamped(y[v][w], range), range.s), range.magic);
     const uint2 both = make_uint2(pack_codes(code[0], code[1], code[2], code[3]), pack_codes(code[4], code[5], code[6], code[7]));
     if (EIGHTS) {
-      if (left(v)) *reinterpret_cast<uint2*>(out + column(v)) = both;
+      if (used(v)) *reinterpret_cast<uint2*>(out + column(v)) = both;
     } else {
 #pragma unroll
       for (int w = 0; w < 8; ++w)
-        if (w < left(v)) out[column(v) + w] = uint8_t((w < 4 ? both.x : both.y) >> 8 * (w & 3));
+        if (there(v, w)) out[column(v) + w] = uint8_t((w < 4 ? both.x : both.y) >> 8 * (w & 3));
     }
   }
 }
@@ -155,7 +142,7 @@ extern "C" int vitq_transformed_rows(const VitqTransformedRows* args, void* stre
   TransformedLaunch p{};
   p.a = a;
   p.qmin = float(a.qmin), p.qmax = float(a.qmax), p.inverse_columns = 1.0f / float(a.columns);
-  p.eights = a.columns % 8 == 0 && aligned16(a.x) && a.x_stride % (a.x_dtype == VITQ_F32 ? 4 : 8) == 0;
+  p.eights = a.columns % 8 == 0 && aligned16(a.x) && aligned16(a.weight) && aligned16(a.bias) && a.x_stride % (a.x_dtype == VITQ_F32 ? 4 : 8) == 0;
   if (a.left || a.right) return launch_kronecker(p, stream);
   if (a.columns > MOST_COLUMNS) return VITQ_UNSUPPORTED;
   p.eights &= uintptr_t(a.out) % 8 == 0 && a.out_stride % 8 == 0;

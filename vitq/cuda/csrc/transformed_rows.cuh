@@ -13,35 +13,113 @@ struct TransformedLaunch {
   bool words;        // codes can be written four at a time
   // kronecker.cu
   Divisor by_row;    // vectors of a row of X
-  int32_t rows, right_tiles, left_tiles, row_tiles;  // rows of X; steps of 16 of the first and the second product's sums, and of X's rows
+  int32_t rows, right_tiles, left_tiles;  // rows of X; steps of 16 of the first and the second product's sums
   int32_t items, warps, groups;  // pieces of a token that one warp works on; warps of a token and tokens of a block
   int32_t pitch;     // halves of a row of X in shared memory
-  int32_t left, tokens, token_bytes, staged, scratch;  // places in shared memory; staged: of the row to come, from a token's place on, or 0
+  int32_t left, tokens, token_bytes, scratch;  // places in shared memory
+  int32_t staged, stages, stage_bytes;  // rows to come, from a token's place on; 0 stages where there is no room
 };
 
 // kronecker.cu
 int launch_kronecker(TransformedLaunch& p, cudaStream_t stream);
 int plan_kronecker(TransformedLaunch& p, int processors, int shared);
 
-__device__ __forceinline__ float rounded(__half, float x) { return __half2float(__float2half_rn(x)); }
-__device__ __forceinline__ float rounded(__nv_bfloat16, float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
-__device__ __forceinline__ float rounded(float, float x) { return x; }
-
-// x / (1 + exp(-factor)), by the special-function unit: within a few units of float32's last place, which the rounding after it hides.
-__device__ __forceinline__ float times_sigmoid(float x, float factor) { return __fdividef(x, 1.0f + __expf(fminf(-factor, 80.0f))); }
-
-__device__ __forceinline__ float activated(float x, int gate) {
-  if (gate == VITQ_SILU) return times_sigmoid(x, x);
-  if (gate == VITQ_GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
-  if (gate == VITQ_GELU_TANH) return times_sigmoid(x, 1.59576912f * fmaf(0.044715f * x * x, x, x));  // (1 + tanh(z)) / 2 is sigmoid(2 z)
-  return fmaxf(x, 0.0f);
+// By the special-function unit, within a few units of float32's last place, which the rounding after it hides.
+__device__ __forceinline__ float sigmoid(float x) {
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.44269504f * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + power));
+  return inverse;
 }
 
-// act(gate)·up as torch gives it for tensors of T, in place of the gate.
-template <class T, int N>
-__device__ __forceinline__ void apply_gate(float (&x)[N], const float (&up)[N], int gate) {
+template <int GATE>
+__device__ __forceinline__ float activated(float x) {
+  if constexpr (GATE == VITQ_SILU) return x * sigmoid(x);
+  else if constexpr (GATE == VITQ_GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+  else if constexpr (GATE == VITQ_GELU_TANH) return x * sigmoid(1.59576912f * fmaf(0.044715f * x * x, x, x));  // (1 + tanh(z)) / 2
+  else return fmaxf(x, 0.0f);
+}
+
+// act(gate)·up as torch gives it for tensors of T: each rounded to T. The product of two 16-bit numbers is rounded once.
+__device__ __forceinline__ uint32_t product(__half, float a, float b, uint32_t up) {
+  const __half2 y = __hmul2(__floats2half2_rn(a, b), *reinterpret_cast<const __half2*>(&up));
+  return *reinterpret_cast<const uint32_t*>(&y);
+}
+__device__ __forceinline__ uint32_t product(__nv_bfloat16, float a, float b, uint32_t up) {
+  const __nv_bfloat162 y = __hmul2(__floats2bfloat162_rn(a, b), *reinterpret_cast<const __nv_bfloat162*>(&up));
+  return *reinterpret_cast<const uint32_t*>(&y);
+}
+
+template <int GATE, class T>
+__device__ __forceinline__ void gate_eight(Eight<T>& gate, const Eight<T>& up) {
+  float x[8];
+  to_floats(gate, x);
 #pragma unroll
-  for (int w = 0; w < N; ++w) x[w] = rounded(T(), rounded(T(), activated(x[w], gate)) * up[w]);
+  for (int w = 0; w < 8; ++w) x[w] = activated<GATE>(x[w]);
+  if constexpr (sizeof(T) == 4) {
+    float y[8];
+    to_floats(up, y);
+    const auto bits = [&](int w) { return __float_as_uint(x[w] * y[w]); };
+    gate.q[0] = make_uint4(bits(0), bits(1), bits(2), bits(3)), gate.q[1] = make_uint4(bits(4), bits(5), bits(6), bits(7));
+  } else {
+    const uint4 u = up.q[0];
+    gate.q[0] = make_uint4(product(T(), x[0], x[1], u.x), product(T(), x[2], x[3], u.y), product(T(), x[4], x[5], u.z), product(T(), x[6], x[7], u.w));
+  }
+}
+
+// In place of the gate.
+template <class T>
+__device__ __forceinline__ void apply_gate(Eight<T>& gate, const Eight<T>& up, int activation) {
+  if (activation == VITQ_SILU) gate_eight<VITQ_SILU>(gate, up);
+  else if (activation == VITQ_GELU) gate_eight<VITQ_GELU>(gate, up);
+  else if (activation == VITQ_GELU_TANH) gate_eight<VITQ_GELU_TANH>(gate, up);
+  else gate_eight<VITQ_RELU>(gate, up);
+}
+
+// Eight values of a row from `at` on, of which those up to column `columns` exist; the others are 0.
+template <class T, bool EIGHTS>
+__device__ __forceinline__ Eight<T> read_eight(const T* row, int at, int columns) {
+  Eight<T> raw;
+  if constexpr (EIGHTS) {
+    load_eight<T>(raw, row, at);
+  } else {
+    alignas(16) T x[8];
+#pragma unroll
+    for (int w = 0; w < 8; ++w) x[w] = at + w < columns ? row[at + w] : T(0.0f);
+#pragma unroll
+    for (int i = 0; i < int(sizeof(T) / 2); ++i) raw.q[i] = reinterpret_cast<const uint4*>(x)[i];
+  }
+  return raw;
+}
+
+// The same of act(gate)·up.
+template <class T, bool EIGHTS>
+__device__ __forceinline__ Eight<T> read_gated(const VitqTransformedRows& a, const T* row, int at) {
+  Eight<T> gate = read_eight<T, EIGHTS>(row, at, a.columns);
+  apply_gate<T>(gate, read_eight<T, EIGHTS>(row + a.columns, at, a.columns), a.gate);
+  return gate;
+}
+
+// (x - mean)·rstd·weight + bias of the columns from `at` on.
+template <bool EIGHTS>
+__device__ __forceinline__ void normalise(const VitqTransformedRows& a, float (&x)[8], int at, float mean, float rstd) {
+  const auto constants = [&](const float* from, float otherwise, float (&to)[8]) {
+#pragma unroll
+    for (int w = 0; w < 8; ++w) to[w] = otherwise;
+    if (!from) return;
+    if constexpr (EIGHTS) {
+      Eight<float> raw;
+      load_eight<float>(raw, from, at);
+      to_floats(raw, to);
+    } else {
+#pragma unroll
+      for (int w = 0; w < 8; ++w) to[w] = at + w < a.columns ? from[at + w] : 0.0f;
+    }
+  };
+  float weight[8], bias[8];
+  constants(a.weight, 1.0f, weight), constants(a.bias, 0.0f, bias);
+#pragma unroll
+  for (int w = 0; w < 8; ++w) x[w] = fmaf((x[w] - mean) * rstd, weight[w], bias[w]);
 }
 
 // Floats as integers of the same order, and back.
@@ -57,15 +135,16 @@ struct ClippedRange {
   float start, low, high, magic, shift;
 };
 
+__device__ __forceinline__ float2 clip_of(const VitqTransformedRows& a) { return a.clip ? make_float2(a.clip[0], a.clip[1]) : make_float2(1.0f, 1.0f); }
+
 // Of a row's least and largest value, as vitq/quantizers/uniform.py has it.
-__device__ __forceinline__ ClippedRange clipped_range(const TransformedLaunch& p, float lo, float hi) {
-  const float* clip = p.a.clip;
+__device__ __forceinline__ ClippedRange clipped_range(const TransformedLaunch& p, const float2& clip, float lo, float hi) {
   if (p.a.row_shift) {
-    if (clip) lo = __fmul_rn(fminf(lo, 0.0f), clip[0]), hi = __fmul_rn(fmaxf(hi, 0.0f), clip[1]);
+    if (p.a.clip) lo = __fmul_rn(fminf(lo, 0.0f), clip.x), hi = __fmul_rn(fmaxf(hi, 0.0f), clip.y);
     const RowRange range = make_range(lo, hi, p.qmin, p.qmax);
     return {range.s, lo, 0.0f, range.span, MAGIC + p.qmin, shift_of(range)};  // qmin is even: it changes no tie
   }
-  const float most = clip ? fmaxf(__fmul_rn(-lo, clip[0]), __fmul_rn(hi, clip[1])) : fmaxf(-lo, hi);
+  const float most = fmaxf(__fmul_rn(-lo, clip.x), __fmul_rn(hi, clip.y));
   const Scale s = make_scale(__fdiv_rn(fmaxf(most, RANGE_MIN), p.qmax));
   return {s, 0.0f, p.qmin * s.scale, p.qmax * s.scale, MAGIC, 0.0f};
 }
