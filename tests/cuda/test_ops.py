@@ -18,10 +18,12 @@ from torch import Tensor
 import vitq.cuda
 import vitq.evaluate
 from vitq.cuda import loader
+from vitq.ops.cached_attention import RowCodes
 
-NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "patches", "widen_int4")
+NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "patches", "widen_int4", "append_rows", "cached_attention")
 OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
-           "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "patches": ("out",), "widen_int4": ("out",)}
+           "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "patches": ("out",), "widen_int4": ("out",),
+           "append_rows": ("keys", "values", "state", "q_out"), "cached_attention": ("out", "state")}
 
 
 # running them ----------------------------------------------------------------------------------------------------------
@@ -47,6 +49,9 @@ def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def differences(op: str, got: dict[str, Any], want: dict[str, Any], share: float, error: float) -> list[str]:
     """What of the outputs is not as it may be."""
     wrong = []
+    if op == "append_rows" and share:  # of rows whose scales may differ in the last bits the numbers they stand for
+        got, want = ({**t, **{name: RowCodes(t[f"{kind}_bits"], t[f"{kind}_symmetric"]).unpack(t[name].cpu(), t["k"].shape[-1], torch.float32)
+                              for kind, name in (("key", "keys"), ("value", "values"))}} for t in (got, want))
     for name in OUTPUTS[op]:
         if want.get(name) is None or not want[name].numel():
             continue
