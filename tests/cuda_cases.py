@@ -482,7 +482,7 @@ def append_rows(batch: int, heads: int, tokens: int, dim: int, *, group: int = 2
 
     room = 32
     k, q = turned(heads, 1), turned(heads * group, 3)
-    k[0, 0, 0], k[0, 0, -1, : dim // 2] = 0.0, 0.0311 / 2
+    k[0, 0, :1], k[0, 0, -1:, : dim // 2] = 0.0, 0.0311 / 2
     found: dict[str, Any] = dict(
         keys=cache_rows(batch, heads, room, dim, *keys, dtype, 5, apart), values=cache_rows(batch, heads, room, dim, *values, dtype, 6, apart),
         state=torch.tensor([start, 0]), k=k, v=turned(heads, 2), key_bits=keys[0], key_symmetric=keys[1], value_bits=values[0],
@@ -510,7 +510,7 @@ def cached_attention(batch: int, heads: int, tokens: int, dim: int, length: int,
         values=cache_rows(batch, heads, room, dim, *values, dtype, 6, apart), state=torch.tensor([length, 0]), key_bits=keys[0], key_symmetric=keys[1],
         value_bits=values[0], value_symmetric=values[1], scale=dim**-0.5 / large, window=window)
     if mask:
-        found["mask"] = torch.rand(mask, tokens, room, generator=generator(9)) < 0.6
+        found["mask"] = torch.rand(mask, tokens, length, generator=generator(9)) < 0.6
     if splits > 1:
         found["workspace"] = torch.zeros(batch * heads * -(-group * tokens // 8), splits, 8, dim + 2)
     return found
@@ -531,7 +531,7 @@ for bits in range(2, 9):
         case(f"append_rows {bits} bits symmetric {symmetric} clipped", "append_rows", lambda b=bits, s=symmetric: append_rows(
             2, 2, 5, 64, keys=(b, s), values=(b, s), clip=True))
 for name, options in {"many tokens": dict(tokens=20), "no room": dict(tokens=4, start=30), "no queries": dict(queries=False),
-                      "no advance": dict(advance=False), "apart": dict(apart=True, keys=(8, True)), "small heads": dict(dim=16), "odd heads": dict(dim=36),
+                      "no advance": dict(advance=False), "apart": dict(apart=True, keys=(8, True)), "small heads": dict(dim=16), "odd heads": dict(dim=40),
                       "largest heads": dict(dim=256), "8 and 4": dict(keys=(8, True), values=(4, True)), "floats apart": dict(keys=(16, True), apart=True),
                       "one head": dict(heads=1, group=1), "no tokens": dict(tokens=0)}.items():
     case(f"append_rows {name}", "append_rows", lambda o=options: append_rows(**(dict(batch=2, heads=2, tokens=2, dim=64) | o)))

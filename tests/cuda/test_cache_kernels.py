@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cuda_cases import append_rows
 from helpers import sqnr
 from torch import Tensor
 
@@ -68,3 +69,22 @@ def test_operators_attend_as_torch_does(name: str, tokens: int, dim: int, device
         found.append(torch.cat(steps))
     assert found[0].shape == (2 * batch, tokens, 2 * heads * dim) and sqnr(*found) > 45
     assert sqnr(found[0].roll(1, -1), found[1]) < 5
+
+
+@pytest.mark.gpu
+def test_a_graph_goes_on_behind_what_is_there() -> None:
+    """Each replay appends to what those before left, and counts it."""
+    want = append_rows(2, 2, 3, 128, rotary=2, keys=(8, True))
+    got = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in want.items()}
+    torch.ops.vitq.append_rows(**want)
+    torch.ops.vitq.append_rows(**got)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.vitq.append_rows(**got)
+    for _ in range(9):  # the last one has room for no more than a part
+        torch.ops.vitq.append_rows(**want)
+        graph.replay()
+    for name in ("keys", "values", "state", "q_out"):
+        assert torch.equal(got[name].cpu(), want[name]), name
+    assert want["state"].tolist() == [35, 0]

@@ -17,7 +17,7 @@ from vitq.ops.dispatch import register
 
 QUERIES = 8  # of a block of csrc/cached_attention.cuh
 BLOCK_TOKENS = 128  # of its step
-BLOCKS = 3  # of a multiprocessor at once
+BLOCKS, SHARED = 4, 225_000  # of a multiprocessor at once: how many, and bytes that they share
 
 
 @register("cached_attention", "cuda")
@@ -62,7 +62,7 @@ class CudaCachedAttention:
             calls.append((y, turned, part_keys, part_values, codes))
         for y, turned, part_keys, part_values, codes in calls:
             units = batch * part_keys.shape[1] * -(-group * tokens // QUERIES)
-            parts = splits(units, keys.shape[2], q.device)
+            parts = splits(units, keys.shape[2], part_keys.shape[3] * part_keys.element_size() + part_values.shape[3] * part_values.element_size(), q.device)
             workspace = torch.empty(units, parts, QUERIES, dim + 2, dtype=torch.float32, device=q.device) if parts > 1 else None
             torch.ops.vitq.cached_attention(y, turned, part_keys, part_values, state, **codes, mask=mask, scale=scale, window=window, workspace=workspace)
         return out.flatten(2)
@@ -84,10 +84,13 @@ def heads_of(rows: Tensor, codes: RowCodes | HeadCodes | None, counts: list[int]
     return [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(rows[:, 0].split(sizes, -1), counts)]
 
 
-def splits(units: int, room: int, device: torch.device) -> int:
+def splits(units: int, room: int, row_bytes: int, device: torch.device) -> int:
     """Into how many parts the tokens are divided, so that all multiprocessors have work and none waits for a second round. It is of the room that there
-    is, not of the tokens: a CUDA graph serves all lengths."""
-    return max(1, min(BLOCKS * processors(device.index) // units, room // BLOCK_TOKENS)) if device.type == "cuda" else 1
+    is, not of the tokens: a CUDA graph serves all lengths. row_bytes: of a key's row and a value's."""
+    if device.type == "cpu":
+        return 1
+    blocks = max(1, min(BLOCKS, SHARED // (2 * BLOCK_TOKENS * (row_bytes + 16) + 4096)))
+    return max(1, min(blocks * processors(device.index) // units, -(-room // BLOCK_TOKENS), loader.MOST_SPLITS))
 
 
 @functools.cache

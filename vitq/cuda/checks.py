@@ -310,6 +310,8 @@ def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, 
                                        ("key_clip", key_clip, torch.float32, (2,)), ("value_clip", value_clip, torch.float32, (2,))):
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous()):
             refuse("append_rows", name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous {dtype} {list(shape)}")
+    if (right is not None or inverse is not None) and (dim % 8 or dim > loader.MOST_MIXED):
+        refuse("append_rows", "right, inverse", f"given for heads of {dim}", f"for heads of a multiple of 8, up to {loader.MOST_MIXED}")
     _same_device("append_rows", keys, values, state, k, v, key_clip, value_clip, cos, sin, right, q, inverse, q_out)
     return batch, heads, tokens, dim
 
@@ -333,13 +335,13 @@ def cached_attention(out, q, keys, values, state, key_bits, key_symmetric, value
         refuse(op, "keys, values", f"of {room} and {values.shape[2]} rows", f"of one number, a multiple of 16, {tokens} or more")
     if out.dtype != q.dtype or out.shape != (batch, tokens, query_heads, dim) or out.stride(3) != 1:
         refuse(op, "out", f"{out.dtype} {list(out.shape)}", f"{q.dtype} [{batch}, {tokens}, {query_heads}, {dim}] with unit stride in the last")
-    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[0] not in (1, batch) or mask.shape[1:] != (tokens, room) or
-                             mask.stride(2) != 1):
-        refuse(op, "mask", f"{mask.dtype} {list(mask.shape)}", f"bool [{batch} or 1, {tokens}, {room}] with unit stride in the last")
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[0] not in (1, batch) or mask.shape[1] != tokens or
+                             not tokens <= mask.shape[2] <= room or mask.stride(2) != 1):
+        refuse(op, "mask", f"{mask.dtype} {list(mask.shape)}", f"bool [{batch} or 1, {tokens}, up to {room}] with unit stride in the last")
     if window < 0:
         refuse(op, "window", window, "0 for none, or a number of tokens")
     blocks = batch * heads * -(-query_heads // heads * tokens // 8)
-    if workspace is not None and (workspace.dtype != torch.float32 or workspace.ndim != 4 or not workspace.is_contiguous() or not workspace.shape[1] or
+    if workspace is not None and (workspace.ndim == 4 and workspace.shape[1] > loader.MOST_SPLITS or workspace.dtype != torch.float32 or workspace.ndim != 4 or not workspace.is_contiguous() or not workspace.shape[1] or
                                   (workspace.shape[0], *workspace.shape[2:]) != (blocks, 8, dim + 2)):
         refuse(op, "workspace", f"{workspace.dtype} {list(workspace.shape)}", f"contiguous float32 [{blocks}, splits, 8, {dim + 2}]")
     _same_device(op, out, q, keys, values, state, mask, workspace)

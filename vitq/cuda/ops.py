@@ -70,8 +70,8 @@ SCHEMAS = {
                    "int value_bits=16, bool value_symmetric=True, Tensor? key_clip=None, Tensor? value_clip=None, Tensor? cos=None, "
                    "Tensor? sin=None, Tensor? right=None, Tensor? q=None, Tensor? inverse=None, Tensor(d!)? q_out=None, bool advance=True) -> ()",
     # softmax(scale·q·Kᵀ + mask)·V of the last T of the state[0] tokens that the rows hold, softmax in float32. q fp16 or bf16 [B, H, T, D], D 64, 80, 96
-    # or 128, out [B, T, H, D] alike; rows as above, N a multiple of 16; mask bool [B or 1, T, N], without one a token sees all up to itself; window:
-    # the last so many alone, or 0. workspace float32 [B·G·⌈H/G·T/8⌉, splits, 8, D + 2]: in how many parts the tokens are divided; none: one.
+    # or 128, out [B, T, H, D] alike; rows as above, N a multiple of 16; mask bool [B or 1, T, all that may be there or more], of what a token sees up to itself;
+    # window: the last so many alone, or 0. workspace float32 [B·G·⌈H/G·T/8⌉, splits, 8, D + 2]: in how many parts the tokens are divided; none: one.
     "cached_attention": "(Tensor(a!) out, Tensor q, Tensor keys, Tensor values, Tensor state, *, int key_bits=16, bool key_symmetric=True, "
                         "int value_bits=16, bool value_symmetric=True, Tensor? mask=None, float scale=1.0, int window=0, "
                         "Tensor(b!)? workspace=None) -> ()",

@@ -238,7 +238,7 @@ def cached_attention(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, state
             for rows, bits, symmetric in ((keys, key_bits, key_symmetric), (values, value_bits, value_symmetric)))
     seen = causal(torch.tensor(length - tokens), tokens, length, window)
     if mask is not None:
-        seen = seen & mask[:, None, :, :length]
+        seen = seen & F.pad(mask, (0, max(length - mask.shape[2], 0)))[:, None, :, :length]
     logits = (q.double() @ k.transpose(-2, -1) * scale).masked_fill(~seen, -torch.inf)
     p = torch.softmax(logits, -1).masked_fill(~seen, 0.0)  # a row that sees nothing is zeros
     out.copy_((p @ v).transpose(1, 2))

@@ -11,6 +11,7 @@ namespace vitq {
 namespace {
 
 constexpr int WARPS = 4, PAIRS = 4, MOST_DIM = 64 * PAIRS;  // PAIRS: of a lane
+constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
 
 template <class T>
 __device__ __forceinline__ float rounded(float x) { return float(T(x)); }
@@ -37,22 +38,33 @@ __device__ __forceinline__ void each(int half, int lane, F f) {
     if (32 * i < half) f(i, lane + 32 * i, lane + 32 * i < half);
 }
 
-// x times a matrix [dim, dim], the row by way of shared memory. M: its numbers.
+// x times a matrix [dim, dim], dim up to MOST_MIXED, the row by way of shared memory. Lanes have neighbouring columns of 16 bytes and share the rows of the
+// matrix, many of which are under way at once.
 template <class M>
-__device__ __forceinline__ void multiply(Lane& x, const M* matrix, int dim, int lane, float* row) {
-  const int half = dim / 2;
-  each(half, lane, [&](int i, int at, bool there) { if (there) row[at] = x.x[i][0], row[at + half] = x.x[i][1]; });
+__device__ __forceinline__ void multiply(Lane& x, const M* matrix, int dim, int lane, float (&shared)[SLICES + 1][MOST_MIXED]) {
+  constexpr int COLUMNS = 16 / sizeof(M);
+  const int half = dim / 2, groups = dim / COLUMNS, slices = min(32 / groups, SLICES), slice = lane / groups, first = lane % groups * COLUMNS;
+  each(half, lane, [&](int i, int at, bool there) { if (there) shared[SLICES][at] = x.x[i][0], shared[SLICES][at + half] = x.x[i][1]; });
   __syncwarp();
-  Lane y = {};
-#pragma unroll 4
-  for (int k = 0; k < dim; ++k) {
-    const float one = row[k];
-    each(half, lane, [&](int i, int at, bool there) {
-      if (there) y.x[i][0] = fmaf(one, float(matrix[k * dim + at]), y.x[i][0]), y.x[i][1] = fmaf(one, float(matrix[k * dim + at + half]), y.x[i][1]);
-    });
+  if (slice < slices) {
+    float sums[COLUMNS] = {};
+#pragma unroll 16
+    for (int k = slice; k < dim; k += slices) {
+      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(matrix + k * dim + first));
+      const float one = shared[SLICES][k];
+      const M* const numbers = reinterpret_cast<const M*>(&raw);
+#pragma unroll
+      for (int j = 0; j < COLUMNS; ++j) sums[j] = fmaf(one, float(numbers[j]), sums[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < COLUMNS; ++j) shared[slice][first + j] = sums[j];
   }
   __syncwarp();
-  x = y;
+  each(half, lane, [&](int i, int at, bool there) {
+    if (!there) return;
+    x.x[i][0] = x.x[i][1] = 0.0f;
+    for (int s = 0; s < slices; ++s) x.x[i][0] += shared[s][at], x.x[i][1] += shared[s][at + half];
+  });
 }
 
 // As quantizers/uniform.py: scale, shift and codes of a row.
@@ -93,7 +105,7 @@ __device__ __forceinline__ void write_codes(const Lane& x, uint8_t* to, const Vi
 
 template <class T>
 __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constant__ VitqAppendRows a) {
-  __shared__ float rows[WARPS][MOST_DIM];
+  __shared__ float mixed[WARPS][SLICES + 1][MOST_MIXED];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = a.dim / 2;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0);
   const int row = blockIdx.x * WARPS + warp, t = row % a.tokens, which = row / a.tokens % heads, batch = row / a.tokens / heads;
@@ -121,9 +133,9 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
       each(half, lane, [&](int i, int, bool) {
         for (float& v : x.x[i]) v = __half2float(__float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f)));
       });
-      multiply(x, static_cast<const __half*>(a.right), a.dim, lane, rows[warp]);
+      multiply(x, static_cast<const __half*>(a.right), a.dim, lane, mixed[warp]);
     } else if (!is_key && !is_value && a.inverse) {
-      multiply(x, a.inverse, a.dim, lane, rows[warp]);
+      multiply(x, a.inverse, a.dim, lane, mixed[warp]);
     }
     if ((is_key && a.right) || (!is_key && !is_value && a.inverse))
       each(half, lane, [&](int i, int, bool) {
@@ -168,6 +180,7 @@ extern "C" int vitq_append_rows(const VitqAppendRows* args, void* stream) {
   const VitqAppendRows& a = *args;
   if (a.batch < 1 || a.heads < 1 || a.tokens < 1 || a.room < 1 || !a.state || !a.k || !a.v || !a.keys.rows || !a.values.rows) return VITQ_BAD_ARGUMENT;
   if (a.q && (!a.q_out || a.query_heads < 1)) return VITQ_BAD_ARGUMENT;
+  if ((a.right || a.inverse) && (a.dim % 8 != 0 || a.dim > MOST_MIXED || !aligned16(a.right) || !aligned16(a.inverse))) return VITQ_UNSUPPORTED;
   if (a.dim < 4 || a.dim % 4 != 0 || a.dim > MOST_DIM) return VITQ_UNSUPPORTED;
   const auto s = static_cast<cudaStream_t>(stream);
   return a.dtype == VITQ_F16 ? launch<__half>(a, s) : a.dtype == VITQ_BF16 ? launch<__nv_bfloat16>(a, s) : launch<float>(a, s);

@@ -24,13 +24,13 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 enum Format { S4, S8, F16, BF16 };  // of rows
 
-// Where the tokens are that a part of the sequence has: whole steps of a block, as even as can be.
-struct Span {
-  int begin, end;
-  __device__ __forceinline__ Span(const VitqCachedAttention& a, int length, int split, int splits) {
-    const int first = a.window > 0 ? max(length - a.tokens + 1 - a.window, 0) / BLOCK_TOKENS * BLOCK_TOKENS : 0;
-    const int steps = (length - first + BLOCK_TOKENS - 1) / BLOCK_TOKENS, each = (steps + splits - 1) / splits;
-    begin = min(first + split * each * BLOCK_TOKENS, length), end = min(begin + each * BLOCK_TOKENS, length);
+// How the tokens are divided: whole steps of a block, as even as can be.
+struct Parts {
+  int first, each, length, count;  // tokens; count: parts that have any
+  __device__ __forceinline__ Parts(const VitqCachedAttention& a, int length_) : length(length_) {
+    first = a.window > 0 ? max(length - a.tokens + 1 - a.window, 0) / BLOCK_TOKENS * BLOCK_TOKENS : 0;
+    const int steps = (length - first + BLOCK_TOKENS - 1) / BLOCK_TOKENS, steps_each = (steps + a.splits - 1) / a.splits;
+    each = steps_each * BLOCK_TOKENS, count = (steps + steps_each - 1) / max(steps_each, 1);
   }
 };
 
@@ -235,16 +235,17 @@ struct Shape {
   using K = Rows<KF, D>;
   using V = Rows<VF, D>;
   static constexpr int STAGE = (TOKENS * (K::MOST_PITCH + V::MOST_PITCH) + 15) / 16 * 16;
-  static constexpr int STAGES = STAGE <= 8192 ? 3 : 2;
+  static constexpr int STAGES = 2;
   static constexpr int Q_PITCH = 2 * D + 8;  // bytes between queries
   static constexpr int Q_BYTES = QUERIES * (Q_PITCH + 8);
   static constexpr int RESULTS = WARPS * QUERIES * (D + 2) * 4;
   static constexpr int RING = WARPS * STAGES * STAGE;
   static constexpr int SHARED = Q_BYTES + (RING > RESULTS ? RING : RESULTS);
+  static constexpr int FIT = 225000 / (SHARED + 1024), BLOCKS = FIT < 4 ? FIT : 4;  // of a multiprocessor
 };
 
 template <int KF, int VF, int D>
-__global__ void __launch_bounds__(32 * WARPS) attend_kernel(const __grid_constant__ VitqCachedAttention a, int tiles) {
+__global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_kernel(const __grid_constant__ VitqCachedAttention a, int tiles) {
   using S = Shape<KF, VF, D>;
   using K = typename S::K;
   using V = typename S::V;
@@ -258,21 +259,22 @@ __global__ void __launch_bounds__(32 * WARPS) attend_kernel(const __grid_constan
   start_dependents();
   wait_for_kernels_before();
   const int length = tokens_there(a);
-  const Span span(a, length, split, a.splits);
-  if (span.begin >= span.end && a.splits > 1) return;
+  const Parts parts(a, length);
+  if (split >= max(parts.count, 1)) return;
+  const int begin = parts.first + split * parts.each, end = min(begin + parts.each, length);
 
   const uint8_t* const keys = static_cast<const uint8_t*>(a.keys.rows) + batch * a.keys.strides[0] + head * a.keys.strides[1];
   const uint8_t* const values = static_cast<const uint8_t*>(a.values.rows) + batch * a.values.strides[0] + head * a.values.strides[1];
   uint8_t* const mine = ring + warp * S::STAGES * S::STAGE;
   const auto fetch = [&](int token, int stage) {
     uint8_t* const to = mine + stage * S::STAGE;
-    if (token < span.end) {
+    if (token < end) {
       K::fetch(to, keys, a.keys, token, a.room, lane);
       V::fetch(to + TOKENS * K::MOST_PITCH, values, a.values, token, a.room, lane);
     }
     end_copies();
   };
-  int token = span.begin + warp * TOKENS;
+  int token = begin + warp * TOKENS;
 #pragma unroll
   for (int s = 0; s < S::STAGES - 1; ++s) fetch(token + s * BLOCK_TOKENS, s);
 
@@ -327,7 +329,7 @@ __global__ void __launch_bounds__(32 * WARPS) attend_kernel(const __grid_constan
 
   float o[V::STEPS][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {}, shifts[2] = {};
   int stage = 0;
-  for (; token < span.end; token += BLOCK_TOKENS) {
+  for (; token < end; token += BLOCK_TOKENS) {
     bool seen[2][2][2];  // m16 tile, row g or g + 8, query
 #pragma unroll
     for (int i = 0; i < 2; ++i)
