@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vitq.cuda.layout import bits_of, exchange_bytes, pack_transform, pack_weight, pad_columns, permute_rows, round_up, starts_of
 from vitq.formats import int_range, pack_int4
+from vitq.ops.cached_attention import RowCodes
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -508,3 +509,98 @@ for n, k in ((96, 640), (37, 70), (1, 33), (0, 64), (4128, 96)):
         for dtype in (torch.float16, torch.bfloat16, torch.float32):
             case(f"dequantize {n}x{k} w{bits} {dtype}", "dequantize",
                  lambda n=n, k=k, b=bits, d=dtype: dequantize(n, k, bits=b, group=64, zero=b != 2, dtype=d))
+
+
+def cache_rows(batch: int, heads: int, room: int, dim: int, bits: int, symmetric: bool, dtype: torch.dtype, seed: int, apart: bool = False) -> Tensor:
+    """Rows of a cache that is full, or floats. apart: as bytes, those of all heads side by side for each token."""
+    x = (randn(batch, heads, room, dim, seed=seed) * (torch.rand(1, 1, room, 1, generator=generator(seed)) * 4 + 0.1) + 0.3).to(dtype)
+    rows = x if bits == 16 else RowCodes(bits, symmetric).pack(x)
+    if not apart:
+        return rows
+    rows = rows.view(torch.uint8)
+    return rows.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def append_rows(batch: int, heads: int, tokens: int, dim: int, *, group: int = 2, keys: tuple[int, bool] = (4, False), values: tuple[int, bool] = (4, False),
+                dtype: torch.dtype = torch.float16, rotary: int = 0, right: bool = False, clip: bool = False, queries: bool = True, start: int = 5,
+                apart: bool = False, advance: bool = True) -> dict[str, Any]:
+    def turned(count: int, seed: int) -> Tensor:  # as the product before leaves them
+        return (randn(batch, tokens, count + 1, dim, seed=seed) * 2 + 0.25).to(dtype)[:, :, :count].transpose(1, 2)
+
+    room = 32
+    k, q = turned(heads, 1), turned(heads * group, 3)
+    k[0, 0, :1], k[0, 0, -1:, : dim // 2] = 0.0, 0.0311 / 2
+    found: dict[str, Any] = dict(
+        keys=cache_rows(batch, heads, room, dim, *keys, dtype, 5, apart), values=cache_rows(batch, heads, room, dim, *values, dtype, 6, apart),
+        state=torch.tensor([start, 0]), k=k, v=turned(heads, 2), key_bits=keys[0], key_symmetric=keys[1], value_bits=values[0],
+        value_symmetric=values[1], advance=advance)
+    if queries:
+        found |= dict(q=q, q_out=torch.zeros(q.shape, dtype=dtype))
+    if rotary:
+        angles = randn(rotary, tokens, dim // 2, seed=7).repeat(1, 1, 2)
+        found |= dict(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
+    if right:
+        matrix = torch.linalg.qr(randn(dim, dim, seed=8))[0].contiguous()
+        found |= dict(right=matrix.half()) | (dict(inverse=matrix) if queries else {})
+    if clip:
+        found |= dict(key_clip=torch.tensor([0.9, 0.8]), value_clip=torch.tensor([0.7, 1.0]))
+    return found
+
+
+def cached_attention(batch: int, heads: int, tokens: int, dim: int, length: int, *, group: int = 4, keys: tuple[int, bool] = (4, False),
+                     values: tuple[int, bool] = (4, False), dtype: torch.dtype = torch.float16, mask: int = 0, window: int = 0, splits: int = 1,
+                     apart: bool = False, large: float = 1.0) -> dict[str, Any]:
+    room = length + -length % 16 + 16
+    q = (randn(batch, tokens, heads * group, dim, seed=1) * large).to(dtype).transpose(1, 2)
+    found: dict[str, Any] = dict(
+        out=torch.zeros(batch, tokens, heads * group, dim, dtype=dtype), q=q, keys=cache_rows(batch, heads, room, dim, *keys, dtype, 5, apart),
+        values=cache_rows(batch, heads, room, dim, *values, dtype, 6, apart), state=torch.tensor([length, 0]), key_bits=keys[0], key_symmetric=keys[1],
+        value_bits=values[0], value_symmetric=values[1], scale=dim**-0.5 / large, window=window)
+    if mask:
+        found["mask"] = torch.rand(mask, tokens, length, generator=generator(9)) < 0.6
+    if splits > 1:
+        found["workspace"] = torch.zeros(batch * heads * -(-group * tokens // 8), splits, 8, dim + 2)
+    return found
+
+
+FORMATS = {"4 asymmetric": (4, False), "4": (4, True), "8 asymmetric": (8, False), "8": (8, True), "float": (16, True)}
+TURNED = {torch.float16: 2e-3, torch.bfloat16: 2e-2, torch.float32: 2e-4}  # sums of another order, after which a code may be another
+for dim in (64, 80, 96, 128):
+    for dtype in TURNED:
+        for name, codes_of in FORMATS.items():
+            for rotary in (0, 1, 3):
+                case(f"append_rows {dim} {dtype} {name}, rotary {rotary}", "append_rows", lambda d=dim, t=dtype, k=codes_of, r=rotary: append_rows(
+                    3, 2, 1, d, keys=k, values=k, dtype=t, rotary=r))
+        case(f"append_rows {dim} {dtype} turned", "append_rows", lambda d=dim, t=dtype: append_rows(2, 3, 2, d, dtype=t, rotary=1, right=True, clip=True),
+             5e-3, 10 * TURNED[dtype])
+for bits in range(2, 9):
+    for symmetric in (True, False):
+        case(f"append_rows {bits} bits symmetric {symmetric} clipped", "append_rows", lambda b=bits, s=symmetric: append_rows(
+            2, 2, 5, 64, keys=(b, s), values=(b, s), clip=True))
+for name, options in {"many tokens": dict(tokens=20), "no room": dict(tokens=4, start=30), "no queries": dict(queries=False),
+                      "no advance": dict(advance=False), "apart": dict(apart=True, keys=(8, True)), "small heads": dict(dim=16), "odd heads": dict(dim=40),
+                      "largest heads": dict(dim=256), "8 and 4": dict(keys=(8, True), values=(4, True)), "floats apart": dict(keys=(16, True), apart=True),
+                      "one head": dict(heads=1, group=1), "no tokens": dict(tokens=0)}.items():
+    case(f"append_rows {name}", "append_rows", lambda o=options: append_rows(**(dict(batch=2, heads=2, tokens=2, dim=64) | o)))
+# Results are rounded to out's type, probabilities to float16 or, of bfloat16 values, to bfloat16.
+ATTENDED = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
+for dim in (64, 80, 96, 128):
+    for dtype in ATTENDED:
+        for k_name, k_format in FORMATS.items():
+            for v_name, v_format in FORMATS.items():
+                case(f"cached_attention {dim} {dtype} K{k_name} V{v_name}", "cached_attention", lambda d=dim, t=dtype, k=k_format, v=v_format: cached_attention(
+                    2, 2, 1, d, 333, keys=k, values=v, dtype=t, splits=3), 0, ATTENDED[dtype])
+for name, options in {
+        "one token there": dict(length=1), "16": dict(length=16), "17": dict(length=17), "127": dict(length=127), "128": dict(length=128), "129": dict(length=129),
+        "two tokens": dict(tokens=2), "eight tokens": dict(tokens=8), "eight tokens in parts": dict(tokens=8, splits=5, group=3),
+        "one query a head": dict(group=1, heads=3), "7 queries": dict(group=7), "8 queries": dict(group=8), "16 queries": dict(group=16),
+        "mask": dict(mask=2), "one mask": dict(mask=1, tokens=3), "mask in parts": dict(mask=2, tokens=3, splits=4, length=1000),
+        "window": dict(window=100, length=700), "short window": dict(window=3, tokens=8, splits=4, length=700), "long window": dict(window=4096),
+        "more parts than tokens": dict(splits=9, length=200), "long": dict(length=5000, splits=7), "apart": dict(apart=True),
+        "apart in parts": dict(apart=True, splits=3, keys=(8, True), values=(16, True)), "large queries": dict(large=30000.0),
+        "small queries": dict(large=1e-4)}.items():
+    for dtype in ATTENDED:
+        if name != "large queries" or dtype == torch.bfloat16:
+            case(f"cached_attention {name} {dtype}", "cached_attention", lambda o=options, t=dtype: cached_attention(
+                **(dict(batch=2, heads=2, tokens=1, dim=128, length=300, dtype=t) | o)), 0, ATTENDED[dtype])
+case("cached_attention very large queries", "cached_attention", lambda: cached_attention(1, 2, 1, 64, 300, dtype=torch.bfloat16, large=1e6), 0, 6e-3)

@@ -38,7 +38,7 @@ ARROWS = {
     "cpu": set(),
     "ops": {"formats", "plan", "quantizers", "cpu", "cuda"},
     "cuda": {"formats", "plan", "ops", "cache"},
-    "nn": EXECUTION - {"recipe_checks", "recipe_files"} | {"vitq"},
+    "nn": EXECUTION - {"recipe_checks", "recipe_files"} | {"vitq", "graphs"},
     "conversion": CALIB | EXECUTION,
     "builders": {"calib"},
     "checkpoint_files": {"vitq"},

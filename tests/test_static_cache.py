@@ -16,6 +16,7 @@ from test_kv_cache import CACHE, CASES, INT4, INT8, SPLIT, converted, generated,
 from transformers import StaticCache  # noqa: E402
 
 import vitq  # noqa: E402
+import vitq.graphs  # noqa: E402
 from vitq.nn.key_values import QuantKeyValues  # noqa: E402
 from vitq.nn.quantized_cache import StaticQuantizedCache  # noqa: E402
 from vitq.ops.cached_attention import CachedAttention  # noqa: E402
@@ -43,7 +44,7 @@ def test_logits_are_those_without_a_cache(family: str, kwargs: dict, changes: tu
     model, x = converted(family, "bits=16", *changes, **kwargs), ids(2, 32)
     cache = vitq.quantized_cache(model, max_length=37, batch_size=2)
     assert sqnr(model(x, use_cache=False).logits, step_by_step(model, x, cache, 9, 10, 14, 30, 31)) > SPLIT
-    assert cache.get_seq_length() == 32 and cache.get_max_length() == 48 and cache.is_compileable
+    assert cache.get_seq_length() == 32 and cache.get_max_length() == 37 and cache.layers[0].keys.shape[2] == 48 and cache.is_compileable
     layers = sum(isinstance(module, QuantKeyValues) for module in model.modules())
     assert attended == [1] * layers + [4] * layers + [1] * 2 * layers
 
@@ -79,7 +80,7 @@ def test_a_cache_of_transformers_becomes_one() -> None:
     assert torch.equal(generated(model, x, cache_implementation="static"), generated(model, x))
     cache = StaticCache(config=model.config, max_cache_len=20)
     assert torch.equal(generated(model, x, past_key_values=cache), generated(model, x))
-    assert isinstance(cache, StaticQuantizedCache) and cache.nbytes == 2 * 2 * 2 * 2 * 20 * (8 + 8)  # layers, k and v, batch, heads, tokens, bytes
+    assert isinstance(cache, StaticQuantizedCache) and cache.get_max_length() == 20 and cache.nbytes == 2 * 2 * 2 * 2 * 32 * (8 + 8)  # layers, k and v, batch, heads, tokens, bytes
 
 
 @pytest.mark.parametrize("recipe", ["phq-w8", "phq-mixed"])
@@ -172,6 +173,46 @@ def test_streaming() -> None:
     model, x = converted("Llama", *INT8), ids(1, 6)
     tokens = generated(model, x, past_key_values=vitq.quantized_cache(model, max_length=16), streamer=streamer)
     assert [int(w) for w in words] == tokens[0].tolist()
+
+
+class StandIn:
+    """Of a CUDA graph: a capture that leaves nothing behind, and replays that run what was captured on the same tensors."""
+
+    made: list[StandIn]
+    layers: list
+
+    def __init__(self, fn, static, pool=None, warmup=3):
+        self.fn = self.run = fn
+        self.static, self.replays = static, 0
+        self.output = fn(static)
+        for layer in self.layers:
+            layer.state[0] -= static.shape[1]
+        self.made.append(self)
+
+    def replay(self) -> None:
+        self.replays += 1
+        before = [layer.seen for layer in self.layers]
+        self.output[2].copy_(self.run(self.static)[2])
+        for layer, seen in zip(self.layers, before):  # a graph does not tell the host
+            layer.seen = seen
+
+
+@pytest.mark.parametrize("family, kwargs", [("Llama", {}), ("Mistral", {"sliding_window": 8}), ("OPT", {})])
+def test_steps_as_graphs(family: str, kwargs: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`generate` as on a GPU: the first step as ever, the second captured, all others replayed; another batch size or model has its own."""
+    model, x = converted(family, *INT4, **kwargs), ids(2, 12)
+    padded, mask = x.clone(), torch.ones_like(x)
+    padded[1, :5], mask[1, :5] = 0, 0
+    wanted = [generated(model, given, of) for given, of in ((x, None), (padded, mask))]
+    cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *args: True)
+    monkeypatch.setattr(vitq.graphs, "Graph", StandIn)
+    StandIn.made, StandIn.layers = [], cache.layers
+    for (given, of), tokens in zip(((x, None), (padded, mask), (x, None)), (*wanted, wanted[0])):
+        cache.reset()
+        assert torch.equal(generated(model, given, of, past_key_values=cache), tokens)
+        assert cache.get_seq_length() == 19 == cache.layers[0].seen
+    assert [graph.replays for graph in StandIn.made] == [3 * 7 - 1]
 
 
 def test_transformed_keys(attended: list[int]) -> None:

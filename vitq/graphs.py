@@ -187,6 +187,88 @@ class GraphedModel(nn.Module):
         self._forget()
 
 
+MOST_NEW_TOKENS = 8  # of a step of generation that is worth a graph
+MOST_STEPS = 4  # graphs that a cache keeps
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """model(**inputs) of a few new tokens, whose static cache is among the inputs: from the second call of the same shapes on a CUDA graph is replayed.
+
+    Graphs belong to the cache and go with it; what they give is copied. A step runs without one where it cannot be captured: a mask or positions that the
+    model would make by reading lengths on the host, hidden states or attentions that are asked for.
+    """
+    cache = inputs.get("cache", inputs.get("past_key_values"))
+    ids = inputs.get("input_ids")
+    wanted = any(inputs.get(f"output_{name}") for name in ("hidden_states", "attentions"))
+    if ids is None or ids.shape[1] > MOST_NEW_TOKENS or wanted or cache is None or (tensors := _step_tensors(inputs, cache)) is None:
+        return model(**inputs)
+    key = (id(model), _version(model), *(layer.keys.data_ptr() for layer in cache.layers),
+           *((name, t.shape, t.dtype, t.stride()) for name, t in sorted(tensors.items())))
+    graphs = cache.__dict__.setdefault("_step_graphs", {})
+    if key not in graphs:
+        while len(graphs) >= MOST_STEPS:
+            torch.cuda.synchronize(ids.device)
+            del graphs[next(iter(graphs))]
+        graphs[key] = "seen once"  # which makes all that a first call makes
+        return model(**inputs)
+    if graphs[key] == "not captured":
+        return model(**inputs)
+    if graphs[key] == "seen once":
+        try:
+            graphs[key] = _captured_step(model, inputs, cache, tensors)
+        except RuntimeError as error:
+            graphs[key] = "not captured"
+            log.warning("%s cannot be captured as a CUDA graph (%s); it generates without", type(model).__name__, str(error).splitlines()[0])
+            return model(**inputs)
+    graph, static = graphs[key]
+    for name, tensor in tensors.items():
+        static[name].copy_(tensor)
+    graph.replay()
+    for layer in cache.layers:
+        if hasattr(layer, "seen"):  # what the host knows of its tokens
+            layer.seen += ids.shape[1]
+    kind, name, logits = graph.output
+    return kind(logits=logits.clone(), **{name: cache})
+
+
+def _step_tensors(inputs: dict[str, Any], cache: Any) -> dict[str, Tensor] | None:
+    """The tensors among the inputs by name, those of a dict of masks too; None where a graph could not take the inputs."""
+    found = {}
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            found.update({f"{name}/{part}": t for part, t in value.items()})
+        elif not (value is None or value is cache or isinstance(value, (bool, int, str))):
+            found[name] = value
+    masks = [t for name, t in found.items() if name.startswith("attention_mask")]
+    if not all(isinstance(t, Tensor) for t in found.values()) or "position_ids" not in found or not masks or any(t.ndim != 4 for t in masks):
+        return None
+    return found
+
+
+def _captured_step(model: nn.Module, inputs: dict[str, Any], cache: Any, tensors: dict[str, Tensor]) -> tuple[Graph, dict[str, Tensor]]:
+    """The graph and its inputs. The cache holds as many tokens as before: a capture runs nothing."""
+    with torch.inference_mode(False):
+        static = {name: t.clone() for name, t in tensors.items()}
+    given = dict(inputs)
+    for name, tensor in static.items():
+        name, _, part = name.partition("/")
+        given[name] = {**given[name], part: tensor} if part else tensor
+
+    def run(ids: Tensor) -> tuple[type, str, Tensor]:
+        output = model(**given)
+        return type(output), "cache" if "cache" in output else "past_key_values", output.logits
+
+    before = [getattr(layer, "seen", None) for layer in cache.layers]
+    try:
+        graph = Graph(run, static["input_ids"], warmup=0)
+    finally:
+        for layer, seen in zip(cache.layers, before):
+            if seen is not None:
+                layer.seen = seen
+    graph.fn = None  # it holds the cache, which holds the graph
+    return graph, static
+
+
 def _version(model: nn.Module) -> tuple:
     """Changes when the model's tensors are replaced: a graph would go on reading them at their old addresses."""
     first = _first(model)

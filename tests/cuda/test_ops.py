@@ -12,17 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_cases import CASES, attention, dequantize, linear, rows, transformed_rows, weight_only
+from cuda_cases import CASES, append_rows, attention, cached_attention, dequantize, linear, rows, transformed_rows, weight_only
 from torch import Tensor
 
 import vitq.cuda
 import vitq.evaluate
 from vitq.cuda import loader
+from vitq.ops.cached_attention import RowCodes
 
-NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "transformed_rows", "patches", "widen_int4")
+NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "transformed_rows", "patches", "widen_int4", "append_rows", "cached_attention")
 OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
            "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "transformed_rows": ("out", "row_scale", "row_shift"),
-           "patches": ("out",), "widen_int4": ("out",)}
+           "patches": ("out",), "widen_int4": ("out",), "append_rows": ("keys", "values", "state", "q_out"), "cached_attention": ("out", "state")}
 
 
 # running them ----------------------------------------------------------------------------------------------------------
@@ -48,6 +49,9 @@ def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
 def differences(op: str, got: dict[str, Any], want: dict[str, Any], share: float, error: float) -> list[str]:
     """What of the outputs is not as it may be."""
     wrong = []
+    if op == "append_rows" and share:  # of rows whose scales may differ in the last bits the numbers they stand for
+        got, want = ({**t, **{name: RowCodes(t[f"{kind}_bits"], t[f"{kind}_symmetric"]).unpack(t[name].cpu(), t["k"].shape[-1], torch.float32)
+                              for kind, name in (("key", "keys"), ("value", "values"))}} for t in (got, want))
     for name in OUTPUTS[op]:
         if want.get(name) is None or not want[name].numel():
             continue
@@ -183,7 +187,7 @@ def test_every_configuration_of_weight_only(name: str) -> None:
 @pytest.mark.parametrize("name", [n for op in NAMES for n in some(op, 25)])
 def test_twenty_runs_are_equal(name: str) -> None:
     op = CASES[name][0]
-    if "in place" in name:
+    if "in place" in name or name.startswith("append_rows"):
         pytest.skip("changes its input")
     got = on("cuda", made(name))
     call(op, got)
@@ -225,14 +229,14 @@ def test_side_streams(name: str) -> None:
 def test_second_gpu(name: str) -> None:
     assert torch.cuda.current_device() == 0
     got = check(name, "cuda:1")
-    assert got["out"].device.index == 1 and torch.cuda.current_device() == 0
+    assert got[OUTPUTS[CASES[name][0]][0]].device.index == 1 and torch.cuda.current_device() == 0
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", [n for op in NAMES for n in some(op, 25)])
 def test_capture(name: str) -> None:
     op, _, share, error = CASES[name]
-    if "in place" in name:
+    if "in place" in name or name.startswith("append_rows"):
         pytest.skip("changes its input")
     want = made(name)
     got = on("cuda", want)
@@ -369,6 +373,20 @@ REFUSED = {
                 ({"scale": -1.0}, "scale is -1.0")],
     "widen_int4": [({"packed": torch.zeros(32, 33, dtype=torch.uint8)}, "[32, 33]"),
                    ({"out": torch.zeros(32, 63, dtype=torch.int8)}, "[32, 63]")],
+    "append_rows": [
+        (dict(k=torch.zeros(2, 2, 3, 64, dtype=torch.int8)), "k is torch.int8"), (dict(k=torch.zeros(2, 2, 3, 66).half()), "of 66 numbers"),
+        (dict(key_bits=8), "keys is torch.uint8 [2, 2, 32, 40]"), (dict(value_symmetric=True), "values is"), (dict(key_bits=9), "bits = 9"),
+        (dict(state=torch.zeros(1, dtype=torch.int64)), "state is torch.int64 [1]"), (dict(q_out=None), "q, q_out, inverse is given in part"),
+        (dict(sin=None), "cos, sin is given in part"), (dict(cos=torch.zeros(1, 2, 64).half(), sin=torch.zeros(1, 2, 64).half()), "cos is torch.float16 [1, 2, 64]"),
+        (dict(right=torch.zeros(64, 64)), "right is torch.float32"), (dict(key_clip=torch.zeros(3)), "key_clip is torch.float32 [3]"),
+        (dict(v=torch.zeros(2, 2, 3, 64)), "v is torch.float32"), (dict(values=torch.zeros(2, 2, 16, 40, dtype=torch.uint8)), "of 32 and 16 rows")],
+    "cached_attention": [
+        (dict(q=torch.zeros(2, 8, 3, 64)), "q is torch.float32"), (dict(q=torch.zeros(2, 8, 3, 72).half()), "q is of 72 numbers"),
+        (dict(q=torch.zeros(2, 7, 3, 64).half()), "keys is [2, 2, 128, 40]"), (dict(key_symmetric=True), "keys is torch.uint8"),
+        (dict(out=torch.zeros(2, 3, 8, 64)), "out is torch.float32"), (dict(mask=torch.ones(2, 3, 200) > 0), "mask is torch.bool [2, 3, 200]"),
+        (dict(mask=torch.ones(2, 3, 128)), "mask is torch.float32"),
+        (dict(window=-1), "window is -1"), (dict(workspace=torch.zeros(4, 2, 8, 66)), "workspace is torch.float32 [4, 2, 8, 66]"),
+        (dict(keys=torch.zeros(2, 2, 120, 40, dtype=torch.uint8), values=torch.zeros(2, 2, 120, 40, dtype=torch.uint8)), "a multiple of 16")],
 }
 VALID: dict[str, Callable[[], dict[str, Any]]] = {
     "linear": lambda: linear(8, 40, 64), "attention": lambda: attention(2, 5, 2, 16), "rows": lambda: rows(torch.zeros(4, 8)),
@@ -377,7 +395,9 @@ VALID: dict[str, Callable[[], dict[str, Any]]] = {
                             scale=1.0, zero_point=0, bits=8),
     "widen_int4": lambda: dict(out=torch.zeros(32, 64, dtype=torch.int8), packed=torch.zeros(32, 32, dtype=torch.uint8)),
     "weight_only": lambda: weight_only(3, 40, 70, group=32),
-    "dequantize": lambda: dequantize(40, 70, group=32)}
+    "dequantize": lambda: dequantize(40, 70, group=32),
+    "append_rows": lambda: append_rows(2, 2, 3, 64, rotary=1, right=True, clip=True),
+    "cached_attention": lambda: cached_attention(2, 2, 3, 64, 100, mask=2, splits=2)}
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -409,7 +429,8 @@ def launched(monkeypatch) -> list:
     from vitq.cuda import ops, tuning
 
     calls: list = []
-    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_linear_few", "vitq_attention", "vitq_rows", "vitq_transformed_rows", "vitq_patches", "vitq_weight_only", "vitq_dequantize")
+    names = ("vitq_linear_sm80", "vitq_linear_sm90", "vitq_linear_few", "vitq_attention", "vitq_rows", "vitq_transformed_rows", "vitq_patches",
+             "vitq_weight_only", "vitq_dequantize", "vitq_append_rows", "vitq_cached_attention")
     monkeypatch.setattr(loader, "library", lambda: type("Library", (), {name: name for name in names}))
     monkeypatch.setattr(ops, "_launch", lambda function, arguments, device: calls.append((function, arguments)) or 0)
     monkeypatch.setattr(tuning, "pick", lambda case, device: ("sm80", -1))
@@ -425,7 +446,8 @@ def test_every_case_makes_its_struct(name: str, launched: list) -> None:
         return  # it has no struct
     arguments = make()
     getattr(ops, f"_{op}")(**arguments)
-    assert len(launched) == (1 if arguments["out"].numel() and arguments.get("x", arguments["out"]).numel() else 0)
+    made = arguments["k"] if op == "append_rows" else arguments["out"]
+    assert len(launched) == (1 if made.numel() and arguments.get("x", made).numel() else 0)
 
 
 def test_the_struct_of_linear(launched: list) -> None:

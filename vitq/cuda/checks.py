@@ -314,6 +314,89 @@ def widen_int4(out, packed, multiplier, zero, group) -> None:
     _same_device("widen_int4", out, packed, multiplier, zero, group)
 
 
+def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip, cos, sin, right, q, inverse,
+                q_out) -> tuple[int, int, int, int]:
+    """B, G, T and D; ValueError or TypeError that names the argument."""
+    if k.dtype not in FLOATS or k.ndim != 4 or k.stride(3) != 1:
+        refuse("append_rows", "k", f"{k.dtype} {list(k.shape)} with strides {list(k.stride())}", "float [B, G, T, D] with unit stride in D", TypeError)
+    batch, heads, tokens, dim = k.shape
+    if dim % 4 or not 4 <= dim <= 256:
+        refuse("append_rows", "k", f"of {dim} numbers a head", "of a multiple of 4, up to 256")
+    _cache_rows("append_rows", "keys", keys, batch, heads, dim, key_bits, key_symmetric, k.dtype)
+    _cache_rows("append_rows", "values", values, batch, heads, dim, value_bits, value_symmetric, k.dtype)
+    _state("append_rows", state)
+    if keys.shape[2] != values.shape[2] or tokens > keys.shape[2]:
+        refuse("append_rows", "keys, values", f"of {keys.shape[2]} and {values.shape[2]} rows", f"of one number, {tokens} or more")
+    if (q is None) != (q_out is None) or inverse is not None and q is None:
+        refuse("append_rows", "q, q_out, inverse", "given in part", "q and q_out both or none, inverse with them")
+    if (cos is None) != (sin is None) or cos is not None and (cos.shape != sin.shape or cos.stride() != sin.stride()):
+        refuse("append_rows", "cos, sin", "given in part, or not alike", "both of one shape and stride, or none")
+    query_heads = 0 if q is None else q.shape[1]
+    for name, tensor, shape in (("v", v, k.shape), ("q", q, (batch, query_heads, tokens, dim)), ("q_out", q_out, (batch, query_heads, tokens, dim)),
+                                ("cos", cos, (batch if cos is not None and len(cos) > 1 else 1, tokens, dim))):
+        if tensor is not None and (tensor.dtype != k.dtype or tensor.shape != shape or tensor.stride(-1) != 1):
+            refuse("append_rows", name, f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}",
+                   f"{k.dtype} {list(shape)} with unit stride in the last")
+    if q_out is not None and not q_out.is_contiguous():
+        refuse("append_rows", "q_out", f"of strides {list(q_out.stride())}", "contiguous")
+    for name, tensor, dtype, shape in (("right", right, torch.float16, (dim, dim)), ("inverse", inverse, torch.float32, (dim, dim)),
+                                       ("key_clip", key_clip, torch.float32, (2,)), ("value_clip", value_clip, torch.float32, (2,))):
+        if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous()):
+            refuse("append_rows", name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous {dtype} {list(shape)}")
+    if (right is not None or inverse is not None) and (dim % 8 or dim > loader.MOST_MIXED):
+        refuse("append_rows", "right, inverse", f"given for heads of {dim}", f"for heads of a multiple of 8, up to {loader.MOST_MIXED}")
+    _same_device("append_rows", keys, values, state, k, v, key_clip, value_clip, cos, sin, right, q, inverse, q_out)
+    return batch, heads, tokens, dim
+
+
+def cached_attention(out, q, keys, values, state, key_bits, key_symmetric, value_bits, value_symmetric, mask, window,
+                     workspace) -> tuple[int, int, int, int, int]:
+    """B, G, H, T and D; ValueError or TypeError that names the argument."""
+    op = "cached_attention"
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.ndim != 4 or q.stride(3) != 1:
+        refuse(op, "q", f"{q.dtype} {list(q.shape)} with strides {list(q.stride())}", "float16 or bfloat16 [B, H, T, D] with unit stride in D", TypeError)
+    batch, query_heads, tokens, dim = q.shape
+    if dim not in loader.CACHED_HEADS:
+        refuse(op, "q", f"of {dim} numbers a head", f"of {', '.join(map(str, loader.CACHED_HEADS))}")
+    heads, room = keys.shape[1:3] if keys.ndim == 4 else (0, 0)
+    if not heads or query_heads % heads:
+        refuse(op, "keys", list(keys.shape), f"[{batch}, a divisor of {query_heads}, N, bytes]")
+    _cache_rows(op, "keys", keys, batch, heads, dim, key_bits, key_symmetric, q.dtype)
+    _cache_rows(op, "values", values, batch, heads, dim, value_bits, value_symmetric, q.dtype)
+    _state(op, state)
+    if values.shape[2] != room or room % 16 or tokens > room:
+        refuse(op, "keys, values", f"of {room} and {values.shape[2]} rows", f"of one number, a multiple of 16, {tokens} or more")
+    if out.dtype != q.dtype or out.shape != (batch, tokens, query_heads, dim) or out.stride(3) != 1:
+        refuse(op, "out", f"{out.dtype} {list(out.shape)}", f"{q.dtype} [{batch}, {tokens}, {query_heads}, {dim}] with unit stride in the last")
+    if mask is not None and (mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[0] not in (1, batch) or mask.shape[1] != tokens or
+                             not tokens <= mask.shape[2] <= room or mask.stride(2) != 1):
+        refuse(op, "mask", f"{mask.dtype} {list(mask.shape)}", f"bool [{batch} or 1, {tokens}, up to {room}] with unit stride in the last")
+    if window < 0:
+        refuse(op, "window", window, "0 for none, or a number of tokens")
+    blocks = batch * heads * -(-query_heads // heads * tokens // 8)
+    if workspace is not None and (workspace.ndim == 4 and workspace.shape[1] > loader.MOST_SPLITS or workspace.dtype != torch.float32 or workspace.ndim != 4 or not workspace.is_contiguous() or not workspace.shape[1] or
+                                  (workspace.shape[0], *workspace.shape[2:]) != (blocks, 8, dim + 2)):
+        refuse(op, "workspace", f"{workspace.dtype} {list(workspace.shape)}", f"contiguous float32 [{blocks}, splits, 8, {dim + 2}]")
+    _same_device(op, out, q, keys, values, state, mask, workspace)
+    return batch, heads, query_heads, tokens, dim
+
+
+def _cache_rows(op: str, name: str, rows: Tensor, batch: int, heads: int, dim: int, bits: int, symmetric: bool, dtype: torch.dtype) -> None:
+    if bits != 16:
+        int_range(bits)
+    floats = bits == 16 and rows.dtype == dtype
+    size = (dim if floats else dim * dtype.itemsize) if bits == 16 else (4 if symmetric else 8) + (dim // 2 if bits <= 4 else dim)
+    if rows.dtype != torch.uint8 and not floats or rows.ndim != 4 or rows.shape != (batch, heads, rows.shape[2], size) or rows.stride(3) != 1 or any(
+            s * rows.element_size() % 4 for s in rows.stride()[:3]):
+        refuse(op, name, f"{rows.dtype} {list(rows.shape)} with strides {list(rows.stride())}",
+               f"uint8{f' or {dtype}' if bits == 16 else ''} [{batch}, {heads}, N, {size}], rows by 4 bytes")
+
+
+def _state(op: str, state: Tensor) -> None:
+    if state.dtype != torch.int64 or state.shape != (2,) or not state.is_contiguous():
+        refuse(op, "state", f"{state.dtype} {list(state.shape)}", "contiguous int64 [2]")
+
+
 def _even_rows(x: Tensor) -> bool:
     """Whether the rows of [.., K] lie at one stride, columns contiguous."""
     if x.is_contiguous():

@@ -20,6 +20,9 @@ MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 FEW_ROWS = 16  # VITQ_FEW_ROWS
 PACKED_GROUP = 128  # VITQ_PACKED_GROUP
+CACHED_HEADS = (64, 80, 96, 128)  # numbers of a head that vitq_cached_attention takes
+MOST_SPLITS = 512  # parts of the tokens there, and below numbers of a head that vitq_append_rows multiplies by a matrix
+MOST_MIXED = 128
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.uint8: 4}  # VitqDtype
 ACTIVATIONS = {"": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3}  # VitqActivation
 GATES = ACTIVATIONS | {"silu": 4}
@@ -228,8 +231,75 @@ class TransformedRows(Structure):
     ]
 
 
+class CacheRows(Structure):
+    """`VitqCacheRows`."""
+
+    _fields_ = [("rows", c_void_p), ("strides", c_int64 * 3), ("bits", c_int32), ("symmetric", c_int32), ("aligned", c_int32)]
+
+
+class AppendRows(Structure):
+    """`VitqAppendRows`."""
+
+    _fields_ = [
+        ("keys", CacheRows),
+        ("values", CacheRows),
+        ("state", c_void_p),
+        ("k", c_void_p),
+        ("v", c_void_p),
+        ("q", c_void_p),
+        ("k_strides", c_int64 * 3),
+        ("v_strides", c_int64 * 3),
+        ("q_strides", c_int64 * 3),
+        ("dtype", c_int32),
+        ("batch", c_int32),
+        ("query_heads", c_int32),
+        ("heads", c_int32),
+        ("tokens", c_int32),
+        ("dim", c_int32),
+        ("room", c_int32),
+        ("key_clip", c_void_p),
+        ("value_clip", c_void_p),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        ("rotary_strides", c_int64 * 2),
+        ("right", c_void_p),
+        ("inverse", c_void_p),
+        ("q_out", c_void_p),
+        ("advance", c_int32),
+    ]
+
+
+class CachedAttention(Structure):
+    """`VitqCachedAttention`."""
+
+    _fields_ = [
+        ("keys", CacheRows),
+        ("values", CacheRows),
+        ("state", c_void_p),
+        ("q", c_void_p),
+        ("q_strides", c_int64 * 3),
+        ("dtype", c_int32),
+        ("batch", c_int32),
+        ("query_heads", c_int32),
+        ("heads", c_int32),
+        ("tokens", c_int32),
+        ("dim", c_int32),
+        ("room", c_int32),
+        ("mask", c_void_p),
+        ("mask_batch", c_int64),
+        ("mask_row", c_int64),
+        ("scale", c_float),
+        ("window", c_int32),
+        ("out", c_void_p),
+        ("out_strides", c_int64 * 3),
+        ("workspace", c_void_p),
+        ("splits", c_int32),
+    ]
+
+
 STRUCTS = {"VitqMatrix": Matrix, "VitqLinear": Linear, "VitqWeightOnly": WeightOnly, "VitqAttention": Attention, "VitqRows": Rows,
-           "VitqPatches": Patches, "VitqTransformedRows": TransformedRows}
+           "VitqPatches": Patches, "VitqTransformedRows": TransformedRows, "VitqCacheRows": CacheRows, "VitqAppendRows": AppendRows,
+           "VitqCachedAttention": CachedAttention}
 FUNCTIONS: dict[str, list] = {
     "vitq_linear_sm90": [POINTER(Linear), c_void_p],
     "vitq_linear_sm80": [POINTER(Linear), c_void_p],
@@ -246,6 +316,8 @@ FUNCTIONS: dict[str, list] = {
     "vitq_transformed_rows": [POINTER(TransformedRows), c_void_p],
     "vitq_transformed_rows_supports": [c_int32, c_int32, c_int32],
     "vitq_widen_int4": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p],
+    "vitq_append_rows": [POINTER(AppendRows), c_void_p],
+    "vitq_cached_attention": [POINTER(CachedAttention), c_void_p],
     "vitq_abi_version": [],
     "vitq_error": [c_int],
     "vitq_build": [],

@@ -69,6 +69,19 @@ SCHEMAS = {
     # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [G, N'] (even_first) and group uint8 [K], below
     # G: each code, less the zero point, times the multiplier that its row has for its column's group.
     "widen_int4": "(Tensor(a!) out, Tensor packed, Tensor? multiplier=None, Tensor? zero=None, Tensor? group=None) -> ()",
+    # New keys and values behind the state[0] tokens whose rows are there, which grow by T if advance is set. keys, values: rows of a cache, uint8
+    # [B, G, N, bytes] as `RowCodes` has them with bits up to 8, of 16 bits the numbers, as bytes or [B, G, N, D]; state int64 [2], the second a 0; k, v, q
+    # float [B, heads, T, D], unit stride in D, q to q_out [B, H, T, D]. Before, k and q are rotated by cos and sin [1 or B, T, D], then k multiplied
+    # by right fp16 [D, D] (`Kronecker`), q by inverse float32 [D, D]. clips float32 [2].
+    "append_rows": "(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) state, Tensor k, Tensor v, *, int key_bits=16, bool key_symmetric=True, "
+                   "int value_bits=16, bool value_symmetric=True, Tensor? key_clip=None, Tensor? value_clip=None, Tensor? cos=None, "
+                   "Tensor? sin=None, Tensor? right=None, Tensor? q=None, Tensor? inverse=None, Tensor(d!)? q_out=None, bool advance=True) -> ()",
+    # softmax(scale·q·Kᵀ + mask)·V of the last T of the state[0] tokens that the rows hold, softmax in float32. q fp16 or bf16 [B, H, T, D], D 64, 80, 96
+    # or 128, out [B, T, H, D] alike; rows as above, N a multiple of 16; mask bool [B or 1, T, all that may be there or more], of what a token sees up to itself;
+    # window: the last so many alone, or 0. workspace float32 [B·G·⌈H/G·T/8⌉, splits, 8, D + 2]: in how many parts the tokens are divided; none: one.
+    "cached_attention": "(Tensor(a!) out, Tensor q, Tensor keys, Tensor values, Tensor state, *, int key_bits=16, bool key_symmetric=True, "
+                        "int value_bits=16, bool value_symmetric=True, Tensor? mask=None, float scale=1.0, int window=0, "
+                        "Tensor(b!)? workspace=None) -> ()",
 }
 
 _current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -261,6 +274,48 @@ def _widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, z
         loader.check("widen_int4", code, f"{rows} x {k}")
 
 
+def _append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tensor, *, key_bits: int = 16, key_symmetric: bool = True,
+                 value_bits: int = 16, value_symmetric: bool = True, key_clip: Tensor | None = None, value_clip: Tensor | None = None,
+                 cos: Tensor | None = None, sin: Tensor | None = None, right: Tensor | None = None, q: Tensor | None = None,
+                 inverse: Tensor | None = None, q_out: Tensor | None = None, advance: bool = True) -> None:
+    batch, heads, tokens, dim = checks.append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip,
+                                                   cos, sin, right, q, inverse, q_out)
+    if not batch * heads * tokens:
+        return
+    nothing = (0, 0, 0)
+    arguments = loader.AppendRows(
+        keys=_cache_rows(keys, key_bits, key_symmetric), values=_cache_rows(values, value_bits, value_symmetric), state=state.data_ptr(),
+        k=k.data_ptr(), v=v.data_ptr(), q=_pointer(q), k_strides=k.stride()[:3], v_strides=v.stride()[:3],
+        q_strides=nothing if q is None else q.stride()[:3], dtype=loader.DTYPES[k.dtype], batch=batch, query_heads=0 if q is None else q.shape[1],
+        heads=heads, tokens=tokens, dim=dim, room=keys.shape[2], key_clip=_pointer(key_clip), value_clip=_pointer(value_clip),
+        cos=_pointer(cos), sin=_pointer(sin), rotary_strides=(0, 0) if cos is None else (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
+        right=_pointer(right), inverse=_pointer(inverse), q_out=_pointer(q_out), advance=advance)
+    if code := _launch(loader.library().vitq_append_rows, arguments, keys.device):
+        loader.check("append_rows", code, f"{batch} x {heads} heads x {tokens} tokens of {dim} {k.dtype}, K{key_bits} V{value_bits}")
+
+
+def _cached_attention(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, state: Tensor, *, key_bits: int = 16, key_symmetric: bool = True,
+                      value_bits: int = 16, value_symmetric: bool = True, mask: Tensor | None = None, scale: float = 1.0, window: int = 0,
+                      workspace: Tensor | None = None) -> None:
+    batch, heads, query_heads, tokens, dim = checks.cached_attention(out, q, keys, values, state, key_bits, key_symmetric, value_bits, value_symmetric,
+                                                                     mask, window, workspace)
+    if not out.numel():
+        return
+    arguments = loader.CachedAttention(
+        keys=_cache_rows(keys, key_bits, key_symmetric), values=_cache_rows(values, value_bits, value_symmetric), state=state.data_ptr(),
+        q=q.data_ptr(), q_strides=q.stride()[:3], dtype=loader.DTYPES[q.dtype], batch=batch, query_heads=query_heads, heads=heads, tokens=tokens,
+        dim=dim, room=keys.shape[2], mask=_pointer(mask), mask_batch=0 if mask is None or len(mask) == 1 else mask.stride(0),
+        mask_row=0 if mask is None else mask.stride(1), scale=scale, window=window, out=out.data_ptr(), out_strides=out.stride()[:3],
+        workspace=_pointer(workspace), splits=1 if workspace is None else workspace.shape[1])
+    if code := _launch(loader.library().vitq_cached_attention, arguments, out.device):
+        loader.check("cached_attention", code, f"{batch} x {query_heads} heads of {dim}, {tokens} tokens, {heads} heads x {keys.shape[2]} rows, "
+                                               f"K{key_bits} V{value_bits}, {q.dtype}")
+
+
+def _cache_rows(rows: Tensor, bits: int, symmetric: bool) -> loader.CacheRows:
+    return loader.CacheRows(rows.data_ptr(), tuple(s * rows.element_size() for s in rows.stride()[:3]), bits, symmetric)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -298,8 +353,8 @@ def _launch(function: Any, arguments: Any, device: torch.device) -> int:
 
 def _register() -> None:
     cuda = {"linear": _linear, "weight_only": _weight_only, "dequantize": _dequantize, "attention": _attention, "rows": _rows,
-            "transformed_rows": _transformed_rows, "patches": _patches,
-            "widen_int4": _widen_int4}
+            "transformed_rows": _transformed_rows, "patches": _patches, "widen_int4": _widen_int4, "append_rows": _append_rows,
+            "cached_attention": _cached_attention}
     for name, schema in SCHEMAS.items():
         _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
         _library.impl(name, cuda[name], "CUDA")

@@ -14,6 +14,7 @@ from torch import Tensor
 from vitq.cuda import checks
 from vitq.cuda.layout import even_first_undone, exchange_bytes, permute_rows, unpack_transform, unpack_weight, widen
 from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range, pack_int4, to_float16, unpack_int4
+from vitq.ops.cached_attention import RowCodes, causal, rotated
 from vitq.ops.common import activate, fma32
 from vitq.ops.gated import gated
 from vitq.ops.linear import int_matmul
@@ -225,3 +226,48 @@ def widen_int4(out: Tensor, packed: Tensor, multiplier: Tensor | None = None, ze
         times, less = (0 if t is None else permute_rows(even_first_undone(t).T)[:, group.long()] for t in (multiplier, zero))
         codes = (codes - less) * times
     out.copy_(codes)
+
+
+def append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tensor, *, key_bits: int = 16, key_symmetric: bool = True,
+                value_bits: int = 16, value_symmetric: bool = True, key_clip: Tensor | None = None, value_clip: Tensor | None = None,
+                cos: Tensor | None = None, sin: Tensor | None = None, right: Tensor | None = None, q: Tensor | None = None,
+                inverse: Tensor | None = None, q_out: Tensor | None = None, advance: bool = True) -> None:
+    checks.append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip, cos, sin, right, q, inverse,
+                       q_out)
+    if cos is not None:
+        k, q = (x if x is None else rotated(x, cos, sin) for x in (k, q))
+    if right is not None:
+        k = Kronecker(None, right).apply(k).to(k.dtype)
+    if q is not None:
+        q_out.copy_(q if inverse is None else q.float() @ inverse)
+    start, tokens = int(state[0]), k.shape[2]
+    there = max(min(tokens, keys.shape[2] - start), 0)
+    for rows, new, bits, symmetric, clip in ((keys, k, key_bits, key_symmetric, key_clip), (values, v, value_bits, value_symmetric, value_clip)):
+        new = new[:, :, :there]
+        packed = RowCodes(bits, symmetric, clip).pack(new) if bits != 16 else new if rows.dtype != torch.uint8 else new.contiguous().view(torch.uint8)
+        rows[:, :, start : start + there] = packed
+    if advance:
+        state[0] += tokens
+
+
+def cached_attention(out: Tensor, q: Tensor, keys: Tensor, values: Tensor, state: Tensor, *, key_bits: int = 16, key_symmetric: bool = True,
+                     value_bits: int = 16, value_symmetric: bool = True, mask: Tensor | None = None, scale: float = 1.0, window: int = 0,
+                     workspace: Tensor | None = None) -> None:
+    batch, heads, query_heads, tokens, dim = checks.cached_attention(out, q, keys, values, state, key_bits, key_symmetric, value_bits, value_symmetric,
+                                                                     mask, window, workspace)
+    length = min(int(state[0]), keys.shape[2])
+    k, v = (_numbers(rows[:, :, :length], bits, symmetric, dim, q.dtype).repeat_interleave(query_heads // heads, 1)
+            for rows, bits, symmetric in ((keys, key_bits, key_symmetric), (values, value_bits, value_symmetric)))
+    seen = causal(torch.tensor(length - tokens), tokens, length, window)
+    if mask is not None:
+        seen = seen & F.pad(mask, (0, max(length - mask.shape[2], 0)))[:, None, :, :length]
+    logits = (q.double() @ k.transpose(-2, -1) * scale).masked_fill(~seen, -torch.inf)
+    p = torch.softmax(logits, -1).masked_fill(~seen, 0.0)  # a row that sees nothing is zeros
+    out.copy_((p @ v).transpose(1, 2))
+
+
+def _numbers(rows: Tensor, bits: int, symmetric: bool, dim: int, dtype: torch.dtype) -> Tensor:
+    """float64, what rows of a cache stand for."""
+    if bits != 16:
+        return RowCodes(bits, symmetric).unpack(rows, dim, torch.float32).double()
+    return (rows.contiguous().view(dtype) if rows.dtype == torch.uint8 else rows).double()

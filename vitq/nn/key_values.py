@@ -128,7 +128,7 @@ def quantized_cache(model: nn.Module, *, max_length: int | None = None, batch_si
     """An empty cache for a converted model whose recipe quantizes keys and values: `model.generate(..., past_key_values=cache)`; `cache.nbytes`
     says what it takes. Where it is given none, the model makes one by itself.
 
-    max_length: one of that many tokens (up to 15 more), prompt and answer, with all its memory now; on a GPU `generate` then runs each new token as a
+    max_length: one of that many tokens, prompt and answer, with all its memory now; on a GPU `generate` then runs each new token as a
     CUDA graph. batch_size: its sequences, beams counted. float_prefill: the tokens that fill it first attend to one another's keys and values in
     float, while their codes are kept; by default they attend to what these stand for, as all later ones do.
 

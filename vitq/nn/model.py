@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitq import graphs
 from vitq.formats import QTensor
 from vitq.nn.block import QuantBlock
 from vitq.nn.packed import check_keeps_dtype, is_packed, link_all, pack_all
@@ -81,6 +83,20 @@ class Quantized:
 
 class QuantizedDecoder(Quantized):
     """A language model of transformers: its own code runs, `generate` and all."""
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What `generate` calls for each new token where the cache is static and the model on a GPU: this model, as CUDA graphs. transformers' own,
+        `torch.compile`, where a `compile_config` is asked for, and for its static layers of a sliding window, which count on the host."""
+        if compile_config is not None:
+            return super().get_compiled_call(compile_config)
+
+        def call(**inputs: Any) -> Any:
+            cache = inputs.get("cache", inputs.get("past_key_values"))
+            if any(layer.is_sliding for layer in cache.layers):
+                return super(QuantizedDecoder, self).get_compiled_call(None)(**inputs)
+            return graphs.step(self, inputs)
+
+        return call
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: int | str = "50GB", push_to_hub: bool = False,
                         **hub: Any) -> None:

@@ -37,8 +37,8 @@ class CodedSlidingWindowLayer(_Coded, DynamicSlidingWindowLayer):
 
 
 class StaticCodedLayer(StaticLayer):
-    """A layer whose bytes have their place from the start: `keys` and `values` are those of `RowCodes`, [B, heads, max_cache_len, bytes], or of `HeadCodes`,
-    [B, 1, max_cache_len, bytes], or floats where the recipe leaves them. state: int64 [2], how many tokens they hold, and a 0 that kernels count with.
+    """A layer whose bytes have their place from the start: `keys` and `values` are those of `RowCodes`, [B, heads, N, bytes], or of `HeadCodes`, [B, 1, N,
+    bytes], or floats where the recipe leaves them; N is max_cache_len or up to 15 more. state: int64 [2], how many tokens they hold, and a 0 that kernels count with.
 
     seen: the same number, as far as the host knows it: nothing waits for a GPU to tell. A window is in the mask that transformers makes, not in the memory.
     """
@@ -60,7 +60,7 @@ class StaticCodedLayer(StaticLayer):
         self.is_initialized = True
 
     def _rows(self, new: Tensor) -> Tensor:
-        return new.new_zeros(*new.shape[:2], self.max_cache_len, new.shape[-1])
+        return new.new_zeros(*new.shape[:2], self.max_cache_len + -self.max_cache_len % 16, new.shape[-1])  # kernels read 16 at once
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New keys and values [B, heads, T, D] -> the numbers of those that are to be attended to: the first to come, alone, or all that there is room for."""
@@ -73,7 +73,7 @@ class StaticCodedLayer(StaticLayer):
         self.cumulative_length += key_states.shape[2]
         if first and self.float_prefill:
             return new
-        kept = written if first else (self.keys, self.values)
+        kept = written if first else (rows[:, :, : self.max_cache_len] for rows in (self.keys, self.values))
         return tuple(rows if codes is None else codes.unpack(rows, x.shape[-1], x.dtype) for rows, x, codes in zip(kept, new, self.codes))
 
     def make_room(self, new: Tensor) -> None:
@@ -121,8 +121,7 @@ class StaticQuantizedCache(_Sized, StaticCache):
     """
 
     def __init__(self, layers: Sequence[tuple[Codes, Tensor]], max_length: int, float_prefill: bool = False):
-        length = max_length + -max_length % 16  # kernels read rows of 16 tokens at once
-        Cache.__init__(self, layers=[StaticCodedLayer(codes, length, float_prefill) for codes, _ in layers])
+        Cache.__init__(self, layers=[StaticCodedLayer(codes, max_length, float_prefill) for codes, _ in layers])
         for layer, (_, empty) in zip(self.layers, layers):
             layer.lazy_initialization(empty, empty)
 

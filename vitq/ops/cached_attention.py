@@ -146,8 +146,8 @@ class CachedAttention:
         """q [B, H, T, D], k and v [B, G, T, D] of up to MOST_TOKENS new tokens -> y [B, T, H·D].
 
         keys, values: the cache's rows, [B, heads, N, bytes] or floats [B, G, N, D]; new ones are written behind the state[0] that are there. state:
-        int64 [2], how many tokens the cache holds, which grows by T, and a 0 that kernels count with. mask: bool [B, 1, T, N], True where a token is
-        attended to; None: all up to itself, of a window the last `window`. rotary: cos and sin [B or 1, T, D], as transformers rotates halves.
+        int64 [2], how many tokens the cache holds, which grows by T, and a 0 that kernels count with. mask: bool [B, 1, T, N or less], True where a token
+        is attended to; None: all up to itself, of a window the last `window`. rotary: cos and sin [B or 1, T, D], as transformers rotates halves.
         """
         if rotary is not None:
             q, k = (rotated(x, *rotary) for x in (q, k))
@@ -158,7 +158,7 @@ class CachedAttention:
         write(values, v, packed.values, state[0])
         state[0] += q.shape[2]
         k, v = (rows if codes is None else codes.unpack(rows, packed.head_dim, q.dtype)
-                for rows, codes in ((keys, packed.keys), (values, packed.values)))
+                for rows, codes in ((keys[:, :, : mask.shape[-1]], packed.keys), (values[:, :, : mask.shape[-1]], packed.values)))
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2).flatten(2)
 
 

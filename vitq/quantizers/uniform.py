@@ -27,7 +27,8 @@ CHUNK_CUDA = 1 << 24
 
 def _on(value: float | int | Tensor, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     # A divisor that is a Python number or a 0-d CPU tensor makes CUDA multiply by its reciprocal, which changes codes at ties: hence a tensor there.
-    return torch.as_tensor(value, device=x.device).to(dtype)
+    # Made by a fill, not a copy from the host, which no CUDA graph may hold.
+    return value.to(x.device, dtype) if isinstance(value, Tensor) else torch.full((), value, dtype=dtype, device=x.device)
 
 
 def _rounded(x: Tensor, scale: float | Tensor, zero_point: int | Tensor, bits: int) -> Tensor:

@@ -204,6 +204,57 @@ int vitq_transformed_rows(const VitqTransformedRows* args, void* stream);
 // 0 if a block of the current device can hold what such rows need, else VITQ_UNSUPPORTED
 int vitq_transformed_rows_supports(int32_t columns, int32_t left_size, int32_t right_size);
 
+// The rows of a cache of keys or of values: row (b, head, token) is at rows + b*strides[0] + head*strides[1] + token*strides[2], in bytes, multiples of
+// 4. It holds, with bits up to 8, its scale, its shift unless symmetric, both float32, and its codes, of up to 4 bits two to a byte, low nibble first;
+// with 16 its numbers, of the type of the queries.
+typedef struct {
+  void* rows;
+  int64_t strides[3];
+  int32_t bits, symmetric;
+  int32_t aligned;               // rows and the first two strides by 16 bytes
+} VitqCacheRows;
+
+// New keys and values to the rows behind those that are there, row state[0] + t of token t. k, v and q by strides of b, head and token, in elements.
+typedef struct {
+  VitqCacheRows keys, values;
+  int64_t* state;                // how many tokens there are, which grows by `tokens` if `advance` is set; a 0, which is one again afterwards
+  const void *k, *v, *q;         // [batch, heads, tokens, dim], q of query_heads, or null
+  int64_t k_strides[3], v_strides[3], q_strides[3];
+  int32_t dtype;                 // of k, v, q, cos, sin, q_out
+  int32_t batch, query_heads, heads, tokens, dim, room;  // room: rows of a head
+  const float *key_clip, *value_clip;  // [2], what least and largest value are multiplied with; or null
+  // Before, k and q are rotated by cos and sin [1 or batch, tokens, dim], dim contiguous, or null: x·cos + (-x₂, x₁)·sin of the halves of x, each step rounded;
+  // then k, clamped to float16, is multiplied by `right`, fp16 [dim, dim], and q by `inverse`, float [dim, dim], or null.
+  const void *cos, *sin;
+  int64_t rotary_strides[2];     // of b and token, elements
+  const void* right;
+  const float* inverse;
+  void* q_out;                   // [batch, query_heads, tokens, dim] contiguous
+  int32_t advance;
+} VitqAppendRows;
+
+int vitq_append_rows(const VitqAppendRows* args, void* stream);
+
+// softmax(scale·q·Kᵀ + mask)·V of the last `tokens` of the state[0] tokens whose keys and values the rows hold. dim 64, 80, 96 or 128.
+typedef struct {
+  VitqCacheRows keys, values;
+  const int64_t* state;
+  const void* q;                 // fp16 or bf16 [batch, query_heads, tokens, dim]
+  int64_t q_strides[3];          // of b, head and token, elements
+  int32_t dtype;                 // of q and out
+  int32_t batch, query_heads, heads, tokens, dim, room;
+  const void* mask;              // bytes [batch, tokens, room], 0 where nothing is seen, strides of the first two; or null: all up to itself
+  int64_t mask_batch, mask_row;
+  float scale;
+  int32_t window;                // the last so many tokens alone are seen; or 0
+  void* out;                     // [batch, tokens, query_heads, dim]
+  int64_t out_strides[3];        // elements
+  float* workspace;              // [batch·heads·⌈query_heads/heads·tokens/8⌉, splits, 8, dim + 2], unless splits is 1
+  int32_t splits;                // parts of the tokens, each for a block
+} VitqCachedAttention;
+
+int vitq_cached_attention(const VitqCachedAttention* args, void* stream);
+
 int vitq_abi_version(void);
 const char* vitq_error(int code);  // a few words for what a function above returned
 const char* vitq_build(void);      // "sm_80 compute_80 sm_90a, CUTLASS 4.2.0": compute_ is PTX, for GPUs newer than all of these

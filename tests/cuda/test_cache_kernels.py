@@ -1,0 +1,90 @@
+"""Attention to a static cache: the operators give what torch does with the numbers of the rows, on a CPU by their reference, and on a GPU again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cuda_cases import append_rows
+from helpers import sqnr
+from torch import Tensor
+
+import vitq.cuda  # noqa: F401  (registers)
+from vitq.cuda.cache_kernels import CudaCachedAttention
+from vitq.formats import Kronecker
+from vitq.ops.cached_attention import CachedAttention, CachedAttentionSpec, CachePart, RowCodes, codes_of, write
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+INT4, INT8 = RowCodes(4, False), RowCodes(8, True)
+CLIP = torch.tensor([0.9, 0.8])
+PARTS = {
+    "int4": [(None, INT4, INT4)], "int8": [(None, INT8, INT8)], "mixed": [(None, INT8, INT4)], "keys in float": [(None, None, INT4)],
+    "values in float": [(None, INT4, None)], "parts": [(1, INT4, INT4), (2, INT8, INT8)], "parts in float": [(1, INT4, INT8), (2, None, None)],
+    "transformed": [(None, RowCodes(4, False, CLIP), RowCodes(3, True))],
+}
+
+
+def randn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def spec_of(name: str, dim: int, device: str) -> CachedAttentionSpec:
+    parts = []
+    for heads, keys, values in PARTS[name]:
+        transform = Kronecker(None, torch.linalg.qr(randn(dim, dim, seed=0))[0].half().to(device)) if name == "transformed" else None
+        inverse = None if transform is None else transform.inverse_transposed(torch.eye(dim, device=device))
+        moved = (None if codes is None else RowCodes(codes.bits, codes.symmetric, None if codes.clip is None else codes.clip.to(device)) for codes in (keys, values))
+        parts.append(CachePart(heads, *moved, transform, inverse))
+    return CachedAttentionSpec(dim, tuple(parts))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", [64, 80, 128])
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", PARTS)
+def test_operators_attend_as_torch_does(name: str, tokens: int, dim: int, device: str) -> None:
+    """Steps after a prompt, with and without a mask, of grouped queries."""
+    spec, batch, heads, room = spec_of(name, dim, device), 2, 3, 48
+    attentions = {kernel: kernel.pack(spec, torch.device(device)) for kernel in (CachedAttention(), CudaCachedAttention())}
+    found = []
+    for kernel, packed in attentions.items():
+        rows, state = [], torch.zeros(2, dtype=torch.long, device=device)
+        for seed, side in enumerate(("keys", "values")):
+            new = randn(batch, heads, 11, dim, seed=seed).half().to(device)
+            codes = codes_of([(part.heads, getattr(part, side)) for part in spec.parts])
+            first = new if codes is None else codes.pack(new)
+            rows.append(first.new_zeros(*first.shape[:2], room, first.shape[-1]))
+            write(rows[-1], new, codes, state[0])
+        state[0] += 11
+        steps = []
+        for step in range(2):
+            q, k, v = (randn(batch, tokens, n, dim, seed=10 * step + i).half().to(device).transpose(1, 2) for i, n in enumerate((2 * heads, heads, heads)))
+            mask = None
+            if step:
+                own = 11 + tokens + torch.arange(tokens, device=device)
+                mask = (torch.arange(room, device=device) <= own[:, None]).repeat(batch, 1, 1, 1)
+                mask[1, ..., :4] = False
+            cos, sin = (f(randn(1, tokens, dim // 2, seed=step)).repeat(1, 1, 2).half().to(device) for f in (torch.cos, torch.sin))
+            steps.append(kernel.run(packed, q, k, v, *rows, state, mask, dim**-0.5, (cos, sin), 0 if step else 7))
+        assert state.tolist() == [11 + 2 * tokens, 0]
+        found.append(torch.cat(steps))
+    assert found[0].shape == (2 * batch, tokens, 2 * heads * dim) and sqnr(*found) > 45
+    assert sqnr(found[0].roll(1, -1), found[1]) < 5
+
+
+@pytest.mark.gpu
+def test_a_graph_goes_on_behind_what_is_there() -> None:
+    """Each replay appends to what those before left, and counts it."""
+    want = append_rows(2, 2, 3, 128, rotary=2, keys=(8, True))
+    got = {name: value.cuda() if isinstance(value, Tensor) else value for name, value in want.items()}
+    torch.ops.vitq.append_rows(**want)
+    torch.ops.vitq.append_rows(**got)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        torch.ops.vitq.append_rows(**got)
+    for _ in range(9):  # the last one has room for no more than a part
+        torch.ops.vitq.append_rows(**want)
+        graph.replay()
+    for name in ("keys", "values", "state", "q_out"):
+        assert torch.equal(got[name].cpu(), want[name]), name
+    assert want["state"].tolist() == [35, 0]
