@@ -163,6 +163,18 @@ def test_copies_and_hooks() -> None:
     assert seen == [12] + [1] * 7
 
 
+def test_a_loaded_model_may_have_graphs(tmp_path) -> None:
+    """transformers asks its quantizer, and then the model, of what a step is to be made."""
+    import vitq.hf  # noqa: F401
+
+    vitq.save(converted("Llama", *INT4), tmp_path / "c")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert model.hf_quantizer.is_compileable
+    step = model.get_compiled_call(None)
+    x, cache = ids(1, 12), vitq.quantized_cache(model, max_length=16)
+    assert torch.equal(step(input_ids=x, **{CACHE: cache}).logits, model(x, use_cache=False).logits) and not cache.__dict__.get("_step_graphs")
+
+
 def test_streaming() -> None:
     from transformers import TextStreamer
 
