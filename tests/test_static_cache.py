@@ -153,6 +153,27 @@ def test_memory_of_32k_tokens(changes: tuple, part: float) -> None:
     assert len(cache) == 32 and cache.nbytes == part * floats and part <= (0.30 if "kv.bits=4" in changes else 0.52)
 
 
+@pytest.mark.parametrize("device, tokens", [("cpu", 600), pytest.param("cuda", 32700, marks=pytest.mark.gpu)])
+def test_long_contexts(device: str, tokens: int) -> None:
+    """Greedy tokens are those of the simulated cache, but where two are as good as equal: a GPU's float16 and the simulation's float32 tell them apart."""
+    sizes = dict(num_attention_heads=8, head_dim=128, rope_parameters={"rope_theta": 5e5, "rope_type": "default"}, max_position_embeddings=40000)
+    recipe, new = quick("w8a8-dynamic", "bits=16", *INT4), 24
+    model = vitq.convert(build("Llama", **sizes), recipe, dtype=torch.float32 if device == "cpu" else torch.float16).to(device)
+    x = ids(1, tokens).to(device)
+    mask = torch.ones(1, tokens + new, dtype=torch.long, device=device)
+    mask[0, 0] = 0  # so that attention in float32 has a mask, with which torch does not make the whole matrix
+    cache = vitq.quantized_cache(model, max_length=tokens + new)
+    found = model.generate(x, attention_mask=mask[:, :tokens], max_new_tokens=new, do_sample=False, past_key_values=cache)
+    floats = 2 * 2 * 2 * 128 * 2 * (tokens + new)  # layers, k and v, heads, numbers, bytes
+    assert cache.nbytes < 0.30 * floats and found.shape == (1, tokens + new)
+    simulated = vitq.simulate(build("Llama", **sizes), recipe).to(device)
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    logits = simulated(found[:, :-1], attention_mask=mask[:, :-1], position_ids=places[:, :-1], use_cache=False, logits_to_keep=new).logits[0]
+    top = logits.topk(2).values
+    same, near = logits.argmax(-1) == found[0, tokens:], top[:, 0] - top[:, 1] < 0.1 * logits.std()
+    assert (same | near).all() and same.float().mean() > 0.7
+
+
 def test_copies_and_hooks() -> None:
     """A copied model attends with its own constants; a hook on the entry sees every token."""
     model, x = converted("Llama", *INT4), ids(1, 12)
@@ -161,6 +182,18 @@ def test_copies_and_hooks() -> None:
     next(m for m in again.modules() if isinstance(m, QuantKeyValues)).register_forward_hook(lambda module, args, output: seen.append(args[1].shape[2]))
     assert torch.equal(generated(again, x, past_key_values=vitq.quantized_cache(again, max_length=24)), wanted)
     assert seen == [12] + [1] * 7
+
+
+def test_a_loaded_model_may_have_graphs(tmp_path) -> None:
+    """transformers asks its quantizer, and then the model, of what a step is to be made."""
+    import vitq.hf  # noqa: F401
+
+    vitq.save(converted("Llama", *INT4), tmp_path / "c")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    assert model.hf_quantizer.is_compileable
+    step = model.get_compiled_call(None)
+    x, cache = ids(1, 12), vitq.quantized_cache(model, max_length=16)
+    assert torch.equal(step(input_ids=x, **{CACHE: cache}).logits, model(x, use_cache=False).logits) and not cache.__dict__.get("_step_graphs")
 
 
 def test_streaming() -> None:

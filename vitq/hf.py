@@ -133,6 +133,10 @@ class VitqQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         return False
 

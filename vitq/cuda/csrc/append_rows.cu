@@ -1,5 +1,5 @@
-// New keys and values to the rows of a cache, and what is done to them and to the queries before: a warp has a row, a lane numbers that lie half a row
-// apart, which rotary positions bring together.
+// New keys and values to the rows of a cache, and what is done to them and to the queries before: a warp has a row, or a block where there are matrices, a lane
+// numbers that lie half a row apart, which rotary positions bring together.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -38,32 +38,32 @@ __device__ __forceinline__ void each(int half, int lane, F f) {
     if (32 * i < half) f(i, lane + 32 * i, lane + 32 * i < half);
 }
 
-// x times a matrix [dim, dim], dim up to MOST_MIXED, the row by way of shared memory. Lanes have neighbouring columns of 16 bytes and share the rows of the
-// matrix, many of which are under way at once.
+// x, which all warps of the block have, times a matrix [dim, dim], dim up to MOST_MIXED. Warps and lanes share the rows of the matrix, a lane has neighbouring
+// columns of 16 bytes, and many are under way at once: one warp alone would wait for one after the other.
 template <class M>
-__device__ __forceinline__ void multiply(Lane& x, const M* matrix, int dim, int lane, float (&shared)[SLICES + 1][MOST_MIXED]) {
-  constexpr int COLUMNS = 16 / sizeof(M);
+__device__ __forceinline__ void multiply(Lane& x, const M* matrix, int dim, int warp, int lane, float (&shared)[WARPS * SLICES + 1][MOST_MIXED]) {
+  constexpr int COLUMNS = 16 / sizeof(M), ALL = WARPS * SLICES;
   const int half = dim / 2, groups = dim / COLUMNS, slices = min(32 / groups, SLICES), slice = lane / groups, first = lane % groups * COLUMNS;
-  each(half, lane, [&](int i, int at, bool there) { if (there) shared[SLICES][at] = x.x[i][0], shared[SLICES][at + half] = x.x[i][1]; });
-  __syncwarp();
+  if (warp == 0) each(half, lane, [&](int i, int at, bool there) { if (there) shared[ALL][at] = x.x[i][0], shared[ALL][at + half] = x.x[i][1]; });
+  __syncthreads();
   if (slice < slices) {
     float sums[COLUMNS] = {};
 #pragma unroll 16
-    for (int k = slice; k < dim; k += slices) {
+    for (int k = warp * slices + slice; k < dim; k += WARPS * slices) {
       const uint4 raw = __ldg(reinterpret_cast<const uint4*>(matrix + k * dim + first));
-      const float one = shared[SLICES][k];
+      const float one = shared[ALL][k];
       const M* const numbers = reinterpret_cast<const M*>(&raw);
 #pragma unroll
       for (int j = 0; j < COLUMNS; ++j) sums[j] = fmaf(one, float(numbers[j]), sums[j]);
     }
 #pragma unroll
-    for (int j = 0; j < COLUMNS; ++j) shared[slice][first + j] = sums[j];
+    for (int j = 0; j < COLUMNS; ++j) shared[warp * slices + slice][first + j] = sums[j];
   }
-  __syncwarp();
+  __syncthreads();
   each(half, lane, [&](int i, int at, bool there) {
     if (!there) return;
     x.x[i][0] = x.x[i][1] = 0.0f;
-    for (int s = 0; s < slices; ++s) x.x[i][0] += shared[s][at], x.x[i][1] += shared[s][at + half];
+    for (int s = 0; s < WARPS * slices; ++s) x.x[i][0] += shared[s][at], x.x[i][1] += shared[s][at + half];
   });
 }
 
@@ -103,12 +103,12 @@ __device__ __forceinline__ void write_codes(const Lane& x, uint8_t* to, const Vi
   });
 }
 
-template <class T>
+template <class T, bool MIXED>
 __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constant__ VitqAppendRows a) {
-  __shared__ float mixed[WARPS][SLICES + 1][MOST_MIXED];
+  __shared__ float mixed[MIXED ? WARPS * SLICES + 1 : 1][MOST_MIXED];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = a.dim / 2;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0);
-  const int row = blockIdx.x * WARPS + warp, t = row % a.tokens, which = row / a.tokens % heads, batch = row / a.tokens / heads;
+  const int row = MIXED ? blockIdx.x : blockIdx.x * WARPS + warp, t = row % a.tokens, which = row / a.tokens % heads, batch = row / a.tokens / heads;
   start_dependents();
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
@@ -129,19 +129,22 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
         x.x[i][1] = rounded<T>(__fadd_rn(rounded<T>(__fmul_rn(q, float(cos[at + half]))), rounded<T>(__fmul_rn(p, float(sin[at + half])))));
       });
     }
-    if (is_key && a.right) {
-      each(half, lane, [&](int i, int, bool) {
-        for (float& v : x.x[i]) v = __half2float(__float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f)));
-      });
-      multiply(x, static_cast<const __half*>(a.right), a.dim, lane, mixed[warp]);
-    } else if (!is_key && !is_value && a.inverse) {
-      multiply(x, a.inverse, a.dim, lane, mixed[warp]);
-    }
-    if ((is_key && a.right) || (!is_key && !is_value && a.inverse))
+    if constexpr (MIXED) {
+      if (is_key && a.right) {
+        each(half, lane, [&](int i, int, bool) {
+          for (float& v : x.x[i]) v = __half2float(__float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f)));
+        });
+        multiply(x, static_cast<const __half*>(a.right), a.dim, warp, lane, mixed);
+      } else if (!is_key && !is_value && a.inverse) {
+        multiply(x, a.inverse, a.dim, warp, lane, mixed);
+      }
       each(half, lane, [&](int i, int, bool) {
         for (float& v : x.x[i]) v = rounded<T>(v);
       });
-    if (!is_key && !is_value) {
+    }
+    if (MIXED && warp != 0) {
+      // the first one writes
+    } else if (!is_key && !is_value) {
       T* to = static_cast<T*>(a.q_out) + ((int64_t(batch) * a.query_heads + head) * a.tokens + t) * a.dim;
       each(half, lane, [&](int i, int at, bool there) { if (there) to[at] = T(x.x[i][0]), to[at + half] = T(x.x[i][1]); });
     } else if (start + t < a.room) {
@@ -169,7 +172,8 @@ template <class T>
 int launch(const VitqAppendRows& a, cudaStream_t stream) {
   const int64_t rows = int64_t(a.batch) * a.tokens * (2 * a.heads + (a.q ? a.query_heads : 0));
   if (rows > INT32_MAX - WARPS) return VITQ_UNSUPPORTED;
-  return launch_early(append_kernel<T>, unsigned((rows + WARPS - 1) / WARPS), 32 * WARPS, 0, stream, a);
+  if (a.right || a.inverse) return launch_early(append_kernel<T, true>, unsigned(rows), 32 * WARPS, 0, stream, a);
+  return launch_early(append_kernel<T, false>, unsigned((rows + WARPS - 1) / WARPS), 32 * WARPS, 0, stream, a);
 }
 
 }  // namespace

@@ -17,15 +17,15 @@ __global__ void combine_kernel(const __grid_constant__ VitqCachedAttention a, in
   const float* const from = a.workspace + (unit * a.splits * QUERIES + row % QUERIES) * pitch;
   const int step = QUERIES * pitch;
   wait_for_kernels_before();
-  const int parts = Parts(a, tokens_there(a)).count;
-  for (int s = threadIdx.x; s < parts; s += blockDim.x) tops[s] = from[s * step + a.dim], totals[s] = from[s * step + a.dim + 1];
+  for (int s = threadIdx.x; s < a.splits; s += blockDim.x) tops[s] = from[s * step + a.dim], totals[s] = from[s * step + a.dim + 1];
   __syncthreads();
   float top = -INFINITY, total = 0.0f, y = 0.0f;
-  for (int s = 0; s < parts; ++s) top = fmaxf(top, tops[s]);
+  for (int s = 0; s < a.splits; ++s) top = fmaxf(top, tops[s]);
 #pragma unroll 8
-  for (int s = 0; s < parts; ++s) {
-    const float factor = tops[s] == -INFINITY ? 0.0f : exp2f(tops[s] - top);
-    total = fmaf(factor, totals[s], total), y = fmaf(factor, from[s * step + threadIdx.x], y);
+  for (int s = 0; s < a.splits; ++s) {
+    const bool there = tops[s] != -INFINITY;  // else nothing was written; the first part has at least one token
+    const float factor = there ? power_of_two(tops[s] - top) : 0.0f, number = from[(there ? s : 0) * step + threadIdx.x];
+    total = fmaf(factor, there ? totals[s] : 0.0f, total), y = fmaf(factor, number, y);
   }
   store_float(a.out, batch * a.out_strides[0] + t * a.out_strides[1] + h * a.out_strides[2] + threadIdx.x, total > 0.0f ? y / total : 0.0f, a.dtype);
 }

@@ -72,6 +72,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+__device__ __forceinline__ float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 __device__ __forceinline__ uint32_t transposed(uint32_t x) {
   uint32_t y;
   asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
@@ -258,9 +263,23 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   const int group = a.query_heads / a.heads, queries = group * a.tokens;  // of the key and value head
   start_dependents();
   wait_for_kernels_before();
+  constexpr int LANE = (D + 31) / 32;
+  float numbers[QUERIES / WARPS][LANE];  // of the queries warp and warp + WARPS, on their way while the length is
+#pragma unroll
+  for (int i = 0; i < QUERIES / WARPS; ++i) {
+    const int row = tile * QUERIES + warp + WARPS * i, t = row % a.tokens, h = head * group + row / a.tokens;
+    const int64_t at = batch * a.q_strides[0] + h * a.q_strides[1] + t * a.q_strides[2];
+#pragma unroll
+    for (int n = 0; n < LANE; ++n) numbers[i][n] = row < queries && 32 * n + lane < D ? load_float(a.q, at + 32 * n + lane, a.dtype) : 0.0f;
+  }
   const int length = tokens_there(a);
   const Parts parts(a, length);
-  if (split >= max(parts.count, 1)) return;
+  constexpr int PITCH = D + 2;
+  float* const part = a.splits == 1 ? nullptr : a.workspace + (int64_t(unit) * a.splits + split) * QUERIES * PITCH;
+  if (split >= parts.count && part) {  // nothing is there
+    if (threadIdx.x < QUERIES) part[threadIdx.x * PITCH + D] = -INFINITY;
+    return;
+  }
   const int begin = parts.first + split * parts.each, end = min(begin + parts.each, length);
 
   const uint8_t* const keys = static_cast<const uint8_t*>(a.keys.rows) + batch * a.keys.strides[0] + head * a.keys.strides[1];
@@ -279,20 +298,18 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   for (int s = 0; s < S::STAGES - 1; ++s) fetch(token + s * BLOCK_TOKENS, s);
 
   // Queries as the n8 operand, each less a power of two, so that none leaves float16's range.
-  for (int m = warp; m < QUERIES; m += WARPS) {
-    const int row = tile * QUERIES + m, t = row % a.tokens, h = head * group + row / a.tokens;
-    const int64_t at = batch * a.q_strides[0] + h * a.q_strides[1] + t * a.q_strides[2];
-    float x[(D + 31) / 32], most = 0.0f, sum = 0.0f;
 #pragma unroll
-    for (int i = 0; i < (D + 31) / 32; ++i) {
-      x[i] = row < queries && 32 * i + lane < D ? load_float(a.q, at + 32 * i + lane, a.dtype) : 0.0f;
-      most = fmaxf(most, fabsf(x[i]));
-    }
+  for (int w = 0; w < QUERIES / WARPS; ++w) {
+    const int m = warp + WARPS * w;
+    const float(&x)[LANE] = numbers[w];
+    float most = 0.0f, sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < LANE; ++i) most = fmaxf(most, fabsf(x[i]));
     most = __uint_as_float(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(most)));
     const int exponent = K::BF ? 0 : max(min(int(__float_as_uint(most) >> 23) - 127, 120), -120);
     const float down = __uint_as_float(uint32_t(127 - exponent) << 23);
 #pragma unroll
-    for (int i = 0; i < (D + 31) / 32; ++i)
+    for (int i = 0; i < LANE; ++i)
       if (32 * i + lane < D) {
         const uint32_t bits = bits16<K::BF>(x[i] * down);
         *reinterpret_cast<uint16_t*>(shared + m * S::Q_PITCH + 2 * (32 * i + lane)) = uint16_t(bits);
@@ -320,7 +337,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   for (int j = 0; j < 2; ++j) {
     const int row = tile * QUERIES + 2 * c + j, t = row % a.tokens;
     sums[j] = q_sum[2 * c + j], scales[j] = q_scale[2 * c + j];
-    last[j] = row < queries ? length - a.tokens + t : -1;
+    last[j] = row < queries || a.tokens == 1 ? length - a.tokens + t : -1;
     mask[j] = static_cast<const uint8_t*>(a.mask) + batch * a.mask_batch + t * a.mask_row;
   }
   const int back = a.window > 0 ? a.window : INT32_MAX;
@@ -334,13 +351,11 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
 #pragma unroll
     for (int i = 0; i < 2; ++i)
 #pragma unroll
-      for (int r = 0; r < 2; ++r)
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          const int n = token + 16 * i + 8 * r + g;
-          seen[i][r][j] = n <= last[j] && last[j] - n < back;
-          if (a.mask) seen[i][r][j] = seen[i][r][j] && mask[j][n] != 0;
-        }
+      for (int r = 0; r < 2; ++r) {
+        const int n = token + 16 * i + 8 * r + g;
+        seen[i][r][0] = n <= last[0] && last[0] - n < back && (!a.mask || mask[0][n] != 0);
+        seen[i][r][1] = a.tokens == 1 ? seen[i][r][0] : n <= last[1] && last[1] - n < back && (!a.mask || mask[1][n] != 0);
+      }
     wait_copies<S::STAGES - 2>();
     __syncwarp();
     fetch(token + (S::STAGES - 1) * BLOCK_TOKENS, (stage + S::STAGES - 1) % S::STAGES);  // where a step ago all lanes read
@@ -375,7 +390,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
     if (__any_sync(0xFFFFFFFFu, tops[0] > most[0] || tops[1] > most[1])) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float factor = tops[j] == -INFINITY ? 1.0f : exp2f(most[j] - tops[j]);
+        const float factor = tops[j] == -INFINITY ? 1.0f : power_of_two(most[j] - tops[j]);
         most[j] = tops[j], total[j] *= factor, shifts[j] *= factor;
 #pragma unroll
         for (int t = 0; t < V::STEPS; ++t) o[t][j] *= factor, o[t][2 + j] *= factor;
@@ -389,7 +404,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
         float x[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          x[j] = seen[i][r][j] ? exp2f(score[i][2 * r + j] - most[j]) : 0.0f;
+          x[j] = seen[i][r][j] ? power_of_two(score[i][2 * r + j] - most[j]) : 0.0f;
           total[j] = fmaf(x[j], inverse[i][r], total[j]), shifts[j] = fmaf(x[j], ratio[i][r], shifts[j]);
         }
         p[i][r] = transposed(bits16<V::BF>(x[0]) | bits16<V::BF>(x[1]) << 16);
@@ -413,7 +428,6 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
 
   // The warps' results, put together.
   __syncthreads();
-  constexpr int PITCH = D + 2;
   float* const results = reinterpret_cast<float*>(ring);
 #pragma unroll
   for (int j = 0; j < 2; ++j) {
@@ -434,20 +448,19 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
       const float* from = results + (w * QUERIES + m) * PITCH;
-      factor[w] = from[D] == -INFINITY ? 0.0f : exp2f(from[D] - top);
+      factor[w] = from[D] == -INFINITY ? 0.0f : power_of_two(from[D] - top);
       sum = fmaf(factor[w], from[D + 1], sum);
     }
     const float last_factor = a.splits == 1 ? (sum > 0.0f ? 1.0f / sum : 0.0f) : 1.0f;
-    float* const part = a.splits == 1 ? nullptr : a.workspace + ((int64_t(unit) * a.splits + split) * QUERIES + m) * PITCH;
     const int64_t out = batch * a.out_strides[0] + row % a.tokens * a.out_strides[1] + (head * group + row / a.tokens) * a.out_strides[2];
     for (int d = lane; d < D; d += 32) {
       float y = 0.0f;
 #pragma unroll
       for (int w = 0; w < WARPS; ++w) y = fmaf(factor[w], results[(w * QUERIES + m) * PITCH + d], y);
-      if (part) part[d] = y;
+      if (part) part[m * PITCH + d] = y;
       else store_float(a.out, out + d, y * last_factor, a.dtype);
     }
-    if (part && lane == 0) part[D] = top, part[D + 1] = sum;
+    if (part && lane == 0) part[m * PITCH + D] = top, part[m * PITCH + D + 1] = sum;
   }
 }
 
