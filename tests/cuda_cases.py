@@ -416,10 +416,10 @@ def transformed_rows(m: int, k: int, left: int = 0, right: int = 0, *, dtype: to
     return result
 
 
-MATRICES = ((64, 64), (86, 128), (112, 128), (128, 224), (24, 24), (32, 48), (12, 24), (5, 7), (1, 200), (43, 43), (100, 20), (170, 180), (12, 0, 768),
-            (32, 0, 4096), (7, 0, 91), (64, 0, 5120), (129, 0, 516), (0, 128, 5120), (0, 37, 111), (0, 8, 8000), (0, 256, 12800))
-BEFORE: tuple[dict[str, Any], ...] = ({}, {"clip": (0.9, 0.8)}, {"shift": True}, {"shift": True, "clip": (0.7, 0.95), "bits": 4}, {"bits": 4, "clip": (0.6, 1.0)},
-                                      {"norm": "rms_norm", "clip": (0.9, 0.8)}, {"norm": "layer_norm"}, {"gate": "silu"}, {"gate": "gelu", "shift": True},
+MATRICES = ((64, 64), (86, 128), (112, 128), (128, 224), (24, 24), (32, 48), (12, 24), (5, 7), (1, 200), (43, 43), (100, 20), (170, 180),
+            (12, 0, 768), (32, 0, 4096), (7, 0, 91), (64, 0, 5120), (129, 0, 516), (0, 128, 5120), (0, 37, 111), (0, 8, 8000), (0, 256, 12800))
+BEFORE: tuple[dict[str, Any], ...] = ({}, {"clip": (0.9, 0.8)}, {"shift": True}, {"shift": True, "clip": (0.7, 0.95), "bits": 4},
+                                      {"bits": 4, "clip": (0.6, 1.0)}, {"norm": "rms_norm", "clip": (0.9, 0.8)}, {"norm": "layer_norm"}, {"gate": "silu"}, {"gate": "gelu", "shift": True},
                                       {"gate": "gelu_tanh", "clip": (0.9, 0.9), "bits": 4}, {"gate": "relu"})
 for i, (left, right, *rest) in enumerate(MATRICES):
     for j, dtype in enumerate((torch.float16, torch.bfloat16, torch.float32)):
@@ -430,7 +430,8 @@ for i, (left, right, *rest) in enumerate(MATRICES):
                      transformed_rows(m, k, l, r, dtype=d, **o), 5e-3, 1e-3)
 for m in (0, 300, 3001):  # blocks that have several tokens at once, and one after the other
     for left, right, k in ((64, 64, 4096), (86, 128, 11008), (24, 24, 576), (32, 0, 4096), (0, 64, 448)):
-        case(f"transformed_rows {m} of {left}x{right}", "transformed_rows", lambda m=m, l=left, r=right, k=k: transformed_rows(m, k, l, r, clip=(0.9, 0.95)), 5e-3, 1e-3)
+        case(f"transformed_rows {m} of {left}x{right}", "transformed_rows",
+             lambda m=m, l=left, r=right, k=k: transformed_rows(m, k, l, r, clip=(0.9, 0.95)), 5e-3, 1e-3)
 for k in (384, 11008, 77, 32768, 5003, 1):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for options in ({}, {"shift": True}, {"clip": (0.5, 0.75)}, {"clip": (0.5, 0.75), "shift": True, "bits": 4}):

@@ -251,7 +251,8 @@ def transformed_rows(out, x, row_scale, row_shift, gate, norm, weight, bias, lef
     """Rows and columns; ValueError or TypeError that names the argument."""
     op = "transformed_rows"
     if x.dtype not in FLOATS or x.ndim != 2 or x.stride(1) != 1 and x.shape[1] > 1:
-        refuse(op, "x", f"{x.dtype} {list(x.shape)} with strides {list(x.stride())}", "float16, bfloat16 or float32 [M, K] with contiguous columns", TypeError)
+        refuse(op, "x", f"{x.dtype} {list(x.shape)} with strides {list(x.stride())}",
+               "float16, bfloat16 or float32 [M, K] with contiguous columns", TypeError)
     if gate not in loader.GATES:
         refuse(op, "gate", repr(gate), ", ".join(map(repr, loader.GATES)))
     if norm not in loader.NORMS or norm and gate:

@@ -93,16 +93,16 @@ __device__ __forceinline__ Eight<T> read_eight(const T* row, int at, int columns
 }
 
 // The same of act(gate)·up.
-template <class T, bool EIGHTS>
-__device__ __forceinline__ Eight<T> read_gated(const VitqTransformedRows& a, const T* row, int at) {
+template <class T, bool EIGHTS, class Arguments>
+__device__ __forceinline__ Eight<T> read_gated(const Arguments& a, const T* row, int at) {
   Eight<T> gate = read_eight<T, EIGHTS>(row, at, a.columns);
   apply_gate<T>(gate, read_eight<T, EIGHTS>(row + a.columns, at, a.columns), a.gate);
   return gate;
 }
 
 // (x - mean)·rstd·weight + bias of the columns from `at` on.
-template <bool EIGHTS>
-__device__ __forceinline__ void normalise(const VitqTransformedRows& a, float (&x)[8], int at, float mean, float rstd) {
+template <bool EIGHTS, class Arguments>
+__device__ __forceinline__ void normalise(const Arguments& a, float (&x)[8], int at, float mean, float rstd) {
   const auto constants = [&](const float* from, float otherwise, float (&to)[8]) {
 #pragma unroll
     for (int w = 0; w < 8; ++w) to[w] = otherwise;
