@@ -8,7 +8,6 @@ import types
 import pytest
 import torch
 from helpers import sqnr
-from torch import nn
 
 transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 from language_models import build, ids, quick  # noqa: E402

@@ -375,9 +375,11 @@ def cached_attention(out, q, keys, values, state, key_bits, key_symmetric, value
     if window < 0:
         refuse(op, "window", window, "0 for none, or a number of tokens")
     blocks = batch * heads * -(-query_heads // heads * tokens // 8)
-    if workspace is not None and (workspace.ndim == 4 and workspace.shape[1] > loader.MOST_SPLITS or workspace.dtype != torch.float32 or workspace.ndim != 4 or not workspace.is_contiguous() or not workspace.shape[1] or
-                                  (workspace.shape[0], *workspace.shape[2:]) != (blocks, 8, dim + 2)):
-        refuse(op, "workspace", f"{workspace.dtype} {list(workspace.shape)}", f"contiguous float32 [{blocks}, splits, 8, {dim + 2}]")
+    if workspace is not None:
+        shape = (blocks, min(max(workspace.shape[1], 1), loader.MOST_SPLITS) if workspace.ndim == 4 else 1, 8, dim + 2)
+        if workspace.dtype != torch.float32 or workspace.shape != shape or not workspace.is_contiguous():
+            refuse(op, "workspace", f"{workspace.dtype} {list(workspace.shape)}",
+                   f"contiguous float32 [{blocks}, 1 to {loader.MOST_SPLITS}, 8, {dim + 2}]")
     _same_device(op, out, q, keys, values, state, mask, workspace)
     return batch, heads, query_heads, tokens, dim
 

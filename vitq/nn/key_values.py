@@ -22,8 +22,8 @@ class QuantKeyValues(PackedModule):
 
     parts: (key and value heads, how keys are quantized, how values are), None where they stay in float; one part of all heads (None), or those of an
     attention in parts. A cache keeps their codes: the layers of an empty `DynamicCache` or `StaticCache` of transformers are made those of a
-    `QuantizedCache` or `StaticQuantizedCache` as they fill. Buffers, of part i: keys_i_right float16 [D, D] where keys are transformed, keys_i_clip and values_i_clip float32 [2] where ranges are
-    clipped. Queries are transformed by the inverse transpose, so that they can be multiplied with keys as these are.
+    `QuantizedCache` or `StaticQuantizedCache` as they fill. Buffers, of part i: keys_i_right float16 [D, D] where keys are transformed, keys_i_clip and
+    values_i_clip float32 [2] where ranges are clipped. Queries are transformed by the inverse transpose, so that they can be multiplied with keys as these are.
     """
 
     def __init__(self, head_dim: int, parts: Sequence[tuple[int | None, QuantSpec | None, QuantSpec | None]], *, backend: str):

@@ -38,7 +38,8 @@ class CodedSlidingWindowLayer(_Coded, DynamicSlidingWindowLayer):
 
 class StaticCodedLayer(StaticLayer):
     """A layer whose bytes have their place from the start: `keys` and `values` are those of `RowCodes`, [B, heads, N, bytes], or of `HeadCodes`, [B, 1, N,
-    bytes], or floats where the recipe leaves them; N is max_cache_len or up to 15 more. state: int64 [2], how many tokens they hold, and a 0 that kernels count with.
+    bytes], or floats where the recipe leaves them; N is max_cache_len or up to 15 more. state: int64 [2], how many tokens they hold, and a 0 that
+    kernels count with.
 
     seen: the same number, as far as the host knows it: nothing waits for a GPU to tell. A window is in the mask that transformers makes, not in the memory.
     """

@@ -51,7 +51,8 @@ extern "C" int vitq_cached_attention(const VitqCachedAttention* args, void* stre
   if (int error = cached::check_rows(a.values, a.dim)) return error;
   if (a.room % 16 != 0 || a.splits > cached::MOST_SPLITS) return VITQ_UNSUPPORTED;
   const auto s = static_cast<cudaStream_t>(stream);
-  const int error = a.dim == 64 ? attend_64(a, s) : a.dim == 80 ? attend_80(a, s) : a.dim == 96 ? attend_96(a, s) : a.dim == 128 ? attend_128(a, s) : VITQ_UNSUPPORTED;
+  const int error = a.dim == 64 ? attend_64(a, s) : a.dim == 80 ? attend_80(a, s) : a.dim == 96 ? attend_96(a, s)
+                    : a.dim == 128 ? attend_128(a, s) : VITQ_UNSUPPORTED;
   if (error || a.splits == 1) return error;
   const int tiles = (a.query_heads / a.heads * a.tokens + cached::QUERIES - 1) / cached::QUERIES;
   return launch_early(cached::combine_kernel, unsigned(a.batch * a.tokens * a.query_heads), a.dim, 0, s, a, tiles);
