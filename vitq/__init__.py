@@ -15,6 +15,7 @@ _PUBLIC = {
     "tune": "vitq.conversion", "check": "vitq.conversion", "head_scores": "vitq.calib.heads",
     "Recipe": "vitq.recipe", "recipes": "vitq.recipe",
     "Statistics": "vitq.calib.statistics", "act_scales": "vitq.calib.act_scales",
+    "import_act_scales": "vitq.calib.act_scales",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
     "push_to_hub": "vitq.publish",
     "UnsupportedModelError": "vitq.models",
