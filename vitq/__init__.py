@@ -16,6 +16,7 @@ _PUBLIC = {
     "Recipe": "vitq.recipe", "recipes": "vitq.recipe",
     "Statistics": "vitq.calib.statistics", "act_scales": "vitq.calib.act_scales",
     "import_act_scales": "vitq.calib.act_scales",
+    "import_flatquant": "vitq.calib.flatquant",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
     "push_to_hub": "vitq.publish",
     "UnsupportedModelError": "vitq.models",

@@ -76,6 +76,18 @@ def install(model: nn.Module, sites: list[LinearSite], params: InputParams, plan
 
 
 @torch.no_grad()
+def clamp_weights(linear: nn.Linear, fmt: ActivationFormat, ratios: torch.Tensor) -> None:
+    """Set the weights that lie beyond these parts, [N, 2], of the least and the largest of their row to them, in place, as the input's transform has the
+    rows. Others stay as they are, bit for bit."""
+    transform = None if fmt.transform is None else fmt.transform.to(linear.weight.device)
+    rows = linear.weight if transform is None else transform.inverse_transposed(linear.weight)
+    low, high = (end * ratio for end, ratio in zip(rows.aminmax(dim=1, keepdim=True), ratios.to(rows.device).split(1, 1)))
+    beyond = rows.clamp(low, high) - rows
+    changed = (beyond != 0).any(1)
+    linear.weight[changed] += beyond[changed] if transform is None else transform.transposed(beyond[changed])
+
+
+@torch.no_grad()
 def divide_input(model: nn.Module, sites: list[LinearSite], divisor: torch.Tensor) -> None:
     """Divide the channels of the sites' common input where they are made, a norm or rows of a linear layer, and multiply the sites' columns."""
     first = sites[0]
