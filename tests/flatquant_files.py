@@ -63,7 +63,7 @@ def matrices(model: nn.Module, *, clips: bool = True, diag: bool = True, keys: b
 
 def kronecker(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Rows x of numbers times left ⊗ right, by the whole matrix."""
-    return x.double() @ torch.kron(left.double(), right.double())
+    return x.double() @ torch.kron(left.double().contiguous(), right.double().contiguous())
 
 
 def weight_of(model: nn.Module, block: dict[str, Tensor], index: int, name: str) -> Tensor:
@@ -104,3 +104,37 @@ def input_of(block: dict[str, Tensor], name: str, x: Tensor, bits: int = 4) -> T
     most = torch.maximum(y.amax(-1, keepdim=True) * top, -y.amin(-1, keepdim=True) * low)
     scale = most / (2 ** (bits - 1) - 1)
     return (y / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Two codes of 4 bits to a byte, two's complement, the even column low."""
+    nibbles = (codes.to(torch.int16) % 16).to(torch.uint8)
+    return nibbles[:, 0::2] + 16 * nibbles[:, 1::2]
+
+
+def saved_tensors(model: nn.Module, file: dict[int, dict], bits: int = 4) -> dict[str, Tensor]:
+    """What FlatQuant's code saves of a model whose weights were rounded, by the names there."""
+    found: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        layer = name.rpartition(".")[0]
+        index, _, inside = layer.removeprefix("model.layers.").partition(".")
+        if inside in LINEARS:
+            block, key = file[int(index)], f"{layer}.linear"
+            if name.endswith("bias"):
+                bias = parameter.double()
+                if inside == "self_attn.v_proj":
+                    bias = (bias.unflatten(0, (-1, len(block["self_attn.vcache_trans.matrix"]))) @ block["self_attn.vcache_trans.matrix"].double()).flatten()
+                if inside == "mlp.up_proj" and "mlp.down_trans.diag_scale" in block:
+                    bias = bias * block["mlp.down_trans.diag_scale"]
+                found[f"{key}.bias"] = bias.half()
+                continue
+            codes, scale = rounded(weight_of(model, block, int(index), inside), bits)
+            found[f"{key}.weight"] = pack(codes)
+            found |= {f"quantizer.{key}.scale": scale, f"quantizer.{key}.zero": torch.zeros_like(scale),
+                      f"quantizer.{key}.maxq": torch.tensor(2 ** (bits - 1) - 1)}
+            continue
+        trans = {"input_layernorm": "self_attn.ln_trans", "post_attention_layernorm": "mlp.up_gate_trans"}.get(inside)
+        scale = file[int(index)].get(f"{trans}.diag_scale", torch.ones(())) if trans else torch.ones(())
+        found[name] = (parameter.double() * scale).half()
+    found.update({f"model.layers.{i}.{name}": tensor.half() for i, block in file.items() for name, tensor in block.items()})
+    return {name: tensor.detach().contiguous() for name, tensor in found.items()}

@@ -18,6 +18,7 @@ _PUBLIC = {
     "import_act_scales": "vitq.calib.act_scales",
     "import_flatquant": "vitq.calib.flatquant",
     "save": "vitq.checkpoint", "load": "vitq.checkpoint", "CheckpointError": "vitq.checkpoint",
+    "import_flatquant_checkpoint": "vitq.flatquant_checkpoint",
     "push_to_hub": "vitq.publish",
     "UnsupportedModelError": "vitq.models",
     "load_model": "vitq.models.zoo", "resolve_name": "vitq.models.zoo", "ALIASES": "vitq.models.zoo",

@@ -80,8 +80,11 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     check_backend(backend, None if parameter is None else parameter.device)
     prepared, plan = quantize(model, recipe, calib, statistics=statistics, memory=memory, progress=progress, stream=stream, device=device,
                               resume=resume, learned=learned)
-    home = parameter.device
-    dtype = float_dtype(dtype, home)
+    return executed(prepared, plan, float_dtype(dtype, parameter.device), backend, parameter.device)
+
+
+def executed(prepared: Prepared, plan: Plan, dtype: torch.dtype, backend: str, device: torch.device) -> nn.Module:
+    """What the plan makes of `prepared`, whose model it takes, on the device and ready to run."""
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     parts: dict[str, list[CacheParams]] = {}
     for site in prepared.caches:
@@ -93,7 +96,7 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     for name, params in parts.items():
         converted.get_submodule(name).set_params(params)
     converted.vitq.calibration = {"images": plan.samples}
-    converted = converted.to(home)  # which links the modules too
+    converted = converted.to(device)  # which links the modules too
     pack_all(converted)
     return converted
 

@@ -111,7 +111,9 @@ def test_it_runs_as_simulated_and_loads_again(model, changes: tuple, calib: list
 def test_both_streams_and_a_run_that_goes_on(model, tmp_path) -> None:
     learned, made, x = vitq.import_flatquant(matrices(model, tied=True), model), recipe("solver=gptq"), ids(2, 20, seed=3)
     for stream in ("float", "quantized"):
-        run = lambda **kwargs: vitq.convert(model, made, CALIB, learned=kwargs.pop("of", learned), stream=stream, dtype=torch.float32, **kwargs)(x).logits  # noqa: E731
+        def run(of: dict = learned, stream: str = stream, **kwargs) -> torch.Tensor:
+            return vitq.convert(model, made, CALIB, learned=of, stream=stream, dtype=torch.float32, **kwargs)(x).logits
+
         whole, folder = run(), tmp_path / stream
         assert torch.equal(run(resume=folder), whole)
         sorted(folder.glob("0*.safetensors"))[-1].unlink()
@@ -160,14 +162,14 @@ def test_files_that_do_not_fit(model, tmp_path) -> None:
     refuses(r"is \[80\], the model needs \[160\]", lambda blocks: blocks[0].update({"mlp.down_trans.diag_scale": torch.ones(80)}))
     refuses("queries are quantized", lambda blocks: blocks[0].update({"self_attn.q_cache_quantizer.clip_factor_a_max": torch.ones(1)}))
     refuses("has blocks .*, this LlamaForCausalLM has 0 to 1", lambda blocks: blocks.pop(1))
-    refuses("has matrices of 8 and 12 for 64 input features|the model needs", lambda blocks: None, build("Llama"))
+    refuses(r"clip_factor_w_min' is \[96, 1\], the model needs \[64, 1\]", lambda blocks: None, build("Llama"))
     refuses("FlatQuant's files are of Llama", lambda blocks: None, build("OPT"))
     with pytest.raises(ValueError, match="not a mapping of block numbers"):
         vitq.import_flatquant({0: torch.eye(2)}, model)
     with pytest.raises(FileNotFoundError, match="flat_matrices.pth: no such file"):
         vitq.import_flatquant(tmp_path, model)
     odd = build("Llama", hidden_size=72, num_attention_heads=6, num_key_value_heads=3)
-    with pytest.raises(ValueError, match="matrices of 'model.layers.0.self_attn.qkv_proj' are 6 x 6 and 12 x 12, and vitq divides its rows by 8 x 8 and 9 x 9"):
+    with pytest.raises(ValueError, match="'model.layers.0.self_attn.qkv_proj' are 6 x 6 and 12 x 12, and vitq divides its rows by 8 x 8 and 9 x 9"):
         vitq.convert(odd, recipe(), learned=vitq.import_flatquant(matrices(odd), odd))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from vitq.calib.block_gradient import DEFAULTS, fitted, integer_sites, learn, le
 from vitq.calib.choose import (attention_params, cache_params, check_statistics, check_transformed, input_formats, install_hadamard, layer_format,
                                record_thresholds, solved)
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
-from vitq.calib.online import clamp_weights, install, mixed_values
+from vitq.calib.online import clamp_weights, install, mixed_values, with_learned
 from vitq.calib.resume import Done, Folder, fingerprint_of, fingerprint_of_learned, on_cpu
 from vitq.calib.runner import Operand, check_sample_count, checked, exact_float32, fingerprint, observing, operands_of, specs, transform_of
 from vitq.calib.simulate import fake_operands, fake_weight
@@ -50,9 +49,8 @@ def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidd
         inputs = {ours[0].name: given[ours[0].name] for sites in part.groups if (ours := integer_sites(sites, plan))}
         for site in part.caches:
             if site.kv in caches:
-                caches[site.kv] = CacheParams(*(fmt if fmt is None else replace(fmt, transform=given[name].transform or fmt.transform, clip=fmt.clip if
-                                                given[name].clip is None else given[name].clip)
-                                                for fmt, name in ((caches[site.kv].k, site.qk), (caches[site.kv].v, site.pv))))
+                pair = ((caches[site.kv].k, site.qk), (caches[site.kv].v, site.pv))
+                caches[site.kv] = CacheParams(*(None if fmt is None else with_learned(fmt, given[name]) for fmt, name in pair))
     elif recipe.learns:
         options = {**DEFAULTS, **recipe.block_gradient}
         specs = {site.name: plan.specs[site.name] for sites in part.groups for site in sites}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -57,25 +57,31 @@ def import_flatquant(matrices: str | os.PathLike | Mapping[int, Mapping[str, Ten
     if set(matrices) != set(range(len(names))):
         raise ValueError(f"{where}: has blocks {sorted(matrices, key=str)}, this {type(model).__name__} has 0 to {len(names) - 1}")
     found: dict[str, InputParams] = {}
-    spreads: dict[str, float] = {}
+    blocks = []
     for i, name in enumerate(names):
         block = FlatBlock(f"{where}, block {i}", matrices[i])
         outputs = {layer: [model.get_submodule(source).out_features for source in source_names(f"{name}.{layer}")] for layer in INPUTS}
         for layer, trans in INPUTS.items():
             params = block.input(layer, trans, prepared.model.get_submodule(f"{name}.{layer}").in_features, outputs[layer])
             found[f"{name}.{layer}"] = params
-            spreads[f"{name}.{layer}"] = block.spread
         found.update({f"{name}.self_attn.{key}": params for key, params in block.cache().items()})
         block.done()
-    worst = max(spreads, key=lambda layer: spreads[layer])
-    if spreads[worst] > SPREAD:
-        log.warning("%s: the layers that read one input clip it in ways that differ by up to %.3f of its range (%s); here they share the mean", where,
-                    spreads[worst], worst)
+        blocks.append(block)
+    warn_of_spread(where, blocks)
     return found
 
 
+def warn_of_spread(where: str, blocks: Iterable[FlatBlock]) -> None:
+    """Say so where layers that share an input clip it in ways that are far apart."""
+    worst = max(blocks, key=lambda block: block.spread)
+    if worst.spread > SPREAD:
+        log.warning("%s: layers that read one input clip it in ways that differ by up to %.3f of its range (%s); here they share the mean", where,
+                    worst.spread, worst.where)
+
+
 class FlatBlock:
-    """The tensors of one block by their names in it, each to be taken once. where: how messages begin."""
+    """The tensors of one block by their names in it, each to be taken once. where: how messages begin. spread: how far clips of layers that share an input
+    are apart, at most."""
 
     def __init__(self, where: str, tensors: Mapping[str, Tensor]) -> None:
         self.where, self.tensors, self.taken, self.spread = where, tensors, set(), 0.0
@@ -99,11 +105,13 @@ class FlatBlock:
     def matrix(self, name: str, inverse: str) -> Tensor:
         """float32 [n, n], checked against the transpose of its inverse."""
         n = self.tensors[name].shape[-1] if name in self and self.tensors[name].dim() else 0
-        matrix, other = self.take(name, n, n), self.take(inverse, n, n)
-        error = float((matrix.double() @ other.double().T - torch.eye(n, dtype=torch.float64)).abs().max())
-        if not error < INVERSE_ERROR:
+        matrix, other = self.take(name, n, n).double(), self.take(inverse, n, n).double()
+        error = float((matrix @ other.T - torch.eye(n, dtype=torch.float64)).abs().max())
+        # What rounding of both to the type they are stored in makes of it, in matrices that are far from orthogonal.
+        rounding = torch.finfo(self.tensors[name].dtype).eps * float(torch.linalg.matrix_norm(matrix, 2) * torch.linalg.matrix_norm(other, 2))
+        if not error < INVERSE_ERROR + rounding:
             raise ValueError(f"{self.where}: {inverse!r} is not the transpose of the inverse of {name!r} (times it, it is off by {error:.3g})")
-        return matrix
+        return matrix.float()
 
     def single(self, trans: str, n: int) -> Tensor:
         """The matrix [n, n] of a transform that has one."""
@@ -121,9 +129,9 @@ class FlatBlock:
                           for name in names]).sigmoid()
 
     def shared_clip(self, sources: list[str]) -> Tensor:
-        """The mean of the clips of layers that share an input; `spread` is how far they are apart."""
+        """The mean of the clips of layers that share an input."""
         clips = torch.stack([self.clip(f"{source}.act_quantizer") for source in sources])
-        self.spread = float((clips.amax(0) - clips.amin(0)).max())
+        self.spread = max(self.spread, float((clips.amax(0) - clips.amin(0)).max()))
         return clips.mean(0)
 
     def ratios(self, source: str, outputs: int) -> Tensor:
@@ -171,7 +179,7 @@ class FlatBlock:
             found["qk"] = InputParams(transform=Kronecker(right=keys.half()), clip=self.clip("self_attn.k_cache_quantizer"))
         return found
 
-    def done(self, known: Callable[[str], bool] = lambda name: False) -> None:
-        """Raises ValueError for tensors that nothing took and that are not `known` to be of no use."""
-        if left := sorted(name for name in self.tensors if name not in self.taken and not known(name)):
+    def done(self) -> None:
+        """Raises ValueError for tensors that nothing took."""
+        if left := sorted(self.tensors.keys() - self.taken):
             raise ValueError(f"{self.where}: {', '.join(left[:3])}{' …' if len(left) > 3 else ''} are not known: nothing here would use them")
