@@ -44,6 +44,7 @@ ARROWS = {
     "checkpoint_files": {"vitq"},
     "checkpoint": CALIB | EXECUTION | {"builders", "checkpoint_files", "conversion", "vitq"},
     "hf": CALIB | EXECUTION | {"checkpoint_files", "checkpoint", "conversion"},
+    "flatquant_checkpoint": CALIB | EXECUTION | {"builders", "checkpoint_files", "conversion"},
     "publish": CALIB | EXECUTION | {"checkpoint_files", "checkpoint", "conversion", "report", "vitq"},
     "likelihood": {"calib"},
     "timing": set(),

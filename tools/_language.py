@@ -22,22 +22,32 @@ from _memory import measured
 
 def kept_statistics(args: argparse.Namespace, recipes: list) -> Any:
     """What the file of --stats holds, None where there is none yet. Raises ValueError for recipes that none serve, and a file that holds none."""
+    if args.stats and args.act_scales:
+        raise ValueError("--stats and --act-scales are both of what was measured before: give one of the two")
+    given = "--stats" if args.stats else "--act-scales" if args.act_scales else ""
+    if given and not any(recipe.is_static for recipe in recipes):
+        raise ValueError(f"{given}: {', '.join(recipe.name for recipe in recipes)} measure nothing before they run: leave out {given}")
     if not args.stats:
         return None
-    if not any(recipe.is_static for recipe in recipes):
-        raise ValueError(f"--stats: {', '.join(recipe.name for recipe in recipes)} measure nothing before they run: leave out --stats")
     return vitq.Statistics.load(args.stats) if args.stats.exists() else None
 
 
-def check_recipes(args: argparse.Namespace, recipes: list, stats: Any, model: nn.Module) -> None:
-    """Raises ValueError, before any work, where model, recipes and statistics do not go together."""
+def checked_statistics(args: argparse.Namespace, recipes: list, stats: Any, model: nn.Module, console: Console) -> Any:
+    """The statistics, of the file of --act-scales where it is given. Raises ValueError, before any work, where model, recipes and these do not go
+    together."""
     vitq.check(model, recipes)
+    if args.act_scales:
+        stats = vitq.import_act_scales(args.act_scales, model)
     if stats is None:
-        return
+        return None
+    given = f"--act-scales {args.act_scales}" if args.act_scales else f"--stats {args.stats}"
     try:
         vitq.check(model, [recipe for recipe in recipes if recipe.is_static], stats)
     except ValueError as error:
-        raise ValueError(f"--stats {args.stats}: {error} (give another file, or delete this one)") from error
+        raise ValueError(f"{given}: {error}" + ("" if args.act_scales else " (give another file, or delete this one)")) from error
+    said = f"the largest inputs of {len(stats)} layers" if args.act_scales else f"what was measured of {stats.samples} windows"
+    console.result(f"read {given.partition(' ')[2]}: {said}")
+    return stats
 
 
 def collected(args: argparse.Namespace, recipes: list, loaded: Any, text: Any, console: Console) -> Any:
@@ -141,8 +151,8 @@ def check_blocks(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together, and a device that cannot be used."""
     if args.stream is None and (args.calib_device or args.resume):
         raise ValueError("--calib-device and --resume are for calibration block by block: give --stream float or --stream quantized")
-    if args.stream == "quantized" and args.stats:
-        raise ValueError("--stream quantized measures what its quantized blocks give: leave out --stats")
+    if args.stream == "quantized" and (args.stats or args.act_scales):
+        raise ValueError(f"--stream quantized measures what its quantized blocks give: leave out {'--stats' if args.stats else '--act-scales'}")
     if args.calib_device:
         vitq.pick_device(args.calib_device)
 

@@ -3,7 +3,8 @@
 
     python tools/act_scales.py --model facebook/opt-125m --data wikitext2 --output act_scales.pt       # 512 windows of 512 tokens, as theirs
 
-vitq's own recipes need no such file: they measure what they need, and `tools/quantize_llm.py --stats FILE` keeps that.
+vitq's own recipes need no such file: they measure what they need, and `tools/quantize_llm.py --stats FILE` keeps that. With `--act-scales FILE` it
+takes one.
 """
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ import torch
 import vitq
 from _cli import add_common, check_least, device_of, executed_recipe, exit_code, writable
 from _console import Console
-from _language import (add_blocks, check_blocks, check_positions, check_recipes, check_same, collected, convert, dtype_of, half_of, kept_statistics,
-                       on_cpu, options_of, prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
+from _language import (add_blocks, check_blocks, check_positions, check_same, checked_statistics, collected, convert, dtype_of, half_of,
+                       kept_statistics, on_cpu, options_of, prefill_and_decode, quiet_transformers, tasks_of, zero_shot)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -32,6 +32,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--data", default="wikitext2", help="wikitext2 (default), c4, a text file, or a folder of .txt files")
     p.add_argument("--nsamples", type=int, metavar="N", help="windows to calibrate on (default: the recipe's)")
     p.add_argument("--stats", type=Path, metavar="FILE", help="read the statistics of activations from there, or else write them there, for all recipes")
+    p.add_argument("--act-scales", type=Path, metavar="FILE", help="the largest inputs of channels from SmoothQuant's act_scales.pt, in the place of measuring")
     p.add_argument("--seqlen", type=int, default=2048, metavar="T", help="tokens of a window (default 2048)")
     p.add_argument("--limit", type=int, metavar="N", help="evaluate on the first N windows")
     p.add_argument("--batch-size", type=int, default=1, metavar="N", help="windows a batch (default 1)")
@@ -61,8 +62,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if helps := int(os.environ.get("RANK", "0")) > 0 and args.resume is not None:  # one of several processes, of which the first reports
         args.quiet, args.eval, args.tasks, args.benchmark, args.simulate, args.save, args.output = True, "none", None, False, False, None, None
     check_least(args, nsamples=1, seqlen=2, limit=1, batch_size=1, memory=1e-3)
-    if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats or args.stream):
-        raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save, --stats and --stream")
+    if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats or args.act_scales
+                      or args.stream):
+        raise ValueError("--load takes a checkpoint as it is: leave out --recipe, --set, --nsamples, --simulate, --save, --stats, --act-scales and "
+                         "--stream")
     check_blocks(args)
     if args.simulate and args.eval == "none":
         raise ValueError("--simulate evaluates the simulated model's perplexity: leave out --eval none")
@@ -87,9 +90,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.load and not hasattr(checkpoint, "generate"):
             raise ValueError(f"{args.load} holds a {type(checkpoint).__name__}, which is no language model")
         loaded, text = load(args, recipes, checkpoint, device, console)
-        check_recipes(args, recipes, stats, loaded.model)
-        if stats is not None:
-            console.result(f"read {args.stats}: what was measured of {stats.samples} windows")
+        stats = checked_statistics(args, recipes, stats, loaded.model, console)
         report = {"vitq": vitq.__version__, "torch": torch.__version__, "model": loaded.name, "data": args.data, "windows": len(text.eval),
                   "seqlen": args.seqlen, "device": device, "backend": args.backend, "seed": args.seed, "threads": torch.get_num_threads(),
                   "rows": [{"recipe": "float", "dtype": loaded.model.dtype, **scores(args, loaded.model, "float", loaded, text, tasks, console)}]}

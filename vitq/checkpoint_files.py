@@ -135,13 +135,13 @@ def is_checkpoint(folder: Path) -> bool:
 def read_header(folder: Path) -> dict[str, Any]:
     """What `write` was given. Raises FileNotFoundError where there is none, CheckpointError for one that is damaged or of a newer schema."""
     if (path := folder / HEADER).is_file():
-        header = _read_json(path)
+        header = read_json(path)
     elif (path := folder / CONFIG).is_file():
-        config = _read_json(path)
+        config = read_json(path)
         own = config.pop("quantization_config", None)
         if not isinstance(own, dict) or own.pop("quant_method", None) != METHOD:
             raise CheckpointError(f"{path} is the config of a model that vitq did not quantize: give a folder that vitq.save wrote")
-        generation = _read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
+        generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
         header = {**own, "config": config, "generation_config": generation}
         if isinstance(config.get("architectures"), list) and len(config["architectures"]) == 1:
             header["architecture"] = config["architectures"][0]
@@ -166,7 +166,7 @@ def tensor_files(folder: Path) -> dict[str, list[str] | None]:
     """File -> the tensors that the index says are in it; None without an index, of the one file that there is then."""
     if (folder / TENSORS).is_file() or not (folder / INDEX).is_file():
         return {TENSORS: None}
-    names = _read_json(folder / INDEX).get("weight_map")
+    names = read_json(folder / INDEX).get("weight_map")
     if not isinstance(names, dict) or not all(isinstance(file, str) and _SHARD.match(file) for file in names.values()):
         raise CheckpointError(f"{folder / INDEX} is damaged: it does not say which tensor is in which of the files model-N-of-M.safetensors")
     files: dict[str, list[str] | None] = {file: [] for file in sorted(set(names.values()))}
@@ -193,7 +193,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file's names with values. Raises CheckpointError for one that holds anything else."""
     try:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.ops import dispatch
 from vitq.ops.dispatch import check_backend, default_dtype
-from vitq.plan import CacheParams, Plan
+from vitq.plan import CacheParams, InputParams, Plan
 from vitq.recipe import LayerSpec, Recipe
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,7 +44,7 @@ _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None,
             backend: str = "auto", *, dtype: torch.dtype | None = None, statistics: Statistics | None = None, memory: float = GRAM_MEMORY,
             progress: Callable[[int], None] | None = None, stream: str | None = None, device: str | torch.device | None = None,
-            resume: str | Path | None = None) -> nn.Module:
+            resume: str | Path | None = None, learned: Mapping[str, InputParams] | None = None) -> nn.Module:
     """A new model that executes in integers; the given one is not touched.
 
     model: a timm VisionTransformer, VisionTransformerDistilled or SwinTransformer; or a Llama, Mistral, Qwen2, Qwen3, OPT or Falcon
@@ -69,6 +69,8 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     resume: with stream=, a folder in which each finished block is kept; the same call goes on after them. Processes that `torchrun` started share the
         blocks of stream='float' by way of it, and each returns the whole model, the same but for last digits. With stream='float' it holds
         `statistics.safetensors` at the end, for `Statistics.load`; not of a recipe with heads, whose layers are in parts by then.
+    learned: of a recipe with block_gradient, what was learned elsewhere, as `vitq.import_flatquant` reads it. Nothing is learned then, the recipe's
+        transforms are left out, which would be where learning starts, and only a solver that looks at the inputs needs calib.
 
     Raises ValueError (a static recipe without calib, unusable data, NaN weights, an unknown block, a bad recipe) or
     TypeError, naming what was given and what to do; with stream=, torch.OutOfMemoryError that says what is kept.
@@ -79,9 +81,12 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     check_backend(backend, None if parameter is None else parameter.device)
     prepared, plan = quantize(model, recipe, calib, statistics=statistics, memory=memory, progress=progress, stream=stream, device=device,
-                              resume=resume)
-    home = parameter.device
-    dtype = float_dtype(dtype, home)
+                              resume=resume, learned=learned)
+    return executed(prepared, plan, float_dtype(dtype, parameter.device), backend, parameter.device)
+
+
+def executed(prepared: Prepared, plan: Plan, dtype: torch.dtype, backend: str, device: torch.device) -> nn.Module:
+    """What the plan makes of `prepared`, whose model it takes, on the device and ready to run."""
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     parts: dict[str, list[CacheParams]] = {}
     for site in prepared.caches:
@@ -93,16 +98,17 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     for name, params in parts.items():
         converted.get_submodule(name).set_params(params)
     converted.vitq.calibration = {"images": plan.samples}
-    converted = converted.to(home)  # which links the modules too
+    converted = converted.to(device)  # which links the modules too
     pack_all(converted)
     return converted
 
 
 def simulate(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterable | Statistics | None = None, *,
              statistics: Statistics | None = None, memory: float = GRAM_MEMORY, stream: str | None = None,
-             device: str | torch.device | None = None, resume: str | Path | None = None) -> nn.Module:
+             device: str | torch.device | None = None, resume: str | Path | None = None, learned: Mapping[str, InputParams] | None = None) -> nn.Module:
     """The float32 model that `convert` with the same arguments must reproduce in integers, by fake quantization."""
-    prepared, plan = quantize(model, _recipe(recipe, calib), calib, statistics=statistics, memory=memory, stream=stream, device=device, resume=resume)
+    prepared, plan = quantize(model, _recipe(recipe, calib), calib, statistics=statistics, memory=memory, stream=stream, device=device, resume=resume,
+                              learned=learned)
     return _simulate(prepared, plan)
 
 
@@ -131,12 +137,19 @@ def calibrate(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe] = 
 
 def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | None, *, statistics: Statistics | None = None,
              memory: float = GRAM_MEMORY, progress: Callable[[int], None] | None = None, stream: str | None = None,
-             device: str | torch.device | None = None, resume: str | Path | None = None) -> tuple[Prepared, Plan]:
+             device: str | torch.device | None = None, resume: str | Path | None = None,
+             learned: Mapping[str, InputParams] | None = None) -> tuple[Prepared, Plan]:
     """Choose scales and codes: the prepared float model (transforms applied) and the plan for each of its layers."""
     device = _calibration_device(stream, device, resume)
-    if (recipe.is_static and statistics is None or recipe.needs_inputs or recipe.learns or recipe.scores_heads) and calib is None:
+    if learned is not None:
+        if not recipe.learns or recipe.heads:
+            why = "has heads, which were learned as parts of whole attentions" if recipe.learns else "learns nothing"
+            raise ValueError(f"recipe {recipe.name!r} {why}: learned= is for one with block_gradient, such as 'flatquant-w4a4kv4'")
+        recipe = dataclasses.replace(recipe, transforms=(), transform_options={})
+    learns = recipe.learns and learned is None
+    if (recipe.is_static and statistics is None or recipe.needs_inputs or learns or recipe.scores_heads) and calib is None:
         what = "is static" if recipe.is_static and statistics is None else f"solves by {recipe.solver!r}" if recipe.needs_inputs else \
-            "learns by block_gradient" if recipe.learns else "chooses heads by what they write"
+            "learns by block_gradient" if learns else "chooses heads by what they write"
         raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
                          "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
@@ -170,13 +183,13 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         if stats is not None or not recipe.is_static:  # nothing else looks at them first
             check_calibration(data, recipe, prepared)
     if stream is not None:
-        if (recipe.needs_inputs or recipe.learns) and data is None:
+        if (recipe.needs_inputs or learns) and data is None:
             who = f"the solver {recipe.solver!r} looks at the inputs of each layer" if recipe.needs_inputs else "block_gradient learns from the inputs"
             raise ValueError(f"recipe {recipe.name!r}: {who}, so it needs the calibration {prepared.samples} themselves, not statistics of them")
-        if not (recipe.needs_inputs or recipe.learns or recipe.is_static and stats is None or scored):
+        if not (recipe.needs_inputs or learns or recipe.is_static and stats is None or scored):
             data = None  # nobody looks at it
         plan, _ = quantize_blocks(prepared, recipe, data, stream=stream, device=device, statistics=stats if recipe.is_static else None, memory=memory,
-                                  resume=resume, share=_share(stream, resume), progress=progress)
+                                  resume=resume, share=_share(stream, resume), progress=progress, learned=learned)
         return prepared, plan
     if stats is None and recipe.is_static:
         stats = collect(prepared, [recipe], data, progress=progress)

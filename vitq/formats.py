@@ -186,6 +186,11 @@ class Kronecker:
         left, right = (None if matrix is None else torch.linalg.inv(matrix.double()) for matrix in (self.left, self.right))
         return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T).float()
 
+    def transposed(self, weight: Tensor) -> Tensor:
+        """What `inverse_transposed` was given, float32 [..., K], up to rounding."""
+        left, right = (None if matrix is None else matrix.double() for matrix in (self.left, self.right))
+        return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T).float()
+
     def to(self, device: torch.device) -> Kronecker:
         """The same with its tensors on a device."""
         return Kronecker(*(None if matrix is None else matrix.to(device) for matrix in (self.left, self.right)))

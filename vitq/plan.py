@@ -81,11 +81,11 @@ class CacheParams:
 
 @dataclass(frozen=True)
 class InputParams:
-    """What is done to an input that some layers share, beside rounding it: learned, or Hadamard's matrices.
+    """What is done to an input that some layers share, beside rounding it: learned, or Hadamard's matrices. Of keys or values of a cache: transform and clip.
 
     divisor: float32 [K], what its channels are divided by where they are made; values: float32 [D, D], what the values of the attention before it are
     multiplied by, head by head; transform and clip: of its format; ratios: float32 [N, 2], N the outputs of all these layers, which parts of the least
-    and of the largest weight of each are its range. None for what is not done.
+    and of the largest weight of each are its range, or with `clamped` what weights beyond are set to before anything else. None for what is not done.
     """
 
     divisor: Tensor | None = None
@@ -93,6 +93,7 @@ class InputParams:
     transform: Kronecker | None = None
     clip: Tensor | None = None
     ratios: Tensor | None = None
+    clamped: bool = False
 
 
 @dataclass

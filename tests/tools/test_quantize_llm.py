@@ -93,6 +93,24 @@ def test_statistics_are_kept_for_the_next_recipe(folder, text, tmp_path) -> None
     assert code == 2 and len(err.strip().splitlines()) == 1 and "calibrate again" in err
 
 
+def test_scales_of_smoothquant_are_taken_in_the_place_of_measuring(folder, text, tmp_path) -> None:
+    import act_scales
+
+    file = tmp_path / "act_scales.pt"
+    common = ["--model", folder, "--data", text, "--device", "cpu", "--quiet"]
+    code, _, err = run_tool(act_scales, *common, "--nsamples", 4, "--seqlen", 16, "--output", file)
+    assert code == 0, err
+    for name, extra in (("file", ["--act-scales", file]), ("measured", [])):
+        code, out, err = run(*SMALL, *QUICK, *common, "--recipe", "smoothquant-w8a8", "--output", tmp_path / name, *extra)
+        assert code == 0 and (name == "measured" or f"read {file}: the largest inputs of 8 layers" in out), err
+    rows = [json.loads((tmp_path / name / "report.json").read_text())["rows"][1] for name in ("file", "measured")]
+    assert rows[0]["perplexity"] == pytest.approx(rows[1]["perplexity"], rel=1e-4) and rows[0]["calibration"]["windows"] == 0
+    for extra, said in ((["--recipe", "w8a8"], f"--act-scales {file}: the statistics of"), (["--recipe", "w8a8-dynamic"], "leave out --act-scales"),
+                        (["--recipe", "smoothquant-w8a8", "--stats", tmp_path / "s"], "give one of the two")):
+        code, _, err = run(*SMALL, *common, "--act-scales", file, *extra)
+        assert code == 2 and said in err and len(err.strip().splitlines()) == 1, err
+
+
 def test_everything_is_in_the_report(done, folder, text) -> None:
     output, *_ = done
     report = json.loads((output / "report" / "report.json").read_text())

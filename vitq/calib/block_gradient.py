@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vitq.calib.online import input_sizes
+from vitq.calib.online import input_sizes, mixed_values
 from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range
-from vitq.models.sites import CacheSite, HeadSite, LinearSite
+from vitq.models.sites import CacheSite, HeadSite, LinearSite, Prepared
 from vitq.plan import CacheParams, InputParams, Plan
 from vitq.quantizers.kronecker import hadamard
 from vitq.recipe import LayerSpec, QuantSpec
@@ -327,6 +327,57 @@ def integer_sites(sites: list[LinearSite], plan: Plan) -> list[LinearSite]:
     if odd is not None and learns((plan.specs[site.name] for site in found), {**DEFAULTS, **plan.recipe.block_gradient}):
         raise ValueError(f"recipe {plan.recipe.name!r} quantizes the input that {found[0].name!r} and {odd.name!r} share in two ways: what is learned of "
                          "it is for both, so give both the same input.* fields")
+    return found
+
+
+def fitted(prepared: Prepared, plan: Plan, learned: Mapping[str, InputParams]) -> dict[str, InputParams]:
+    """What was learned elsewhere (`vitq.import_flatquant`) of the inputs, and of the keys and values of caches, that the plan's recipe quantizes at run
+    time, by the name of the first layer that reads one, or of the matmul. Raises ValueError where it is not what the recipe and the model have."""
+    model, heads, found = prepared.model, mixed_values(prepared, plan.specs), {}
+    known = {site.name for site in prepared.linears} | {name for site in prepared.caches for name in (site.qk, site.pv)}
+    if unknown := sorted(learned.keys() - known):
+        raise ValueError(f"learned: {', '.join(unknown[:3])} are no layers of this {type(model).__name__}: it is of another model")
+
+    def of(name: str, spec: QuantSpec) -> InputParams:
+        if (params := learned.get(name)) is None:
+            raise ValueError(f"learned: nothing is there of {name!r}, which recipe {plan.recipe.name!r} quantizes at run time: give what was learned of this "
+                             "model with such a recipe, or leave that layer in float")
+        for has, wants, key in ((params.transform is not None, spec.transform == "learned", "transform"),
+                                (params.clip is not None and bool((params.clip != 1).any()), spec.observer == "learned", "observer")):
+            if has and not wants:
+                raise ValueError(f"learned: {name!r} has its own {key}, and recipe {plan.recipe.name!r} has {key}: {getattr(spec, key)!r} there: give "
+                                 f"{key}: learned")
+        if spec.observer == "learned":
+            return params if params.clip is not None else replace(params, clip=torch.ones(2))
+        return replace(params, clip=None)
+
+    def check_sizes(name: str, params: InputParams, wanted: tuple[int | None, int | None]) -> None:
+        online = (None, None) if params.transform is None else (params.transform.left, params.transform.right)
+        if (has := tuple(None if m is None else len(m) for m in online)) != wanted:
+            said, needs = (" and ".join(f"{n} x {n}" for n in sizes if n) or "none" for sizes in (has, wanted))
+            raise ValueError(f"learned: the matrices of {name!r} are {said}, and vitq divides its rows by {needs}")
+        _check_invertible(params.transform, name)
+
+    for sites in prepared.input_groups():
+        if not (ours := integer_sites(sites, plan)):
+            continue
+        name, linear = ours[0].name, model.get_submodule(ours[0].name)
+        params, spec = of(name, plan.specs[name].input), plan.specs[name]
+        check_sizes(name, params, input_sizes(name, spec, linear.in_features, heads) if spec.input.transform == "learned" else (None, None))
+        rows, site = sum(model.get_submodule(site.name).out_features for site in ours), heads.get(name)
+        movable = ours[0].rows is not None or ours[0].norm is not None and model.get_submodule(ours[0].norm).weight is not None
+        shapes = {"divisor": [linear.in_features] if movable else None, "ratios": [rows, 2],
+                  "values": None if site is None or spec.input.transform != "learned" else [site.columns // site.queries] * 2}
+        for key, shape in shapes.items():
+            has = None if (tensor := getattr(params, key)) is None else list(tensor.shape)
+            if has is not None and has != shape:
+                raise ValueError(f"learned: {key} of {name!r} is {has}, " + (f"it needs {shape}" if shape else "and there is nothing to put it into"))
+        found[name] = params if params.ratios is not None else replace(params, ratios=torch.ones(rows, 2))
+    for site in prepared.caches:
+        for name in (site.qk, site.pv):
+            if name in plan.specs and (cached := plan.specs[name].cached) is not None:
+                found[name] = of(name, cached)
+                check_sizes(name, found[name], (None, model.get_submodule(site.name).head_dim if cached.transform == "learned" else None))
     return found
 
 

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.chain import Chain, Hidden, Part, targets
-from vitq.calib.block_gradient import DEFAULTS, integer_sites, learn, learns
+from vitq.calib.block_gradient import DEFAULTS, fitted, integer_sites, learn, learns
 from vitq.calib.choose import (attention_params, cache_params, check_statistics, check_transformed, input_formats, install_hadamard, layer_format,
                                record_thresholds, solved)
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
-from vitq.calib.online import install, mixed_values
-from vitq.calib.resume import Done, Folder, fingerprint_of, on_cpu
+from vitq.calib.online import clamp_weights, install, mixed_values, with_learned
+from vitq.calib.resume import Done, Folder, fingerprint_of, fingerprint_of_learned, on_cpu
 from vitq.calib.runner import Operand, check_sample_count, checked, exact_float32, fingerprint, observing, operands_of, specs, transform_of
 from vitq.calib.simulate import fake_operands, fake_weight
 from vitq.calib.statistics import Statistics
@@ -36,14 +36,21 @@ log = logging.getLogger("vitq")
 
 
 def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidden, targets: Hidden | None,
-           done: Done | None) -> tuple[dict[str, InputParams], dict[str, CacheParams], dict[str, Tensor]]:
-    """Learn of a part's inputs what is to be learned, or take it from what was done, and put it, and Hadamard's matrices, into the model and into `formats`.
+           done: Done | None, given: Mapping[str, InputParams] | None) -> tuple[dict[str, InputParams], dict[str, CacheParams], dict[str, Tensor]]:
+    """Learn of a part's inputs what is to be learned, or take it from what was done or is `given` (`fitted`), and put it, and Hadamard's matrices, into the
+    model and into `formats`.
     Returns what was learned, how keys and values are quantized, and the ranges of weights (`InputParams.ratios`) by layer."""
     part, model, recipe = chain.parts[index], chain.model, plan.recipe
     heads = mixed_values(chain.prepared, plan.specs)
     inputs, caches = {}, cache_params(chain.prepared, part.caches, plan)
     if done is not None:
         inputs, caches = done.inputs, {name: done.layers[name] for name in caches}
+    elif given is not None:
+        inputs = {ours[0].name: given[ours[0].name] for sites in part.groups if (ours := integer_sites(sites, plan))}
+        for site in part.caches:
+            if site.kv in caches:
+                pair = ((caches[site.kv].k, site.qk), (caches[site.kv].v, site.pv))
+                caches[site.kv] = CacheParams(*(None if fmt is None else with_learned(fmt, given[name]) for fmt, name in pair))
     elif recipe.learns:
         options = {**DEFAULTS, **recipe.block_gradient}
         specs = {site.name: plan.specs[site.name] for sites in part.groups for site in sites}
@@ -66,18 +73,22 @@ def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidd
             install(model, sites, params, plan, formats, heads)
             if params.ratios is not None:
                 sizes = [model.get_submodule(site.name).out_features for site in ours]
-                ratios.update(zip((site.name for site in ours), params.ratios.split(sizes)))
+                for site, of in zip(ours, params.ratios.split(sizes)):
+                    if params.clamped:
+                        clamp_weights(model.get_submodule(site.name), formats[site.name], of)
+                    ratios[site.name] = torch.ones_like(of) if params.clamped else of
     return inputs, caches, ratios
 
 
 class FloatStream:
     """Each part reads what the float model gives it. plain: hidden states of the model as it is, which statistics are of; folded: of the model
-    with the recipe's transforms in it, which Gram matrices are of. Either is None where nobody looks at it."""
+    with the recipe's transforms in it, which Gram matrices are of. Either is None where nobody looks at it. learned: of `fitted`, or
+    None."""
 
-    def __init__(self, chain: Chain, plan: Plan, memory: float, statistics: Statistics | None) -> None:
-        self.chain, self.plan, self.memory, self.given = chain, plan, memory, statistics
+    def __init__(self, chain: Chain, plan: Plan, memory: float, statistics: Statistics | None, learned: Mapping[str, InputParams] | None) -> None:
+        self.chain, self.plan, self.memory, self.given, self.learned = chain, plan, memory, statistics, learned
         recipe, start = plan.recipe, [None] * len(chain.batches)
-        self.plain: Hidden | None = start if recipe.learns or statistics is None and any(part.wanted for part in chain.parts) else None
+        self.plain: Hidden | None = start if recipe.learns and learned is None or statistics is None and any(part.wanted for part in chain.parts) else None
         self.folded: Hidden | None = start if recipe.needs_inputs and (recipe.transforms or self.plain is None) else None
 
     def skip(self, index: int, onward: bool) -> None:
@@ -98,7 +109,7 @@ class FloatStream:
         formats: _Formats = {}
         for sites in part.groups:
             formats.update(input_formats(model, sites, recipe, stats if self.given is None else self.given, plan))
-        learned, caches, ratios = _mixed(chain, index, plan, formats, before or [], None, done)
+        learned, caches, ratios = _mixed(chain, index, plan, formats, before or [], None, done, self.learned)
         layers = {} if done is None else done.layers
         passes = divided(model, formats, self.memory) if recipe.needs_inputs and done is None else []
         inputs = before if self.folded is None else self.folded
@@ -147,13 +158,14 @@ def _turn(fakes: list[_Fake]) -> None:
 
 class QuantizedStream:
     """Each part reads what the quantized ones before it give, and in a part each group of layers that share an input what the quantized groups
-    before it give. floats: the hidden states of the float model, beside them, for solvers that look at both; else None."""
+    before it give. floats: the hidden states of the float model, beside them, for solvers that look at both; else None. learned: of `fitted`, or None."""
 
-    def __init__(self, chain: Chain, plan: Plan, memory: float) -> None:
-        self.chain, self.plan, self.memory = chain, plan, memory
+    def __init__(self, chain: Chain, plan: Plan, memory: float, learned: Mapping[str, InputParams] | None) -> None:
+        self.chain, self.plan, self.memory, self.learned = chain, plan, memory, learned
+        self.learning = plan.recipe.learns and learned is None
         self.ratios: dict[str, Tensor] = {}  # of the part that is being solved
         self.quantized: Hidden = [None] * len(chain.batches)
-        self.floats: Hidden | None = [None] * len(chain.batches) if plan.recipe.needs_inputs or plan.recipe.learns else None
+        self.floats: Hidden | None = [None] * len(chain.batches) if plan.recipe.needs_inputs or self.learning else None
 
     def part(self, index: int, done: Done | None, onward: bool) -> Done:
         """As `FloatStream.part`."""
@@ -173,9 +185,9 @@ class QuantizedStream:
             for sites in rows:
                 early.update(input_formats(model, sites, recipe, stats, plan))
             if mixed:
-                if recipe.learns and 0 < index <= len(chain.blocks):
+                if self.learning and 0 < index <= len(chain.blocks):
                     onward_floats = chain.run(index, self.floats, (), True)
-                learned, layers, self.ratios = _mixed(chain, index, plan, early, self.quantized, onward_floats, None)
+                learned, layers, self.ratios = _mixed(chain, index, plan, early, self.quantized, onward_floats, None, self.learned)
                 fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()]
             for step in self._steps(index):
                 found = self._attention(index, step) if isinstance(step, AttentionSite) else self._group(index, step, early, fakes, stats)
@@ -185,9 +197,9 @@ class QuantizedStream:
             stats, layers, learned = done
             for sites in sorted(part.groups, key=lambda sites: sites not in rows):
                 early.update(input_formats(model, sites, recipe, stats, plan))
-            if recipe.learns and self.floats is not None:
+            if self.learning and self.floats is not None:
                 onward_floats = chain.run(index, self.floats, (), onward)
-            _mixed(chain, index, plan, early, [], None, done)
+            _mixed(chain, index, plan, early, [], None, done, self.learned)
             fakes = [_Fake(model.get_submodule(name), params) for name, params in layers.items()] if onward else []
         self.quantized = chain.run(index, self.quantized, (), onward)
         _turn(fakes)
@@ -272,7 +284,8 @@ class QuantizedStream:
 @torch.no_grad()
 def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *, stream: str, device: torch.device | None = None,
                     statistics: Statistics | None = None, memory: float = GRAM_MEMORY, resume: str | Path | None = None,
-                    share: tuple[int, int] = (0, 1), progress: Callable[[int], None] | None = None) -> tuple[Plan, Statistics]:
+                    share: tuple[int, int] = (0, 1), progress: Callable[[int], None] | None = None,
+                    learned: Mapping[str, InputParams] | None = None) -> tuple[Plan, Statistics]:
     """As `choose` after `collect`, with one block on `device` at a time: the plan, and the statistics of a float stream. Changes
     `prepared.model` by the transforms only.
 
@@ -280,7 +293,7 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
     what the quantized ones before it give. data: None only for a recipe that needs none (or statistics alone, which a float stream may be
     given). resume: a folder to keep each finished part in, and to take those from that are there. share: (rank, processes), of a float stream with such a
     folder: this process does every so many-th part that is left and takes the others' from the folder, when they are there. progress: called once a block,
-    with the number of images.
+    with the number of images. learned: what was learned elsewhere, in the place of learning.
 
     Raises ValueError as those do, and for a folder of another run; torch.OutOfMemoryError that says what is kept and what to lower.
     """
@@ -296,10 +309,11 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
         check_sample_count(samples, recipe, prepared)
     chain, wanted = Chain(prepared, device, batches), operands_of(prepared, [recipe])
     plan = Plan(recipe, specs(prepared, recipe))
+    learned = None if learned is None else fitted(prepared, plan, learned)
     of_model = fingerprint(prepared.model)
     folder = None if resume is None else Folder(resume, {
         "model": of_model, "recipe": recipe.to_dict(), "data": fingerprint_of(batches), "stream": stream, "blocks": prepared.stages,
-        "statistics": None if statistics is None else statistics.fingerprint()})
+        "statistics": None if statistics is None else statistics.fingerprint(), "learned": None if learned is None else fingerprint_of_learned(learned)})
     with _memory_errors(chain, chain.parts[0], folder, memory), exact_float32():
         chain.assign(wanted)
     # What was done is read first: a damaged file is an error before any work.
@@ -311,7 +325,7 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
         raise ValueError("several processes share the blocks of a float stream by way of a folder: give stream='float' and resume=")
     others = [i for i in to_do if i % processes != rank]  # whatever is done already when a process looks
     to_do = [i for i in to_do if i not in others]
-    running = FloatStream(chain, plan, memory, statistics) if stream == "float" else QuantizedStream(chain, plan, memory)
+    running = FloatStream(chain, plan, memory, statistics, learned) if stream == "float" else QuantizedStream(chain, plan, memory, learned)
     for i, part in enumerate(chain.parts):
         onward = any(later > i for later in to_do)
         with _memory_errors(chain, part, folder, memory), chain.at(i), exact_float32():

@@ -274,7 +274,10 @@ def _log_scale(histogram: Histogram, bits: int) -> Tensor:
 
 def find_histogram(stats: Statistics | None, key: str, channels: int | None, bins: int = LEAST_BINS + 1) -> Histogram:
     """What was seen of an operand, by channel or of all together, with at least so many bins."""
-    seen = None if stats is None or key not in stats or stats[key].bins < bins else stats[key]
+    seen = None if stats is None or key not in stats else stats[key]
+    if seen is not None and seen.bins < bins:
+        raise ValueError(f"the statistics of {key!r} are largest values alone, which tell no static range: calibrate with this recipe, or choose one "
+                         "whose inputs are dynamic")
     if seen is not None and channels is None and seen.channels is not None:
         seen = seen.merged(torch.ones(seen.channels))
     if seen is None or seen.channels != channels:

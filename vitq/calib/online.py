@@ -51,6 +51,11 @@ def row_format(spec: QuantSpec, features: int) -> ActivationFormat:
     return ActivationFormat(spec.bits, dynamic=True, symmetric=spec.symmetric, transform=transform, clip=clip_of(spec))
 
 
+def with_learned(fmt: ActivationFormat, params: InputParams) -> ActivationFormat:
+    """The format with these transform and clip, where there are any."""
+    return replace(fmt, transform=params.transform or fmt.transform, clip=fmt.clip if params.clip is None else params.clip)
+
+
 def clip_of(spec: QuantSpec) -> torch.Tensor | None:
     """Of a dynamic format, None where whole ranges are kept."""
     return None if spec.clip_ratio == 1.0 else torch.full((2,), spec.clip_ratio)
@@ -67,12 +72,22 @@ def install(model: nn.Module, sites: list[LinearSite], params: InputParams, plan
             of = heads[site.name]
             mix_values(model.get_submodule(of.qkv), of.units * sum(of.sections[:-1]), model.get_submodule(site.name), params.values)
         if formats.get(site.name) is not None:
-            before = formats[site.name]
-            formats[site.name] = replace(before, transform=params.transform or before.transform,
-                                         clip=before.clip if params.clip is None else params.clip)
+            formats[site.name] = with_learned(formats[site.name], params)
             done = [*filter(None, (plan.notes.get(site.name), described(params)))]
             if done:
                 plan.notes[site.name] = "; ".join(done)
+
+
+@torch.no_grad()
+def clamp_weights(linear: nn.Linear, fmt: ActivationFormat, ratios: torch.Tensor) -> None:
+    """Set the weights that lie beyond these parts, [N, 2], of the least and the largest of their row to them, in place, as the input's transform has the
+    rows. Others stay as they are, bit for bit."""
+    transform = None if fmt.transform is None else fmt.transform.to(linear.weight.device)
+    rows = linear.weight if transform is None else transform.inverse_transposed(linear.weight)
+    low, high = (end * ratio for end, ratio in zip(rows.aminmax(dim=1, keepdim=True), ratios.to(rows.device).split(1, 1)))
+    beyond = rows.clamp(low, high) - rows
+    changed = (beyond != 0).any(1)
+    linear.weight[changed] += beyond[changed] if transform is None else transform.transposed(beyond[changed])
 
 
 @torch.no_grad()

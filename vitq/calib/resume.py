@@ -29,7 +29,7 @@ HEADER = "run.json"
 POLL = 0.2  # seconds between looks for a file of another process
 # What a fingerprint is made of, and how a message calls it.
 PARTS = {"model": "another model or other weights", "recipe": "another recipe", "data": "other calibration data", "stream": "the other stream",
-         "statistics": "other statistics", "blocks": "other blocks"}
+         "statistics": "other statistics", "blocks": "other blocks", "learned": "other matrices"}
 _STORED = {cls.__name__: cls for cls in (LinearParams, AttentionParams, CacheParams, InputParams, ActivationFormat, Columns, Kronecker)}
 
 
@@ -50,6 +50,12 @@ def fingerprint_of(batches: Iterable[Tensor]) -> str:
             found.update(f"{sample.dtype}{tuple(sample.shape)}".encode())
             found.update(sample.detach().cpu().contiguous().view(torch.uint8).numpy())
     return found.hexdigest()
+
+
+def fingerprint_of_learned(learned: Mapping[str, InputParams]) -> str:
+    """Of what was learned elsewhere of inputs, by name."""
+    tensors: dict[str, Tensor] = {}
+    return digest({name: _pack(learned[name], name, tensors) for name in sorted(learned)}, tensors)
 
 
 def kept_heads(path: str | Path, recipe: Recipe, sites: Iterable[HeadSite]) -> dict[str, list[int]] | None:
@@ -97,7 +103,7 @@ class Folder:
             raise ValueError(f"resume: {self.path / HEADER} is damaged ({error}); delete the folder to start again, or give another") from error
         if not known:
             raise ValueError(f"resume: {self.path} was written by another version of vitq; delete it to start again, or give another folder")
-        other = [said for part, said in PARTS.items() if there.get(part) != run[part]]
+        other = [said for part, said in PARTS.items() if there.get(part) != run.get(part)]
         if other:
             raise ValueError(f"resume: {self.path} holds a run of {' and '.join(other)}; give another folder, or delete it to start again")
 

@@ -124,6 +124,16 @@ def joined(*linears: nn.Linear, known: type = nn.Linear) -> nn.Linear:
     return one
 
 
+# Of a linear layer of the canonical form that stands for several of transformers': these, in the order of its outputs.
+PARTS_OF = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+
+def source_names(name: str) -> tuple[str, ...]:
+    """Of the layers of the source model that the linear layer `name` of the canonical form stands for, in the order of its outputs."""
+    parent, dot, leaf = name.rpartition(".")
+    return tuple(f"{parent}{dot}{part}" for part in PARTS_OF.get(leaf, (leaf,)))
+
+
 def check_module(name: str, module: nn.Module, classes: Collection[str], children: set[str]) -> None:
     """Raises UnsupportedModelError unless `module` is of one of these classes of transformers, with these children at most."""
     if not is_own(module) or type(module).__name__ not in classes:
