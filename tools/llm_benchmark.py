@@ -144,9 +144,9 @@ def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vit
     from transformers import StaticCache
 
     console.step(f"{name}, {recipe_name}: converting")
-    float_model = source()
-    model = vitq.convert(float_model, recipe, dtype=torch.float16 if device.type == "cuda" else None)
-    del float_model
+    torch._dynamo.reset()  # what was compiled before holds its model
+    with memory_of(device):
+        model = vitq.convert(source(), recipe, dtype=torch.float16 if device.type == "cuda" else None)
     for batch in batches:
         console.step(f"{name}, {recipe_name}, batch {batch}")
         with memory_of(device):
