@@ -102,7 +102,7 @@ def test_statistics_of_largest_values_alone_are_no_ranges() -> None:
     stats = vitq.calibrate(model, smooth, [images(model)])
     assert stats["blocks.0.attn.qkv:input"].bins == 4
     static = quick("w8a8-dynamic", "calib_size=2", "qkv.input.dynamic=false")
-    with pytest.raises(ValueError, match="no fitting statistics for 'blocks.0.attn.qkv:input'"):
+    with pytest.raises(ValueError, match="statistics of 'blocks.0.attn.qkv:input' are largest values alone, which tell no static range"):
         vitq.convert(model, static, stats)
 
 
