@@ -253,3 +253,18 @@ def test_transformed_keys(attended: list[int]) -> None:
     model, x = vitq.convert(build("Llama"), recipe, dtype=torch.float32), ids(2, 24)
     cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
     assert sqnr(model(x).logits, step_by_step(model, x, cache, 12, 13, 16)) > SPLIT and attended == [1, 1, 3, 3, 8, 8]
+
+
+def test_what_a_graph_writes_is_counted_and_copies_have_no_graphs() -> None:
+    model = converted("Llama", *INT4)
+    cache = vitq.quantized_cache(model, max_length=16, batch_size=2)
+    model(ids(2, 9), **{CACHE: cache})
+    cache._step_graphs = vitq.graphs._StepGraphs({"key": (lambda: None, {})})
+    copied = copy.deepcopy(cache)
+    assert copied._step_graphs == {} and copied.layers[0].seen == 9 and torch.equal(copied.layers[1].keys, cache.layers[1].keys)
+    cache.layers[0].count(7)
+    with pytest.raises(ValueError, match="room for 16 tokens, holds 16, and 1 came"):
+        cache.layers[0].count(1)
+    for wrong in ({"max_length": "8"}, {"max_length": 4.5}, {"max_length": 8, "batch_size": True}):
+        with pytest.raises(TypeError, match="give integers"):
+            vitq.quantized_cache(model, **wrong)

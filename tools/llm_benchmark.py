@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--kv-bits", type=int, metavar="N", help="bits of keys and values of recipes that leave them in float (default: float)")
     p.add_argument("--repeats", type=int, default=5, help="timed prefills, and decodes of all tokens (default 5)")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile of float16 out, which takes minutes")
-    p.add_argument("--device-map", help="auto: the float model over all visible GPUs, by accelerate; recipes run on one")
+    p.add_argument("--device-map", choices=("auto",), help="auto: the float model over all visible GPUs, by accelerate; recipes run on one")
     p.add_argument("--device", help="default: cuda")
     p.add_argument("--output", type=Path, metavar="PATH", help="write every figure as JSON")
     p.add_argument("--quiet", action="store_true", help="no progress, only the results")
@@ -60,6 +60,8 @@ def run(args: argparse.Namespace) -> int:
     check_least(args, prompt=1, decode=1, repeats=1, layers=1)
     if bool(args.random) == bool(args.model):
         raise ValueError("give --random with the names of shapes, or --model")
+    if args.layers and args.model:
+        raise ValueError("--layers is of a random model: leave it out with --model")
     try:
         batches = [int(b) for b in args.batch.split(",")]
     except ValueError:
@@ -104,6 +106,8 @@ def recipe_of(name: str, kv_bits: int | None) -> vitq.Recipe:
     if recipe.needs_data:  # a solver, outliers: which of them is no matter here
         changes = ["solver=rtn", "transforms=[]"]
         recipe = recipe.with_overrides(changes)
+    if recipe.needs_data or recipe.execution == "simulated":
+        raise ValueError(f"--recipes {name}: it chooses something by data, or is for simulation, so it does not run on a model that was just made")
     if kv_bits and not recipe.resolve("qk").cached:
         recipe = recipe.with_overrides([f"kv.bits={kv_bits}"])
     return recipe

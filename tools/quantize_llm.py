@@ -60,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace, console: Console) -> int:
     began = time.perf_counter()
     if helps := int(os.environ.get("RANK", "0")) > 0 and args.resume is not None:  # one of several processes, of which the first reports
-        args.quiet, args.eval, args.tasks, args.benchmark, args.simulate, args.save, args.output = True, "none", None, False, False, None, None
+        args.eval, args.tasks, args.benchmark, args.simulate, args.save, args.output, args.json = "none", None, False, False, None, None, False
+        console = Console(True, True)
     check_least(args, nsamples=1, seqlen=2, limit=1, batch_size=1, memory=1e-3)
     if args.load and (args.recipe or args.set or args.nsamples or args.simulate or args.save or args.stats or args.act_scales
                       or args.stream):

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vitq.calib.block_gradient import check_learned
 from vitq.calib.blocks import STREAMS, collect_blocks, quantize_blocks
 from vitq.calib.choose import check_statistics, choose, find_histogram, linear_params, observed_format
 from vitq.calib.gram import GRAM_MEMORY, gram_of
@@ -17,7 +18,7 @@ from vitq.calib.heads import check_choice_of_heads, choose_heads, statistics_of_
 from vitq.calib.histogram import LEAST_BINS, Histogram
 from vitq.calib.online import Sizes, hadamard_input, input_sizes, mixed_values
 from vitq.calib.resume import kept_heads
-from vitq.calib.runner import check_calibration, collect, limited, operands_of
+from vitq.calib.runner import check_calibration, collect, limited, operands_of, specs
 from vitq.calib.simulate import simulate as _simulate
 from vitq.calib.statistics import Statistics
 from vitq.models import Prepared, prepare
@@ -148,10 +149,10 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
         recipe = dataclasses.replace(recipe, transforms=(), transform_options={})
     learns = recipe.learns and learned is None
     if (recipe.is_static and statistics is None or recipe.needs_inputs or learns or recipe.scores_heads) and calib is None:
-        what = "is static" if recipe.is_static and statistics is None else f"solves by {recipe.solver!r}" if recipe.needs_inputs else \
-            "learns by block_gradient" if learns else "chooses heads by what they write"
-        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids, or the "
-                         "statistics of vitq.calibrate), or use the recipe 'w8a8-dynamic', which needs no data")
+        what = "learns by block_gradient" if learns else "is static" if recipe.is_static and statistics is None else \
+            f"solves by {recipe.solver!r}" if recipe.needs_inputs else "chooses heads by what they write"
+        statistics_too = "" if learns or recipe.needs_inputs or recipe.scores_heads else ", or the statistics of vitq.calibrate"
+        raise ValueError(f"recipe {recipe.name!r} {what}: give calib= (an iterable of batches of preprocessed images or of token ids{statistics_too}), or use the recipe 'w8a8-dynamic', which needs no data")
     if not memory > 0:
         raise ValueError(f"memory must be a number of bytes above 0; got {memory}")
     prepared = prepare(model)
@@ -198,8 +199,9 @@ def quantize(model: nn.Module, recipe: Recipe, calib: Iterable | Statistics | No
 
 def _share(stream: str, resume: str | Path | None) -> tuple[int, int]:
     """(rank, processes) of those that `torchrun` started, where they have a folder to share the blocks of a float stream by."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    return (int(os.environ["RANK"]), processes) if processes > 1 and resume is not None and stream == "float" else (0, 1)
+    rank, processes = (os.environ.get(name) for name in ("RANK", "WORLD_SIZE"))
+    shared = "LOCAL_RANK" in os.environ and rank is not None and processes is not None and resume is not None and stream == "float"
+    return (int(rank), int(processes)) if shared else (0, 1)
 
 
 def _kept(calib: Iterable, recipe: Recipe, prepared: Prepared) -> Iterable:
@@ -351,6 +353,8 @@ def check(model: nn.Module, recipe: str | Recipe | Sequence[str | Recipe], stati
         if one.heads:
             check_choice_of_heads(prepared, one)
         wanted = operands_of(prepared, [one])
+        if one.learns:
+            check_learned(prepared, specs(prepared, one), one)
         if statistics is not None:
             for key, operand in wanted.items():
                 find_histogram(statistics, key, operand.channels, LEAST_BINS if operand.bins == LEAST_BINS else LEAST_BINS + 1)

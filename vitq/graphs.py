@@ -188,7 +188,17 @@ class GraphedModel(nn.Module):
 
 
 MOST_NEW_TOKENS = 8  # of a step of generation that is worth a graph
-MOST_STEPS = 4  # graphs that a cache keeps
+MOST_STEPS = 8  # graphs that a cache keeps
+
+
+class _StepGraphs(dict):
+    """Those of one cache, which no copy of it has: they hold its addresses."""
+
+    def __deepcopy__(self, memo: dict) -> _StepGraphs:
+        return _StepGraphs()
+
+    def __reduce__(self) -> tuple:
+        return _StepGraphs, ()
 
 
 def step(model: nn.Module, inputs: dict[str, Any]) -> Any:
@@ -204,7 +214,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> Any:
         return model(**inputs)
     key = (id(model), _version(model), *(layer.keys.data_ptr() for layer in cache.layers),
            *((name, t.shape, t.dtype, t.stride()) for name, t in sorted(tensors.items())))
-    graphs = cache.__dict__.setdefault("_step_graphs", {})
+    graphs = cache.__dict__.setdefault("_step_graphs", _StepGraphs())
     if key not in graphs:
         while len(graphs) >= MOST_STEPS:
             torch.cuda.synchronize(ids.device)
@@ -220,13 +230,13 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> Any:
             graphs[key] = "not captured"
             log.warning("%s cannot be captured as a CUDA graph (%s); it generates without", type(model).__name__, str(error).splitlines()[0])
             return model(**inputs)
-    graph, static = graphs[key]
+    graphs[key] = graph, static = graphs.pop(key)  # the one that was not used for longest goes first
+    for layer in cache.layers:
+        if hasattr(layer, "seen"):  # what the host knows of its tokens
+            layer.count(ids.shape[1])
     for name, tensor in tensors.items():
         static[name].copy_(tensor)
     graph.replay()
-    for layer in cache.layers:
-        if hasattr(layer, "seen"):  # what the host knows of its tokens
-            layer.seen += ids.shape[1]
     kind, name, logits = graph.output
     return kind(logits=logits.clone(), **{name: cache})
 

@@ -150,8 +150,10 @@ class Recipe:
                     for key in ("transform", "observer") if getattr(rule, operand).get(key) == "learned"]
         if learned and not self.block_gradient:
             raise ValueError(f"{learned[0]}: 'learned', and block_gradient is missing, which learns it: give block_gradient: {{epochs: 15}}")
-        if self.block_gradient and not learned and not self.block_gradient.get("diagonal", False):
-            raise ValueError("block_gradient: nothing is to be learned; give transform: learned, observer: learned, or block_gradient.diagonal: true")
+        dynamic = any(layer.input.dynamic and not layer.is_float and not layer.weight_only for role, layer in layers.items() if role in LINEAR_ROLES)
+        if self.block_gradient and not learned and not (self.block_gradient.get("diagonal", False) and dynamic):
+            raise ValueError("block_gradient: nothing is to be learned; give transform: learned, observer: learned, or block_gradient.diagonal: true, with "
+                             "inputs of dynamic: true")
 
     def _check_named(self, index: int, rule: Rule) -> None:
         # Which roles the pattern will meet is known only with the model; a rule that is wrong for all it could meet is a mistake now.

@@ -222,7 +222,8 @@ def check_block_gradient(given: Any) -> None:
             check_choice(value, kind, where)
         else:
             number, least, most = kind
-            check_type(value, number if number is int else (int, float), where, "an integer" if number is int else "a number")
+            hint = " (YAML takes 1e-3 for text: write 0.001 or 1.0e-3)" if isinstance(value, str) and number is float else ""
+            check_type(value, number if number is int else (int, float), where, "an integer" if number is int else f"a number{hint}")
             if isinstance(value, bool) or not least <= value <= most or number is float and value == 0:
                 raise ValueError(f"{where}: {value!r}; allowed: {'above ' if number is float else ''}{least:g} to {most:g}")
 
@@ -285,6 +286,9 @@ def check_layer(layer: str, role: str, specs: Mapping[str, Any], sources: Mappin
             if spec.observer == "learned" and (not spec.symmetric or spec.granularity != "per_channel" or spec.segments != "one" or role == "patch_embed"):
                 refuse(operand, "observer", "learned is one symmetric range for each output of a linear layer: with symmetric: true, granularity: "
                        "per_channel, segments: one")
+            if spec.observer == "learned" and (weight_only or not specs["input"].dynamic):
+                refuse(operand, "observer", "ranges of weights are learned with those of dynamic inputs: with input.dynamic: true and fewer than 16 bits, or "
+                       f"{', '.join(OBSERVERS[:-1])}")
             if spec.segments != "one" and specs["input"].transform != "none":
                 refuse(operand, "segments", "a transform mixes input features, so no column is an outlier's: one, or input.transform: none")
             if spec.segments != "one" and role == "patch_embed":

@@ -167,6 +167,11 @@ def test_vision_models(name: str) -> None:
     assert sqnr(model(x), simulated) > 6 and sqnr(simulated, executed(x)) > sqnr(model(x), simulated) + 5
 
 
+def test_a_static_recipe_has_no_diagonal_to_learn() -> None:
+    with pytest.raises(ValueError, match="inputs of dynamic: true"):
+        vitq.Recipe.from_yaml("w8a8").with_overrides(["block_gradient={epochs: 1, diagonal: true}"])
+
+
 @torch.no_grad()
 def test_hadamard_matrices_need_no_data() -> None:
     model, x = outlying(), ids(4, 24, seed=50)
@@ -188,13 +193,14 @@ def test_hadamard_matrices_need_no_data() -> None:
     (["block_gradient.epochs=0"], "block_gradient.epochs: 0; allowed: 1 to"),
     (["block_gradient.learning_rate=0"], "block_gradient.learning_rate: 0; allowed: above 0"),
     (["block_gradient.matrices=lu"], "block_gradient.matrices: 'lu' is not known"),
-    (["input.dynamic=false"], "transform: 'learned' for the input"),
+    (["input.dynamic=false", "weight.observer=mse"], "transform: 'learned' for the input"),
     (["qkv.input.outliers=32"], "transform: 'learned' for the input of qkv"),
     (["pv.other.transform=learned"], "for the input of a linear layer, or for keys"),
     (["qkv.weight.transform=hadamard"], "transform: 'hadamard' for the weight of qkv"),
     (["qkv.weight.symmetric=false"], "observer: 'learned' for the weight of qkv"),
     (["qkv.input.clip_ratio=0.9"], "clip_ratio: 0.9 for the input of qkv"),
     (["qkv.input.clip_ratio=1.5"], "clip_ratio: 1.5; allowed: 0.1 to 1"),
+    (["block_gradient.learning_rate=1e-3"], "write 0.001 or 1.0e-3"),
 ])
 def test_recipe_mistakes(changes: list[str], message: str) -> None:
     if changes == [*RTN[1:]]:
@@ -206,7 +212,7 @@ def test_recipe_mistakes(changes: list[str], message: str) -> None:
 @torch.no_grad()
 def test_refuses() -> None:
     model = outlying()
-    with pytest.raises(ValueError, match="learns by block_gradient: give calib=|is static: give calib="):
+    with pytest.raises(ValueError, match="learns by block_gradient: give calib="):
         vitq.convert(model, recipe())
     with pytest.raises(ValueError, match="'lm_head' is in no block"):
         vitq.convert(model, recipe("flatquant-w4a4", "head.bits=4", "head.input.dynamic=true", "head.input.transform=learned", epochs=1), CALIB)
@@ -220,7 +226,7 @@ def test_refuses() -> None:
 
 
 def _learn_a_share(rank: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     with torch.no_grad():
         model = vitq.convert(outlying(num_hidden_layers=3), recipe(epochs=2), CALIB, dtype=torch.float32, stream="float", resume=f"{folder}/run")
@@ -236,3 +242,22 @@ def test_processes_share_the_blocks(tmp_path) -> None:
         shared = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert all(torch.equal(shared[name], tensor) for name, tensor in alone.state_dict().items())
     assert (tmp_path / "run" / "statistics.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["w8a8", "gptq-w4a16", "flatquant-w4a4kv4"])
+@torch.no_grad()
+def test_a_finished_quantized_stream_opens_again(name: str, tmp_path) -> None:
+    """Of a model whose tail, with a tied head, has no layer."""
+    model, made = outlying(tie_word_embeddings=True), recipe(name, epochs=1)
+    first, again = (vitq.convert(model, made, CALIB, stream="quantized", dtype=torch.float32, resume=tmp_path / "run") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), again.state_dict().values()))
+
+
+@pytest.mark.parametrize("changes, message", [
+    (["head.bits=4", "head.input.dynamic=true", "head.input.transform=learned"], "'lm_head' is in no block"),
+    (["name:*.layers.1.*down_proj.input.bits=16"], "learned with those of dynamic inputs"),
+    (["fc2.input.dynamic=false", "fc2.input.transform=none", "fc2.input.observer=minmax"], "learned with those of dynamic inputs"),
+])
+def test_what_cannot_be_learned_is_said_before_any_work(changes: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        vitq.check(outlying(), recipe("flatquant-w4a4", *changes))

@@ -22,7 +22,7 @@ from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range
 from vitq.models.sites import CacheSite, HeadSite, LinearSite, Prepared
 from vitq.plan import CacheParams, InputParams, Plan
 from vitq.quantizers.kronecker import hadamard
-from vitq.recipe import LayerSpec, QuantSpec
+from vitq.recipe import LayerSpec, QuantSpec, Recipe
 from vitq.transforms.smooth import bounded_scale
 from vitq.transforms.values import value_columns, value_rows
 
@@ -318,6 +318,15 @@ def _check_invertible(transform: Kronecker | None, name: str) -> None:
     for matrix in () if transform is None else (transform.left, transform.right):
         if matrix is not None and not (bool(matrix.isfinite().all()) and float(torch.linalg.cond(matrix.double())) < LARGEST_CONDITION):
             raise ValueError(f"block_gradient: a matrix of {name!r} can no longer be inverted: give a smaller block_gradient.learning_rate")
+
+
+def check_learned(prepared: Prepared, specs: Mapping[str, LayerSpec], recipe: Recipe) -> None:
+    """Raises ValueError for a layer outside of the blocks of which something is to be learned."""
+    options = {**DEFAULTS, **recipe.block_gradient, "diagonal": False}  # which is for those that have one
+    for site in prepared.linears if recipe.learns else ():
+        if site.name in specs and learns([specs[site.name]], options) and not any(site.name.startswith(f"{stage}.") for stage in prepared.stages):
+            raise ValueError(f"recipe {recipe.name!r}: {site.name!r} is in no block, and block_gradient learns in blocks alone: give it "
+                             "transform: hadamard or none, and another observer")
 
 
 def integer_sites(sites: list[LinearSite], plan: Plan) -> list[LinearSite]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.chain import Chain, Hidden, Part, targets
-from vitq.calib.block_gradient import DEFAULTS, fitted, integer_sites, learn, learns
+from vitq.calib.block_gradient import DEFAULTS, check_learned, fitted, integer_sites, learn, learns
 from vitq.calib.choose import (attention_params, cache_params, check_statistics, check_transformed, input_formats, install_hadamard, layer_format,
                                record_thresholds, solved)
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
@@ -55,17 +55,12 @@ def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidd
         options = {**DEFAULTS, **recipe.block_gradient}
         specs = {site.name: plan.specs[site.name] for sites in part.groups for site in sites}
         cached = [plan.specs[name].cached for site in part.caches for name in (site.qk, site.pv) if name in plan.specs]
-        if learns(specs.values(), options) or any("learned" in (spec.transform, spec.observer) for spec in cached):
-            if not 0 < index <= len(chain.blocks):
-                named = next((name for name, spec in specs.items() if learns([spec], {**options, "diagonal": False})), None)
-                if named is not None:
-                    raise ValueError(f"recipe {recipe.name!r}: {named!r} is in no block, and block_gradient learns in blocks alone: give it "
-                                     "transform: hadamard or none, and another observer")
-            else:
-                found = learn(model, part.name, part.groups, part.caches, caches, plan, heads,
-                              lambda i, hidden, parameters: chain.call(index, i, hidden, parameters), hidden, targets)
-                inputs, caches = found.inputs, {**caches, **found.caches}
-                log.info("%s: squared error %.4g of the output's in the first epoch, %.4g in the last", part.name, *found.errors)
+        wanted = learns(specs.values(), options) or any("learned" in (spec.transform, spec.observer) for spec in cached)
+        if wanted and 0 < index <= len(chain.blocks):  # elsewhere at most diagonals are asked for (`check_learned`)
+            found = learn(model, part.name, part.groups, part.caches, caches, plan, heads,
+                          lambda i, hidden, parameters: chain.call(index, i, hidden, parameters), hidden, targets)
+            inputs, caches = found.inputs, {**caches, **found.caches}
+            log.info("%s: squared error %.4g of the output's in the first epoch, %.4g in the last", part.name, *found.errors)
     ratios = {}
     for sites in part.groups:
         install_hadamard(model, sites, plan, formats, heads)
@@ -221,7 +216,7 @@ class QuantizedStream:
                     handles.append(module.tap_p.register_forward_hook(lambda module, args, output, name=name: seen.append(name)))
                 else:
                     handles.append(module.register_forward_pre_hook(lambda module, args, name=name: seen.append(name)))
-            if self.quantized:
+            if self.quantized and names:
                 self.chain.step(index, 0, self.quantized[0])
         finally:
             for handle in handles:
@@ -309,6 +304,7 @@ def quantize_blocks(prepared: Prepared, recipe: Recipe, data: Iterable | None, *
         check_sample_count(samples, recipe, prepared)
     chain, wanted = Chain(prepared, device, batches), operands_of(prepared, [recipe])
     plan = Plan(recipe, specs(prepared, recipe))
+    check_learned(prepared, plan.specs, recipe)
     learned = None if learned is None else fitted(prepared, plan, learned)
     of_model = fingerprint(prepared.model)
     folder = None if resume is None else Folder(resume, {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from vitq.formats import ActivationFormat, Columns, Kronecker
 from vitq.models.sites import HeadSite
 from vitq.plan import AttentionParams, CacheParams, InputParams, LinearParams
 from vitq.recipe import Recipe
+
+log = logging.getLogger("vitq")
 
 SCHEMA = 1
 FORMAT = "vitq-blocks"
@@ -85,9 +88,10 @@ class Folder:
             raise ValueError(f"resume: {self.path} is no folder; give another, or one that does not exist yet")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if (self.path / HEADER).exists():
+            there = [file.name for file in self.path.iterdir() if not file.name.startswith(f".{HEADER}.")]  # which another process may be writing
+            if (self.path / HEADER).exists():  # looked for last: another process may have written it meanwhile
                 self._check(run)
-            elif any(not file.name.startswith(f".{HEADER}.") for file in self.path.iterdir()):  # which another process may be writing
+            elif there:
                 raise ValueError(f"resume: {self.path} holds other files and no {HEADER}: it is no folder of a calibration; give another")
             else:
                 with replacing(self.path / HEADER) as temporary:
@@ -131,8 +135,11 @@ class Folder:
 
     def wait(self, index: int, name: str) -> Done:
         """What another process saves of a block, when it is there."""
-        while (done := self.load(index, name)) is None:
+        if (done := self.load(index, name)) is None:
+            log.info("waiting for %s, which another process makes", self.file(index))
+        while done is None:
             time.sleep(POLL)
+            done = self.load(index, name)
         return done
 
     def load(self, index: int, name: str) -> Done | None:

@@ -145,6 +145,8 @@ def quantized_cache(model: nn.Module, *, max_length: int | None = None, batch_si
         if batch_size != 1 or float_prefill:
             raise ValueError("batch_size and float_prefill are of a cache with a max_length; without one it takes the batch that comes")
         return QuantizedCache(config=model.config)
+    if not all(isinstance(n, int) and not isinstance(n, bool) for n in (max_length, batch_size)):
+        raise TypeError(f"max_length {max_length!r}, batch_size {batch_size!r}: give integers")
     if min(max_length, batch_size) < 1:
         raise ValueError(f"max_length {max_length}, batch_size {batch_size}: give 1 or more")
     attentions = {module.layer_idx: module for module in model.modules() if hasattr(module, "kv") and hasattr(module, "layer_idx")}

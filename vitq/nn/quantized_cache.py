@@ -82,6 +82,10 @@ class StaticCodedLayer(StaticLayer):
         batch, _, tokens, _ = new.shape
         if batch != self.batch_size:
             raise ValueError(f"the cache is of {self.batch_size} sequences, and {batch} came: vitq.quantized_cache(model, max_length=…, batch_size={batch})")
+        self.count(tokens)
+
+    def count(self, tokens: int) -> None:
+        """Count tokens that are written by a graph, or are about to be. Raises ValueError where they do not fit."""
         if self.seen + tokens > self.max_cache_len:
             raise ValueError(f"the cache has room for {self.max_cache_len} tokens, holds {self.seen}, and {tokens} came: give a larger max_length, or reset()")
         self.seen += tokens
