@@ -27,7 +27,7 @@ from vitq.builders import BUILDERS
 from vitq.calib.block_gradient import fitted
 from vitq.calib.choose import cache_params
 from vitq.calib.flatquant import INPUTS, FlatBlock, warn_of_spread
-from vitq.calib.online import with_learned
+from vitq.calib.online import learned_cache
 from vitq.calib.runner import specs
 from vitq.checkpoint_files import CONFIG, GENERATION, INDEX, CheckpointError, read_json, read_tensors, some, tensor_files
 from vitq.conversion import executed, float_dtype
@@ -36,7 +36,7 @@ from vitq.models import Prepared, prepare
 from vitq.models.adapter import replace
 from vitq.models.language import source_names
 from vitq.ops.dispatch import check_backend, pick_device
-from vitq.plan import CacheParams, LinearParams, Plan
+from vitq.plan import LinearParams, Plan
 from vitq.recipe import FLOAT_BITS, Recipe
 
 QUANTIZATION = "quantization_config.json"
@@ -178,8 +178,7 @@ def _plan(prepared: Prepared, source: nn.Module, tensors: dict[str, Tensor], sai
         plan.layers[layer] = LinearParams(torch.cat(codes), said["w_bits"], torch.cat(scale), bias, fmt)
     for site in prepared.caches:
         if base := cache_params(prepared, [site], plan):
-            pair = ((base[site.kv].k, site.qk), (base[site.kv].v, site.pv))
-            plan.layers[site.kv] = CacheParams(*(None if fmt is None else with_learned(fmt, given[name]) for fmt, name in pair))
+            plan.layers[site.kv] = learned_cache(site, base[site.kv], given)
     return plan
 
 

@@ -80,6 +80,11 @@ class LayerSpec:
         """Whether a quantized weight meets inputs in floating point."""
         return not self.is_float and self.weight is not None and self.input.bits == FLOAT_BITS
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether a quantized weight meets codes whose range is found at run time."""
+        return self.weight is not None and not self.is_float and not self.weight_only and self.input.dynamic
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -150,7 +155,7 @@ class Recipe:
                     for key in ("transform", "observer") if getattr(rule, operand).get(key) == "learned"]
         if learned and not self.block_gradient:
             raise ValueError(f"{learned[0]}: 'learned', and block_gradient is missing, which learns it: give block_gradient: {{epochs: 15}}")
-        dynamic = any(layer.input.dynamic and not layer.is_float and not layer.weight_only for role, layer in layers.items() if role in LINEAR_ROLES)
+        dynamic = any(layers[role].is_dynamic for role in LINEAR_ROLES)
         if self.block_gradient and not learned and not (self.block_gradient.get("diagonal", False) and dynamic):
             raise ValueError("block_gradient: nothing is to be learned; give transform: learned, observer: learned, or block_gradient.diagonal: true, with "
                              "inputs of dynamic: true")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq.calib.online import input_sizes, mixed_values
+from vitq.calib.online import divisible, input_sizes, mixed_values
 from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range
 from vitq.models.sites import CacheSite, HeadSite, LinearSite, Prepared
 from vitq.plan import CacheParams, InputParams, Plan
@@ -135,14 +135,13 @@ class SharedInput(nn.Module):
         self.spec, features = first.input, self.linears[sites[0].name].in_features
         a, b = input_sizes(sites[0].name, first, features, heads)
         self.left, self.right = (matrix_of(self.spec.transform, n, options, generator) for n in (a, b))
-        movable = sites[0].norm is not None and model.get_submodule(sites[0].norm).weight is not None or sites[0].rows is not None
-        self.log_divisor = nn.Parameter(torch.zeros(features)) if options["diagonal"] and movable else None
+        self.log_divisor = nn.Parameter(torch.zeros(features)) if options["diagonal"] and divisible(model, sites) else None
         self.clip = nn.Parameter(torch.full((2,), CLIP_START)) if self.spec.observer == "learned" else None
         self.clips = nn.ParameterDict({name.replace(".", "/"): nn.Parameter(torch.full((linear.out_features, 2), CLIP_START))
                                        for name, linear in self.linears.items() if self.specs[name].weight.observer == "learned"})
         site = heads.get(sites[0].name)
         self.values = None if site is None or self.spec.transform == "none" else matrix_of(
-            self.spec.transform, site.columns // site.queries, options, generator)
+            self.spec.transform, site.head_dim, options, generator)
 
     def prepare(self) -> None:
         """Make the matrices of this step."""
@@ -164,8 +163,12 @@ class SharedInput(nn.Module):
             weight = value_columns(weight, self.value_pair[1])
         if self.log_divisor is not None:
             weight = weight * self.log_divisor.exp()
-        clip = self.clips[key].sigmoid() if (key := name.replace(".", "/")) in self.clips else None
-        return fake_weight(self._mixed(weight, 1), self.specs[name].weight, clip)
+        return fake_weight(self._mixed(weight, 1), self.specs[name].weight, self._ratios(name))
+
+    def _ratios(self, name: str) -> Tensor | None:
+        """What ends of the rows of a layer's weight are multiplied with, [N, 2], where it is learned."""
+        key = name.replace(".", "/")
+        return self.clips[key].sigmoid() if key in self.clips else None
 
     def _mixed(self, x: Tensor, side: int) -> Tensor:
         """Rows of x times the matrices (side 0) or the transposes of their inverses (1)."""
@@ -186,7 +189,7 @@ class SharedInput(nn.Module):
         divisor = None if self.log_divisor is None else self.log_divisor.exp().cpu()
         if divisor is not None and self.sites[0].norm is None:
             divisor = bounded_scale(divisor)
-        ratios = [torch.ones(linear.out_features, 2) if (key := name.replace(".", "/")) not in self.clips else self.clips[key].sigmoid().cpu()
+        ratios = [torch.ones(linear.out_features, 2) if (learned_ratios := self._ratios(name)) is None else learned_ratios.cpu()
                   for name, linear in self.linears.items()]
         return InputParams(divisor, None if self.value_pair is None or not learned else self.value_pair[0].cpu(),
                            None if online == [None, None] else Kronecker(*online), None if self.clip is None else self.clip.sigmoid().cpu(),
@@ -232,7 +235,7 @@ class Learned:
 def learns(specs: Iterable[LayerSpec], options: Mapping[str, Any]) -> bool:
     """Whether something of the input of layers with these specs, or of their weights, is to be learned."""
     def wanted(spec: LayerSpec) -> bool:
-        if spec.is_float or spec.weight_only or not spec.input.dynamic:
+        if not spec.is_dynamic:
             return False
         return options["diagonal"] or "learned" in (spec.input.transform, spec.input.observer, spec.weight.observer)
 
@@ -276,9 +279,8 @@ def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: l
                 weight, bias = linear.weight, linear.bias
                 if layer in producers:
                     of, site = producers[layer]
-                    start = site.units * sum(site.sections[:-1])
-                    weight = value_rows(weight, start, of.value_pair[0])
-                    bias = None if bias is None else value_rows(bias, start, of.value_pair[0])
+                    weight = value_rows(weight, site.first_value, of.value_pair[0])
+                    bias = None if bias is None else value_rows(bias, site.first_value, of.value_pair[0])
                 inside = layer.removeprefix(f"{name}.")
                 made[f"{inside}.weight"] = one.weight(layer, weight)
                 if bias is not None:
@@ -331,7 +333,7 @@ def check_learned(prepared: Prepared, specs: Mapping[str, LayerSpec], recipe: Re
 
 def integer_sites(sites: list[LinearSite], plan: Plan) -> list[LinearSite]:
     """Those whose input is quantized at run time. Raises ValueError where they do not quantize it in one way."""
-    found = [site for site in sites if not (spec := plan.specs[site.name]).is_float and not spec.weight_only and spec.input.dynamic]
+    found = [site for site in sites if plan.specs[site.name].is_dynamic]
     odd = next((site for site in found if plan.specs[site.name].input != plan.specs[found[0].name].input), None)
     if odd is not None and learns((plan.specs[site.name] for site in found), {**DEFAULTS, **plan.recipe.block_gradient}):
         raise ValueError(f"recipe {plan.recipe.name!r} quantizes the input that {found[0].name!r} and {odd.name!r} share in two ways: what is learned of "
@@ -374,9 +376,8 @@ def fitted(prepared: Prepared, plan: Plan, learned: Mapping[str, InputParams]) -
         params, spec = of(name, plan.specs[name].input), plan.specs[name]
         check_sizes(name, params, input_sizes(name, spec, linear.in_features, heads) if spec.input.transform == "learned" else (None, None))
         rows, site = sum(model.get_submodule(site.name).out_features for site in ours), heads.get(name)
-        movable = ours[0].rows is not None or ours[0].norm is not None and model.get_submodule(ours[0].norm).weight is not None
-        shapes = {"divisor": [linear.in_features] if movable else None, "ratios": [rows, 2],
-                  "values": None if site is None or spec.input.transform != "learned" else [site.columns // site.queries] * 2}
+        shapes = {"divisor": [linear.in_features] if divisible(model, ours) else None, "ratios": [rows, 2],
+                  "values": None if site is None or spec.input.transform != "learned" else [site.head_dim] * 2}
         for key, shape in shapes.items():
             has = None if (tensor := getattr(params, key)) is None else list(tensor.shape)
             if has is not None and has != shape:

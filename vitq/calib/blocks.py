@@ -18,7 +18,7 @@ from vitq.calib.block_gradient import DEFAULTS, check_learned, fitted, integer_s
 from vitq.calib.choose import (attention_params, cache_params, check_statistics, check_transformed, input_formats, install_hadamard, layer_format,
                                record_thresholds, solved)
 from vitq.calib.gram import GRAM_MEMORY, Gram, divided, gathering
-from vitq.calib.online import clamp_weights, install, mixed_values, with_learned
+from vitq.calib.online import clamp_weights, install, learned_cache, mixed_values
 from vitq.calib.resume import Done, Folder, fingerprint_of, fingerprint_of_learned, on_cpu
 from vitq.calib.runner import Operand, check_sample_count, checked, exact_float32, fingerprint, observing, operands_of, specs, transform_of
 from vitq.calib.simulate import fake_operands, fake_weight
@@ -49,8 +49,7 @@ def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidd
         inputs = {ours[0].name: given[ours[0].name] for sites in part.groups if (ours := integer_sites(sites, plan))}
         for site in part.caches:
             if site.kv in caches:
-                pair = ((caches[site.kv].k, site.qk), (caches[site.kv].v, site.pv))
-                caches[site.kv] = CacheParams(*(None if fmt is None else with_learned(fmt, given[name]) for fmt, name in pair))
+                caches[site.kv] = learned_cache(site, caches[site.kv], given)
     elif recipe.learns:
         options = {**DEFAULTS, **recipe.block_gradient}
         specs = {site.name: plan.specs[site.name] for sites in part.groups for site in sites}

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from vitq.formats import ActivationFormat, Kronecker
-from vitq.models.sites import HeadSite, LinearSite, Prepared
-from vitq.plan import InputParams, Plan
+from vitq.models.sites import CacheSite, HeadSite, LinearSite, Prepared
+from vitq.plan import CacheParams, InputParams, Plan
 from vitq.quantizers.kronecker import LARGEST, hadamard, sizes
 from vitq.recipe import LayerSpec, QuantSpec
 from vitq.transforms.smooth import divide_norm, divide_rows, multiply_columns
@@ -23,7 +23,7 @@ def mixed_values(prepared: Prepared, specs: Mapping[str, LayerSpec]) -> dict[str
     """The attentions whose values may be mixed in the weights that make them, by the name of the layer that reads what they add up to: those whose
     values are not rounded by scales that were measured before."""
     there = {site.name for site in prepared.linears}
-    return {site.proj: site for site in prepared.heads if {site.qkv, site.proj} <= there and site.columns // site.queries <= LARGEST
+    return {site.proj: site for site in prepared.heads if {site.qkv, site.proj} <= there and site.head_dim <= LARGEST
             and ((spec := specs.get(f"{site.name}.pv")) is None or spec.is_float)}
 
 
@@ -32,7 +32,7 @@ def input_sizes(name: str, spec: LayerSpec, features: int, heads: Mapping[str, H
     if spec.is_float or spec.weight_only or spec.input.transform == "none":
         return None, None
     site = heads.get(name)
-    return sizes(features, None if site is None else site.units * site.queries)
+    return sizes(features, None if site is None else site.query_heads)
 
 
 def hadamard_input(name: str, spec: LayerSpec, features: int, heads: Mapping[str, HeadSite]) -> InputParams | None:
@@ -41,7 +41,7 @@ def hadamard_input(name: str, spec: LayerSpec, features: int, heads: Mapping[str
         return None
     online = [None if n is None else hadamard(n).half() for n in input_sizes(name, spec, features, heads)]
     site = heads.get(name)
-    values = None if site is None else hadamard(site.columns // site.queries).float()
+    values = None if site is None else hadamard(site.head_dim).float()
     return InputParams(values=values, transform=None if online == [None, None] else Kronecker(*online))
 
 
@@ -54,6 +54,18 @@ def row_format(spec: QuantSpec, features: int) -> ActivationFormat:
 def with_learned(fmt: ActivationFormat, params: InputParams) -> ActivationFormat:
     """The format with these transform and clip, where there are any."""
     return replace(fmt, transform=params.transform or fmt.transform, clip=fmt.clip if params.clip is None else params.clip)
+
+
+def learned_cache(site: CacheSite, params: CacheParams, given: Mapping[str, InputParams]) -> CacheParams:
+    """How an attention's keys and values are quantized, with what is given of its matmuls."""
+    pair = ((params.k, site.qk), (params.v, site.pv))
+    return CacheParams(*(None if fmt is None else with_learned(fmt, given[name]) for fmt, name in pair))
+
+
+def divisible(model: nn.Module, sites: list[LinearSite]) -> bool:
+    """Whether the channels of the sites' common input can be divided where they are made (`divide_input`)."""
+    first = sites[0]
+    return first.rows is not None or first.norm is not None and model.get_submodule(first.norm).weight is not None
 
 
 def clip_of(spec: QuantSpec) -> torch.Tensor | None:
@@ -70,7 +82,7 @@ def install(model: nn.Module, sites: list[LinearSite], params: InputParams, plan
     for site in sites:
         if params.values is not None and site.name in heads:
             of = heads[site.name]
-            mix_values(model.get_submodule(of.qkv), of.units * sum(of.sections[:-1]), model.get_submodule(site.name), params.values)
+            mix_values(model.get_submodule(of.qkv), of.first_value, model.get_submodule(site.name), params.values)
         if formats.get(site.name) is not None:
             formats[site.name] = with_learned(formats[site.name], params)
             done = [*filter(None, (plan.notes.get(site.name), described(params)))]

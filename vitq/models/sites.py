@@ -62,6 +62,19 @@ class HeadSite:
     columns: int
     queries: int = 1  # query heads of a unit
 
+    @property
+    def query_heads(self) -> int:
+        return self.units * self.queries
+
+    @property
+    def head_dim(self) -> int:
+        return self.columns // self.queries
+
+    @property
+    def first_value(self) -> int:
+        """The first of qkv's rows that make values, which are its last section."""
+        return self.units * sum(self.sections[:-1])
+
 
 @dataclass(frozen=True)
 class CacheSite:
