@@ -524,11 +524,11 @@ def cache_rows(batch: int, heads: int, room: int, dim: int, bits: int, symmetric
 
 def append_rows(batch: int, heads: int, tokens: int, dim: int, *, group: int = 2, keys: tuple[int, bool] = (4, False), values: tuple[int, bool] = (4, False),
                 dtype: torch.dtype = torch.float16, rotary: int = 0, right: bool = False, clip: bool = False, queries: bool = True, start: int = 5,
-                apart: bool = False, advance: bool = True) -> dict[str, Any]:
+                apart: bool = False, advance: bool = True, outs: bool = False, before: bool = False, odd: int = 0) -> dict[str, Any]:
     def turned(count: int, seed: int) -> Tensor:  # as the product before leaves them
-        return (randn(batch, tokens, count + 1, dim, seed=seed) * 2 + 0.25).to(dtype)[:, :, :count].transpose(1, 2)
+        return (randn(batch, tokens, count + 1, dim + odd, seed=seed) * 2 + 0.25).to(dtype)[:, :, :count, odd:].transpose(1, 2)
 
-    room = 32
+    room = 32 if tokens <= 20 else start + tokens
     k, q = turned(heads, 1), turned(heads * group, 3)
     k[0, 0, :1], k[0, 0, -1:, : dim // 2] = 0.0, 0.0311 / 2
     found: dict[str, Any] = dict(
@@ -536,7 +536,7 @@ def append_rows(batch: int, heads: int, tokens: int, dim: int, *, group: int = 2
         state=torch.tensor([start, 0]), k=k, v=turned(heads, 2), key_bits=keys[0], key_symmetric=keys[1], value_bits=values[0],
         value_symmetric=values[1], advance=advance)
     if queries:
-        found |= dict(q=q, q_out=torch.zeros(q.shape, dtype=dtype))
+        found |= dict(q=q, q_out=torch.zeros(batch, tokens, heads * group, dim, dtype=dtype))
     if rotary:
         angles = randn(rotary, tokens, dim // 2, seed=7).repeat(1, 1, 2)
         found |= dict(cos=angles.cos().to(dtype), sin=angles.sin().to(dtype))
@@ -545,6 +545,8 @@ def append_rows(batch: int, heads: int, tokens: int, dim: int, *, group: int = 2
         found |= dict(right=matrix.half()) | (dict(inverse=matrix) if queries else {})
     if clip:
         found |= dict(key_clip=torch.tensor([0.9, 0.8]), value_clip=torch.tensor([0.7, 1.0]))
+    if outs:
+        found |= dict(k_out=torch.zeros(k.shape, dtype=dtype), v_out=torch.zeros(k.shape, dtype=dtype), out_before=before)
     return found
 
 
@@ -574,6 +576,9 @@ for dim in (64, 80, 96, 128):
                     3, 2, 1, d, keys=k, values=k, dtype=t, rotary=r))
         case(f"append_rows {dim} {dtype} turned", "append_rows", lambda d=dim, t=dtype: append_rows(2, 3, 2, d, dtype=t, rotary=1, right=True, clip=True),
              5e-3, 10 * TURNED[dtype])
+        for tokens, options in {9: {}, 300: dict(outs=True), 17: dict(outs=True, before=True, apart=True)}.items():
+            case(f"append_rows {dim} {dtype} turned, {tokens} tokens", "append_rows", lambda d=dim, t=dtype, n=tokens, o=options: append_rows(
+                2, 2, n, d, dtype=t, rotary=2, right=True, clip=True, **o), 5e-3, 10 * TURNED[dtype])
 for bits in range(2, 9):
     for symmetric in (True, False):
         case(f"append_rows {bits} bits symmetric {symmetric} clipped", "append_rows", lambda b=bits, s=symmetric: append_rows(
@@ -581,7 +586,11 @@ for bits in range(2, 9):
 for name, options in {"many tokens": dict(tokens=20), "no room": dict(tokens=4, start=30), "no queries": dict(queries=False),
                       "no advance": dict(advance=False), "apart": dict(apart=True, keys=(8, True)), "small heads": dict(dim=16), "odd heads": dict(dim=40),
                       "largest heads": dict(dim=256), "8 and 4": dict(keys=(8, True), values=(4, True)), "floats apart": dict(keys=(16, True), apart=True),
-                      "one head": dict(heads=1, group=1), "no tokens": dict(tokens=0)}.items():
+                      "one head": dict(heads=1, group=1), "no tokens": dict(tokens=0), "numbers": dict(tokens=20, outs=True, rotary=1),
+                      "numbers of 8 bits": dict(tokens=3, outs=True, keys=(8, True), values=(8, False)),
+                      "numbers of floats": dict(outs=True, keys=(16, True), values=(16, True), rotary=1),
+                      "numbers before": dict(outs=True, before=True, rotary=2), "numbers without room": dict(tokens=4, start=30, outs=True),
+                      "odd strides": dict(odd=1, tokens=9, rotary=1)}.items():
     case(f"append_rows {name}", "append_rows", lambda o=options: append_rows(**(dict(batch=2, heads=2, tokens=2, dim=64) | o)))
 # Results are rounded to out's type, probabilities to float16 or, of bfloat16 values, to bfloat16.
 ATTENDED = {torch.float16: 2e-3, torch.bfloat16: 6e-3}

@@ -30,7 +30,7 @@ def _one_thread(one_thread):
 
 @pytest.fixture
 def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many new tokens each attention had that read the rows of a static cache themselves."""
+    """How many new tokens each attention had that wrote and read the rows of a static cache itself."""
     counts, run = [], CachedAttention.run
     monkeypatch.setattr(CachedAttention, "run", lambda self, packed, q, *rest: counts.append(q.shape[2]) or run(self, packed, q, *rest))
     return counts
@@ -39,13 +39,13 @@ def attended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("family, kwargs", CASES)
 @pytest.mark.parametrize("changes", [INT8, INT4, ("kv.bits=8", "qk.other.bits=16"), ("kv.bits=4", "pv.other.bits=8"), MIXED])
 def test_logits_are_those_without_a_cache(family: str, kwargs: dict, changes: tuple, attended: list[int]) -> None:
-    """In pieces of one token, of a few, which read the cache's rows, and of many."""
+    """In pieces of one token, of a few and of many."""
     model, x = converted(family, "bits=16", *changes, **kwargs), ids(2, 32)
     cache = vitq.quantized_cache(model, max_length=37, batch_size=2)
     assert sqnr(model(x, use_cache=False).logits, step_by_step(model, x, cache, 9, 10, 14, 30, 31)) > SPLIT
     assert cache.get_seq_length() == 32 and cache.get_max_length() == 37 and cache.layers[0].keys.shape[2] == 48 and cache.is_compileable
     layers = sum(isinstance(module, QuantKeyValues) for module in model.modules())
-    assert attended == [1] * layers + [4] * layers + [1] * 2 * layers
+    assert attended == [tokens for tokens in (9, 1, 4, 16, 1, 1) for _ in range(layers)]
 
 
 @pytest.mark.parametrize("family, kwargs", [*CASES[:2], CASES[4]])
@@ -80,6 +80,24 @@ def test_a_cache_of_transformers_becomes_one() -> None:
     cache = StaticCache(config=model.config, max_cache_len=20)
     assert torch.equal(generated(model, x, past_key_values=cache), generated(model, x))
     assert isinstance(cache, StaticQuantizedCache) and cache.get_max_length() == 20 and cache.nbytes == 2 * 2 * 2 * 2 * 32 * (8 + 8)  # layers, k and v, batch, heads, tokens, bytes
+
+
+@pytest.mark.parametrize("family, kwargs", CASES)
+def test_floats_in_a_static_cache(family: str, kwargs: dict, attended: list[int]) -> None:
+    """A recipe that leaves keys and values in float attends itself too, in transformers' own static cache of all layers but those of a window, and says so
+    in no row."""
+    if family == "Mistral":
+        kwargs = {**kwargs, "sliding_window": None}
+    model, x = converted(family, **kwargs), ids(2, 20)
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    assert sqnr(model(x, use_cache=False).logits, step_by_step(model, x, cache, 9, 10, 14)) > SPLIT
+    layers = len(cache.layers)
+    assert type(cache) is StaticCache and attended == [tokens for tokens in (9, 1, 4, 6) for _ in range(layers)]
+    assert cache.layers[0].keys.dtype == torch.float32 and "kv" not in {row.role for row in vitq.explain(model)}
+    cache.reset()
+    assert torch.equal(generated(model, x[:, :12], past_key_values=cache), generated(model, x[:, :12]))
+    with pytest.raises(ValueError, match="keys and values are floats: give a StaticCache"):
+        model(x, **{CACHE: vitq.quantized_cache(converted(family, *INT4, **kwargs), max_length=24, batch_size=2)})
 
 
 @pytest.mark.parametrize("recipe", ["phq-w8", "phq-mixed"])
@@ -252,7 +270,7 @@ def test_transformed_keys(attended: list[int]) -> None:
     recipe = quick("w8a8-dynamic", "bits=16", *INT4, "qk.other.transform=hadamard", "qk.other.clip_ratio=0.9")
     model, x = vitq.convert(build("Llama"), recipe, dtype=torch.float32), ids(2, 24)
     cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
-    assert sqnr(model(x).logits, step_by_step(model, x, cache, 12, 13, 16)) > SPLIT and attended == [1, 1, 3, 3, 8, 8]
+    assert sqnr(model(x).logits, step_by_step(model, x, cache, 12, 13, 16)) > SPLIT and attended == [12, 12, 1, 1, 3, 3, 8, 8]
 
 
 def test_what_a_graph_writes_is_counted_and_copies_have_no_graphs() -> None:

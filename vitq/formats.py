@@ -18,6 +18,7 @@ from torch import Tensor
 # Smallest range (largest absolute value, or hi - lo) from which a scale is made. A row of zeros then has a finite, positive scale and codes 0;
 # values this small are zero in every 16-bit format a model is stored in.
 RANGE_MIN = 1e-12
+PRODUCT_NUMBERS = 1 << 22  # that are multiplied by matrices at once, in float64
 
 
 def int_range(bits: int, signed: bool = True) -> tuple[int, int]:
@@ -179,17 +180,17 @@ class Kronecker:
     def inverse(self, x: Tensor) -> Tensor:
         """What `apply` was given, float32 [..., K], up to rounding."""
         left, right = (None if matrix is None else torch.linalg.inv(matrix.double()) for matrix in (self.left, self.right))
-        return _multiplied(x, self.sizes(x.shape[-1]), None if left is None else left.T, right).float()
+        return _multiplied(x, self.sizes(x.shape[-1]), None if left is None else left.T, right)
 
     def inverse_transposed(self, weight: Tensor) -> Tensor:
         """weight float32 [..., K], rows that are multiplied with x -> those for `apply(x)`."""
         left, right = (None if matrix is None else torch.linalg.inv(matrix.double()) for matrix in (self.left, self.right))
-        return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T).float()
+        return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T)
 
     def transposed(self, weight: Tensor) -> Tensor:
         """What `inverse_transposed` was given, float32 [..., K], up to rounding."""
         left, right = (None if matrix is None else matrix.double() for matrix in (self.left, self.right))
-        return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T).float()
+        return _multiplied(weight, self.sizes(weight.shape[-1]), left, None if right is None else right.T)
 
     def to(self, device: torch.device) -> Kronecker:
         """The same with its tensors on a device."""
@@ -197,10 +198,13 @@ class Kronecker:
 
 
 def _multiplied(x: Tensor, sizes: tuple[int, int], left: Tensor | None, right: Tensor | None) -> Tensor:
-    """left · X · right of rows X of these sizes, float64."""
-    y = x.double().reshape(*x.shape[:-1], *sizes)
-    y = y if right is None else y @ right
-    return (y if left is None else left @ y).reshape(x.shape)
+    """float32, left · X · right of rows X of these sizes, in float64: of some rows at a time, since large temporaries fragment a GPU's memory."""
+    def product(rows: Tensor) -> Tensor:
+        y = rows.double() if right is None else rows.double() @ right
+        return (y if left is None else left @ y).float()
+
+    rows = x.reshape(-1, *sizes)
+    return torch.cat([product(some) for some in rows.split(max(1, PRODUCT_NUMBERS // x.shape[-1]))]).reshape(x.shape)
 
 
 @dataclass(frozen=True, eq=False)

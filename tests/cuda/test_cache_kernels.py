@@ -19,7 +19,7 @@ CLIP = torch.tensor([0.9, 0.8])
 PARTS = {
     "int4": [(None, INT4, INT4)], "int8": [(None, INT8, INT8)], "mixed": [(None, INT8, INT4)], "keys in float": [(None, None, INT4)],
     "values in float": [(None, INT4, None)], "parts": [(1, INT4, INT4), (2, INT8, INT8)], "parts in float": [(1, INT4, INT8), (2, None, None)],
-    "transformed": [(None, RowCodes(4, False, CLIP), RowCodes(3, True))],
+    "transformed": [(None, RowCodes(4, False, CLIP), RowCodes(3, True))], "floats": [(None, None, None)],
 }
 
 
@@ -69,6 +69,39 @@ def test_operators_attend_as_torch_does(name: str, tokens: int, dim: int, device
         found.append(torch.cat(steps))
     assert found[0].shape == (2 * batch, tokens, 2 * heads * dim) and sqnr(*found) > 45
     assert sqnr(found[0].roll(1, -1), found[1]) < 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("how", ["first", "exact", "later"])
+@pytest.mark.parametrize("name", PARTS)
+def test_prompts_attend_as_torch_does(name: str, how: str, masked: bool, dtype: torch.dtype, device: str) -> None:
+    """20 tokens of an empty cache, by their codes' numbers or by their own, or behind 20 others."""
+    spec, batch, heads, tokens, dim, room = spec_of(name, 64, device), 2, 3, 20, 64, 48
+    q, k, v = (randn(batch, tokens, n, dim, seed=i).to(device, dtype).transpose(1, 2) for i, n in enumerate((2 * heads, heads, heads)))
+    cos, sin = (f(randn(1, tokens, dim // 2, seed=3)).repeat(1, 1, 2).to(device, dtype) for f in (torch.cos, torch.sin))
+    start = tokens if how == "later" else 0
+    mask = None
+    if masked:
+        mask = (torch.arange(room, device=device) <= start + torch.arange(tokens, device=device)[:, None]).repeat(batch, 1, 1, 1)
+        mask[1, ..., :4], mask[1, ..., torch.arange(4), torch.arange(4)] = False, True
+    found, kept = [], []
+    for kernel in (CachedAttention(), CudaCachedAttention()):
+        packed, state, rows = kernel.pack(spec, torch.device(device)), torch.zeros(2, dtype=torch.long, device=device), []
+        for side in ("keys", "values"):
+            codes = codes_of([(part.heads, getattr(part, side)) for part in spec.parts])
+            one = k if codes is None else codes.pack(k)
+            rows.append(one.new_zeros(*one.shape[:2], room, one.shape[-1]))
+        if start:
+            kernel.run(packed, q.flip(2), k.flip(2), v.flip(2), *rows, state, None, dim**-0.5, (cos, sin), first=True)
+        y = kernel.run(packed, q, k, v, *rows, state, mask, dim**-0.5, (cos, sin), first=not start, exact=how == "exact")
+        assert state.tolist() == [start + tokens, 0] and y.shape == (batch, tokens, 2 * heads * dim)
+        found.append(y)
+        kept.append([rows[i][:, :, : start + tokens] for i in (0, 1)])
+    assert sqnr(*found) > (45 if dtype == torch.float16 else 30) and sqnr(found[0].roll(1, 1), found[1]) < 5
+    for one, other in zip(*kept):  # rows of matrices may differ by a code
+        assert (one != other).float().mean() < (0.02 if name == "transformed" else 0.002)
 
 
 @pytest.mark.gpu

@@ -1,10 +1,10 @@
-"""Attention to a static cache of quantized keys and values on CUDA, as `vitq.ops.dispatch` sees it: two or three launches for all that happens between
-the products before and after."""
+"""Attention to a static cache of quantized keys and values, or of floats, on CUDA, as `vitq.ops.dispatch` sees it: two or three launches for all that happens
+between the products before and after."""
 
 from __future__ import annotations
 
 import functools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from torch import Tensor
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
 from vitq.formats import Kronecker
-from vitq.ops.cached_attention import CachedAttention, CachedAttentionSpec, CachePart, HeadCodes, PackedCache, RowCodes
+from vitq.ops.cached_attention import (MOST_TOKENS, CachedAttention, CachedAttentionSpec, CachePart, HeadCodes, PackedCache, RowCodes, attended, mask_of,
+                                       numbers)
 from vitq.ops.dispatch import register
 
 QUERIES = 8  # of a block of csrc/cached_attention.cuh
@@ -22,7 +23,8 @@ BLOCKS, SHARED = 4, 225_000  # of a multiprocessor at once: how many, and bytes 
 
 @register("cached_attention", "cuda")
 class CudaCachedAttention:
-    """The cache's bytes are read as they are, those of a key and value head once for all its queries."""
+    """The cache's bytes are read as they are, those of a key and value head once for all its queries. A prompt's tokens become rows in the same way and
+    attend, by torch's kernels, to the numbers that these stand for, which are written beside them."""
 
     name = "cuda-cached-attention"
 
@@ -36,36 +38,77 @@ class CudaCachedAttention:
                                                              inverse=part.inverse.contiguous()) for part in spec.parts]
         return CachedAttention().pack(replace(spec, parts=tuple(parts)), device)
 
-    def run(self, packed: PackedCache, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, state: Tensor, mask: Tensor | None,
-            scale: float, rotary: tuple[Tensor, Tensor] | None = None, window: int = 0) -> Tensor:
+    def run(self, packed: PackedCache, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, state: Tensor, mask: Tensor | None, scale: float,
+            rotary: tuple[Tensor, Tensor] | None = None, window: int = 0, first: bool = False, exact: bool = False) -> Tensor:
         """As `CachedAttention.run`."""
-        if q.dtype == torch.float32 or keys.shape[2] % 16 or mask is not None and mask.shape[1] > 1:
-            return CachedAttention().run(packed, q, k, v, keys, values, state, mask, scale, rotary, window)
-        batch, heads, tokens, dim = k.shape
+        tokens = q.shape[2]
+        few = tokens <= MOST_TOKENS and not (first and exact)
+        if q.dtype == torch.float32 or few and (keys.shape[2] % 16 or mask is not None and mask.shape[1] > 1):
+            return CachedAttention().run(packed, q, k, v, keys, values, state, mask, scale, rotary, window, first, exact)
+        if few:
+            return self._few(packed, self._append(packed, q, k, v, keys, values, state, rotary), keys, values, state, mask, scale, window)
+        mask = mask_of(mask, state, tokens, keys.shape[2], window, first)  # of what is there before
+        if not first or packed.keys is None and packed.values is None:
+            parts = self._append(packed, q, k, v, keys, values, state, rotary)
+            found = numbers(packed, keys, values, tokens if first else mask.shape[-1], q.dtype)
+        else:
+            parts = self._append(packed, q, k, v, keys, values, state, rotary, "before" if exact else "numbers")
+            found = joined([part.k for part in parts]), v if exact else joined([part.v for part in parts])
+        return attended(joined([part.q for part in parts]), *found, mask, scale)
+
+    def _append(self, packed: PackedCache, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, state: Tensor,
+                rotary: tuple[Tensor, Tensor] | None, wanted: str = "") -> list[Appended]:
+        """The new tokens become rows. wanted: what k and v of the parts are: "numbers", which the rows stand for, "before", the keys as they were rotated,
+        queries too; or nothing."""
+        heads, dim = k.shape[1], k.shape[3]
         cos, sin = (None, None) if rotary is None else rotary
-        mask = None if mask is None else mask[:, 0] if mask.stride(3) == 1 else mask[:, 0].contiguous()
-        out = torch.empty(batch, tokens, q.shape[1], dim, dtype=q.dtype, device=q.device)
         counts = [heads] if len(packed.parts) == 1 else [part.heads for part in packed.parts]
-        group = q.shape[1] // heads
         rows = [heads_of(kept, codes, counts, dim, q.dtype) for kept, codes in ((keys, packed.keys), (values, packed.values))]
-        pieces = zip(packed.parts, q.split([n * group for n in counts], 1), k.split(counts, 1), v.split(counts, 1), *rows,
-                     out.split([n * group for n in counts], 2))
-        calls = []
-        for part, some_q, some_k, some_v, part_keys, part_values, y in pieces:
-            codes = options(part)
-            turned = torch.empty(some_q.shape, dtype=q.dtype, device=q.device)
+        found = []
+        for part, some_q, some_k, some_v, part_keys, part_values in zip(
+                packed.parts, q.split([n * (q.shape[1] // heads) for n in counts], 1), k.split(counts, 1), v.split(counts, 1), *rows):
+            k_out = v_out = None
+            turned = torch.empty_like(some_q.transpose(1, 2), memory_format=torch.contiguous_format)
+            if wanted:
+                k_out = torch.empty_like(some_k, memory_format=torch.contiguous_format)
+                v_out = None if wanted == "before" else torch.empty_like(k_out)
             torch.ops.vitq.append_rows(
-                part_keys, part_values, state, some_k, some_v, **codes, key_clip=None if part.keys is None else part.keys.clip,
+                part_keys, part_values, state, some_k, some_v, **options(part), key_clip=None if part.keys is None else part.keys.clip,
                 value_clip=None if part.values is None else part.values.clip, cos=cos, sin=sin,
-                right=None if part.transform is None else part.transform.right, q=some_q, inverse=part.inverse, q_out=turned,
-                advance=part is packed.parts[-1])
-            calls.append((y, turned, part_keys, part_values, codes))
-        for y, turned, part_keys, part_values, codes in calls:
-            units = batch * part_keys.shape[1] * -(-group * tokens // QUERIES)
-            parts = splits(units, keys.shape[2], part_keys.shape[3] * part_keys.element_size() + part_values.shape[3] * part_values.element_size(), q.device)
-            workspace = torch.empty(units, parts, QUERIES, dim + 2, dtype=torch.float32, device=q.device) if parts > 1 else None
-            torch.ops.vitq.cached_attention(y, turned, part_keys, part_values, state, **codes, mask=mask, scale=scale, window=window, workspace=workspace)
+                right=None if part.transform is None else part.transform.right, q=some_q, inverse=None if wanted == "before" else part.inverse,
+                q_out=turned, k_out=k_out, v_out=v_out, out_before=wanted == "before", advance=part is packed.parts[-1])
+            found.append(Appended(part, turned.transpose(1, 2), k_out, v_out, part_keys, part_values))
+        return found
+
+    def _few(self, packed: PackedCache, parts: list[Appended], keys: Tensor, values: Tensor, state: Tensor, mask: Tensor | None, scale: float,
+             window: int) -> Tensor:
+        batch, _, tokens, dim = parts[0].q.shape
+        mask = None if mask is None else mask[:, 0] if mask.stride(3) == 1 else mask[:, 0].contiguous()
+        out = torch.empty(batch, tokens, sum(part.q.shape[1] for part in parts), dim, dtype=parts[0].q.dtype, device=keys.device)
+        for part, y in zip(parts, out.split([part.q.shape[1] for part in parts], 2)):
+            units = batch * part.keys.shape[1] * -(-part.q.shape[1] // part.keys.shape[1] * tokens // QUERIES)
+            row_bytes = part.keys.shape[3] * part.keys.element_size() + part.values.shape[3] * part.values.element_size()
+            count = splits(units, keys.shape[2], row_bytes, keys.device)
+            workspace = torch.empty(units, count, QUERIES, dim + 2, dtype=torch.float32, device=keys.device) if count > 1 else None
+            torch.ops.vitq.cached_attention(y, part.q, part.keys, part.values, state, **options(part.part), mask=mask, scale=scale, window=window,
+                                            workspace=workspace)
         return out.flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class Appended:
+    """Of a part: q [B, H, T, D] to be multiplied with keys as they are stored, k and v [B, G, T, D] if they were asked for; keys, values: its rows."""
+
+    part: CachePart
+    q: Tensor
+    k: Tensor | None
+    v: Tensor | None
+    keys: Tensor
+    values: Tensor
+
+
+def joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def options(part: CachePart) -> dict[str, int | bool]:

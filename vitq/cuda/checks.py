@@ -316,7 +316,7 @@ def widen_int4(out, packed, multiplier, zero, group) -> None:
 
 
 def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip, cos, sin, right, q, inverse,
-                q_out) -> tuple[int, int, int, int]:
+                q_out, k_out, v_out) -> tuple[int, int, int, int]:
     """B, G, T and D; ValueError or TypeError that names the argument."""
     if k.dtype not in FLOATS or k.ndim != 4 or k.stride(3) != 1:
         refuse("append_rows", "k", f"{k.dtype} {list(k.shape)} with strides {list(k.stride())}", "float [B, G, T, D] with unit stride in D", TypeError)
@@ -333,20 +333,22 @@ def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, 
     if (cos is None) != (sin is None) or cos is not None and (cos.shape != sin.shape or cos.stride() != sin.stride()):
         refuse("append_rows", "cos, sin", "given in part, or not alike", "both of one shape and stride, or none")
     query_heads = 0 if q is None else q.shape[1]
-    for name, tensor, shape in (("v", v, k.shape), ("q", q, (batch, query_heads, tokens, dim)), ("q_out", q_out, (batch, query_heads, tokens, dim)),
+    for name, tensor, shape in (("v", v, k.shape), ("q", q, (batch, query_heads, tokens, dim)), ("q_out", q_out, (batch, tokens, query_heads, dim)),
+                                ("k_out", k_out, k.shape), ("v_out", v_out, k.shape),
                                 ("cos", cos, (batch if cos is not None and len(cos) > 1 else 1, tokens, dim))):
         if tensor is not None and (tensor.dtype != k.dtype or tensor.shape != shape or tensor.stride(-1) != 1):
             refuse("append_rows", name, f"{tensor.dtype} {list(tensor.shape)} with strides {list(tensor.stride())}",
                    f"{k.dtype} {list(shape)} with unit stride in the last")
-    if q_out is not None and not q_out.is_contiguous():
-        refuse("append_rows", "q_out", f"of strides {list(q_out.stride())}", "contiguous")
+    for name, tensor in (("q_out", q_out), ("k_out", k_out), ("v_out", v_out)):
+        if tensor is not None and not tensor.is_contiguous():
+            refuse("append_rows", name, f"of strides {list(tensor.stride())}", "contiguous")
     for name, tensor, dtype, shape in (("right", right, torch.float16, (dim, dim)), ("inverse", inverse, torch.float32, (dim, dim)),
                                        ("key_clip", key_clip, torch.float32, (2,)), ("value_clip", value_clip, torch.float32, (2,))):
         if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous()):
             refuse("append_rows", name, f"{tensor.dtype} {list(tensor.shape)}", f"contiguous {dtype} {list(shape)}")
     if (right is not None or inverse is not None) and (dim % 8 or dim > loader.MOST_MIXED):
         refuse("append_rows", "right, inverse", f"given for heads of {dim}", f"for heads of a multiple of 8, up to {loader.MOST_MIXED}")
-    _same_device("append_rows", keys, values, state, k, v, key_clip, value_clip, cos, sin, right, q, inverse, q_out)
+    _same_device("append_rows", keys, values, state, k, v, key_clip, value_clip, cos, sin, right, q, inverse, q_out, k_out, v_out)
     return batch, heads, tokens, dim
 
 

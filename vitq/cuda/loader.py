@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 8  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
+ABI_VERSION = 9  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 FEW_ROWS = 16  # VITQ_FEW_ROWS
@@ -265,7 +265,11 @@ class AppendRows(Structure):
         ("right", c_void_p),
         ("inverse", c_void_p),
         ("q_out", c_void_p),
+        ("k_out", c_void_p),
+        ("v_out", c_void_p),
+        ("out_before", c_int32),
         ("advance", c_int32),
+        ("paired", c_int32),
     ]
 
 

@@ -1,4 +1,4 @@
-"""Keys and values that are quantized as they enter the cache of a language model."""
+"""Keys and values as they enter the cache of a language model, quantized or not, and attention to a static one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from vitq.formats import ActivationFormat
 from vitq.nn.packed import PackedModule, Row
 from vitq.nn.rows import RowBuffers
 from vitq.ops import dispatch
-from vitq.ops.cached_attention import MOST_TOKENS, CachedAttentionSpec, CachePart, HeadCodes, RowCodes, codes_of, transformed
+from vitq.ops.cached_attention import CachedAttentionSpec, CachePart, HeadCodes, RowCodes, codes_of, transformed
 from vitq.plan import CacheParams
 from vitq.recipe import QuantSpec
 
 
 class QuantKeyValues(PackedModule):
-    """Quantizes new keys and values, before they are attended to, whether there is a cache or not.
+    """Quantizes new keys and values, where the recipe says so, before they are attended to, whether there is a cache or not; attends by itself where the
+    cache is static.
 
     parts: (key and value heads, how keys are quantized, how values are), None where they stay in float; one part of all heads (None), or those of an
     attention in parts. A cache keeps their codes: the layers of an empty `DynamicCache` or `StaticCache` of transformers are made those of a
@@ -30,8 +31,9 @@ class QuantKeyValues(PackedModule):
         super().__init__(backend)
         self.head_dim, self.heads = head_dim, sum(heads or 0 for heads, *_ in parts)
         self.counts = [heads for heads, *_ in parts]
-        self._kernels: dict[torch.device, tuple[dispatch.Kernel, Any]] = {}
+        self._kernels: dict[torch.device, tuple[dispatch.Choice, Any]] = {}
         self.specs = [specs for _, *specs in parts]
+        self.quantizes = any(spec is not None for specs in self.specs for spec in specs)
         self.buffers_of = [[None if spec is None else RowBuffers(self, f"{name}_{i}", spec, right=None if spec.transform == "none" else head_dim)
                             for name, spec in zip(("keys", "values"), specs)] for i, specs in enumerate(self.specs)]
 
@@ -61,24 +63,25 @@ class QuantKeyValues(PackedModule):
         codes = self.codes
         if cache is None:
             return (q, *(x if of is None else of.fake(x) for x, of in zip((k, v), codes)))
-        from vitq.nn.quantized_cache import take_codes
+        if self.quantizes:
+            from vitq.nn.quantized_cache import take_codes
 
-        take_codes(cache, layer, codes)
+            take_codes(cache, layer, codes)
         return (q, *cache.update(k, v, layer, **arguments))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any, layer: int, scale: float,
                rotary: tuple[Tensor, Tensor] | None, window: int) -> Tensor | None:
-        """As the canonical form's: of a few tokens behind those that a static cache holds, whose codes a kernel reads as they are."""
-        if cache is None or q.shape[2] > MOST_TOKENS or mask is None or mask.dtype != torch.bool or mask.ndim != 4 or self._forward_hooks:
+        """As the canonical form's: to a static cache, whose rows a kernel writes and, for a few tokens, reads as they are."""
+        if cache is None or mask is not None and (mask.dtype != torch.bool or mask.ndim != 4) or self._forward_hooks:
             return None
-        from vitq.nn.quantized_cache import take_codes
+        from vitq.nn.quantized_cache import static_layer, take_codes
 
-        kept = take_codes(cache, layer, self.codes)
-        if getattr(kept, "state", None) is None or not kept.seen or cache.offloading:
+        kept = take_codes(cache, layer, self.codes) if self.quantizes else static_layer(cache, layer)
+        if not hasattr(kept, "begin") or cache.offloading:
             return None
-        kept.make_room(k)
-        kernel, packed = self._kernel(q.device)
-        return kernel.run(packed, q, k, v, kept.keys, kept.values, kept.state, mask, scale, rotary, window)
+        first = kept.begin(k, v)
+        choice, packed = self._choice(q.device)
+        return choice.kernel.run(packed, q, k, v, kept.keys, kept.values, kept.state, mask, scale, rotary, window, first, kept.float_prefill)
 
     def invalidate(self) -> None:
         super().invalidate()
@@ -87,12 +90,12 @@ class QuantKeyValues(PackedModule):
     def __getstate__(self) -> dict:
         return {**super().__getstate__(), "_kernels": {}}
 
-    def _kernel(self, device: torch.device) -> tuple[dispatch.Kernel, Any]:
+    def _choice(self, device: torch.device) -> tuple[dispatch.Choice, Any]:
         """What attends on this device, and its constants: a module without buffers does not know where it is."""
         if device not in self._kernels:
             spec = CachedAttentionSpec(self.head_dim, self._parts())
-            kernel = dispatch.choose("cached_attention", self.backend, spec, device).kernel
-            self._kernels[device] = kernel, kernel.pack(spec, device)
+            choice = dispatch.choose("cached_attention", self.backend, spec, device)
+            self._kernels[device] = choice, choice.kernel.pack(spec, device)
         return self._kernels[device]
 
     def _parts(self) -> tuple[CachePart, ...]:
@@ -107,7 +110,10 @@ class QuantKeyValues(PackedModule):
         spec, rows = self.specs[part][side], self.buffers_of[part][side]
         return None if spec is None else rows.format(ActivationFormat(spec.bits, dynamic=True, symmetric=spec.symmetric))
 
-    def row(self, layer: str) -> Row:
+    def row(self, layer: str, device: torch.device) -> Row | None:
+        if not self.quantizes:
+            return None
+
         def name(codes: RowCodes | HeadCodes | None) -> str:
             if isinstance(codes, HeadCodes):
                 return "/".join(name(part) for _, part in codes.parts)
@@ -117,8 +123,9 @@ class QuantKeyValues(PackedModule):
         size = sum(codes.size(self.head_dim) if isinstance(codes, HeadCodes) else heads * (2 * self.head_dim if codes is None else codes.size(
             self.head_dim)) for codes in self.codes)
         transformed = "; keys times {0} x {0}, queries times its inverse".format(self.head_dim) if self._derived else ""
+        choice, _ = self._choice(device)
         note = f"in a cache {size} bytes a {what}, {4 * heads * self.head_dim} in 16-bit floats{transformed}"
-        return Row(layer, "kv", "K{} V{}".format(*map(name, self.codes)), "torch", "cache", self.own_bytes(), self.held_bytes(), note)
+        return Row(layer, "kv", "K{} V{}".format(*map(name, self.codes)), choice.backend, choice.kernel.name, self.own_bytes(), self.held_bytes(), note)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={codes}" for name, codes in zip("kv", self.codes))
@@ -136,7 +143,7 @@ def quantized_cache(model: nn.Module, *, max_length: int | None = None, batch_si
     """
     if getattr(model, "vitq", None) is None:
         raise TypeError(f"expected a model that vitq.convert or vitq.load returned, got {type(model).__name__}")
-    if not any(isinstance(module, QuantKeyValues) for module in model.modules()):
+    if not any(isinstance(module, QuantKeyValues) and module.quantizes for module in model.modules()):
         own = "DynamicCache" if max_length is None else "StaticCache (cache_implementation=\"static\")"
         raise ValueError(f"the recipe {model.vitq.recipe.name!r} leaves keys and values in float: convert with kv.bits=8, or use transformers' {own}")
     from vitq.nn.quantized_cache import QuantizedCache, StaticQuantizedCache

@@ -55,7 +55,8 @@ class StaticCodedLayer(StaticLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device, self.batch_size = key_states.device, key_states.shape[0]
-        self.keys, self.values = (self._rows(x if codes is None else codes.pack(x)) for x, codes in zip((key_states, value_states), self.codes))
+        none = (x[:, :, :0] for x in (key_states, value_states))
+        self.keys, self.values = (self._rows(x if codes is None else codes.pack(x)) for x, codes in zip(none, self.codes))
         self.state = torch.zeros(2, dtype=torch.long, device=self.device)
         self.cumulative_length = self.state[0]
         self.is_initialized = True
@@ -65,10 +66,7 @@ class StaticCodedLayer(StaticLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """New keys and values [B, heads, T, D] -> the numbers of those that are to be attended to: the first to come, alone, or all that there is room for."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        first = self.seen == 0
-        self.make_room(key_states)
+        first = self.begin(key_states, value_states)
         new = key_states, value_states
         written = [write(rows, x, codes, self.cumulative_length) for rows, x, codes in zip((self.keys, self.values), new, self.codes)]
         self.cumulative_length += key_states.shape[2]
@@ -77,18 +75,27 @@ class StaticCodedLayer(StaticLayer):
         kept = written if first else (rows[:, :, : self.max_cache_len] for rows in (self.keys, self.values))
         return tuple(rows if codes is None else codes.unpack(rows, x.shape[-1], x.dtype) for rows, x, codes in zip(kept, new, self.codes))
 
-    def make_room(self, new: Tensor) -> None:
-        """Count new tokens [B, heads, T, D]. Raises ValueError where they do not fit."""
-        batch, _, tokens, _ = new.shape
+    def begin(self, key_states: Tensor, value_states: Tensor) -> bool:
+        """Count new tokens [B, heads, T, D], which are about to be written; whether they are the first. Raises ValueError where they do not fit."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first = self.seen == 0
+        batch, _, tokens, _ = key_states.shape
         if batch != self.batch_size:
             raise ValueError(f"the cache is of {self.batch_size} sequences, and {batch} came: vitq.quantized_cache(model, max_length=…, batch_size={batch})")
         self.count(tokens)
+        return first
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As transformers': the first tokens attend to one another alone."""
+        return (self.max_cache_len if self.seen else query_length), 0
 
     def count(self, tokens: int) -> None:
         """Count tokens that are written by a graph, or are about to be. Raises ValueError where they do not fit."""
         if self.seen + tokens > self.max_cache_len:
             raise ValueError(f"the cache has room for {self.max_cache_len} tokens, holds {self.seen}, and {tokens} came: give a larger max_length, or reset()")
-        self.seen += tokens
+        if not torch.compiler.is_compiling():  # what is traced once would be counted once
+            self.seen += tokens
 
     def crop(self, tokens_to_remove: int) -> None:
         super().crop(tokens_to_remove)
@@ -143,11 +150,7 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> Any:
     if isinstance(cache, DynamicCache):
         while len(cache.layers) <= index:  # one that was made without a config grows as it fills
             cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
-    if type(layer) in _CODED and not layer.is_initialized:
-        coded = object.__new__(_CODED[type(layer)])
-        coded.__dict__.update(layer.__dict__, codes=codes)  # all that a window's layer knows of itself
-        cache.layers[index] = layer = coded
+    layer = _coded(cache, index, codes)
     if type(layer) in _CODED:
         raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, "
                          "vitq.quantized_cache(model)")
@@ -159,4 +162,30 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> Any:
                         "values; leave cache_implementation= out, or give vitq.quantized_cache(model)")
     if layer.codes != codes:
         raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are {codes}: give vitq.quantized_cache(model)")
+    return layer
+
+
+def static_layer(cache: Cache, index: int) -> StaticCodedLayer | None:
+    """Layer `index` of a static cache, which has a place for floats that kernels can fill: an empty one of a `StaticCache` is replaced. None for all others.
+
+    Raises ValueError for one that stores codes.
+    """
+    layers = getattr(cache, "layers", ())
+    if index >= len(layers):
+        return None
+    layer = _coded(cache, index, (None, None)) if type(layers[index]) is StaticLayer else layers[index]
+    if not isinstance(layer, StaticCodedLayer):
+        return None
+    if layer.codes != (None, None):
+        raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are floats: give a StaticCache of transformers")
+    return layer
+
+
+def _coded(cache: Cache, index: int, codes: Codes) -> Any:
+    """Layer `index`, for these codes if it is empty and one of transformers'."""
+    layer = cache.layers[index]
+    if type(layer) in _CODED and not layer.is_initialized:
+        coded = object.__new__(_CODED[type(layer)])
+        coded.__dict__.update(layer.__dict__, codes=codes)  # all that a window's layer knows of itself
+        cache.layers[index] = layer = coded
     return layer

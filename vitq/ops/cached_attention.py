@@ -1,4 +1,4 @@
-"""Attention of a few new tokens to a static cache of quantized keys and values: they enter it, then attend to what it holds.
+"""Attention of new tokens to a static cache of quantized keys and values, or of floats: they enter it, then attend to what it holds.
 
     q, k = rotated(q, k);  k' = k·right,  q' = q·right⁻ᵀ  where keys are transformed;  rows[length + t] = codes of k'[t], v[t]
     y = softmax(scale·q'·K'ᵀ + mask)·V   of the numbers that the rows stand for, the new ones among them
@@ -19,7 +19,7 @@ from vitq.ops.dispatch import register
 from vitq.quantizers.activation import fake_activation
 from vitq.quantizers.uniform import quantize_per_token, quantize_per_token_asymmetric
 
-MOST_TOKENS = 8  # new ones that are attended for at once; more are a prompt's, whose attention is bound by other things
+MOST_TOKENS = 8  # new ones that attend to rows as they are; more are a prompt's, and attend to floats
 
 
 @dataclass(frozen=True)
@@ -141,25 +141,50 @@ class CachedAttention:
     def pack(self, spec: CachedAttentionSpec, device: torch.device) -> PackedCache:
         return PackedCache(spec.head_dim, spec.parts, *(codes_of([(part.heads, getattr(part, side)) for part in spec.parts]) for side in ("keys", "values")))
 
-    def run(self, packed: PackedCache, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, state: Tensor, mask: Tensor | None,
-            scale: float, rotary: tuple[Tensor, Tensor] | None = None, window: int = 0) -> Tensor:
-        """q [B, H, T, D], k and v [B, G, T, D] of up to MOST_TOKENS new tokens -> y [B, T, H·D].
+    def run(self, packed: PackedCache, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, state: Tensor, mask: Tensor | None, scale: float,
+            rotary: tuple[Tensor, Tensor] | None = None, window: int = 0, first: bool = False, exact: bool = False) -> Tensor:
+        """q [B, H, T, D], k and v [B, G, T, D] of new tokens -> y [B, T, H·D].
 
         keys, values: the cache's rows, [B, heads, N, bytes] or floats [B, G, N, D]; new ones are written behind the state[0] that are there. state:
         int64 [2], how many tokens the cache holds, which grows by T, and a 0 that kernels count with. mask: bool [B, 1, T, N or less], True where a token
-        is attended to; None: all up to itself, of a window the last `window`. rotary: cos and sin [B or 1, T, D], as transformers rotates halves.
+        is attended to; None: all up to itself, of a window the last `window`. rotary: cos and sin [B or 1, T, D], as transformers rotates halves. first: it
+        holds none, the mask is of T columns, or more that are not read; exact: then tokens attend to one another's floats, not to what their codes stand for.
         """
         if rotary is not None:
             q, k = (rotated(x, *rotary) for x in (q, k))
+        floats = q, k, v
         q, k = transformed(packed.parts, q, k)
-        if mask is None:
-            mask = causal(state[0], q.shape[2], keys.shape[2], window)
+        mask = mask_of(mask, state, q.shape[2], keys.shape[2], window, first)
+        columns = q.shape[2] if first else mask.shape[-1]
         write(keys, k, packed.keys, state[0])
         write(values, v, packed.values, state[0])
         state[0] += q.shape[2]
-        k, v = (rows if codes is None else codes.unpack(rows, packed.head_dim, q.dtype)
-                for rows, codes in ((keys[:, :, : mask.shape[-1]], packed.keys), (values[:, :, : mask.shape[-1]], packed.values)))
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2).flatten(2)
+        if first and exact:
+            return attended(*floats, mask, scale)
+        return attended(q, *numbers(packed, keys, values, columns, q.dtype), mask, scale)
+
+
+def mask_of(mask: Tensor | None, state: Tensor, tokens: int, columns: int, window: int, first: bool) -> Tensor | None:
+    """What `attended` takes of the arguments of `run`."""
+    if first:
+        mask = mask if mask is None else mask[..., :tokens]
+        return causal(state[0], tokens, tokens, window) if mask is None and 0 < window < tokens else mask
+    return causal(state[0], tokens, columns, window) if mask is None else mask
+
+
+def numbers(packed: PackedCache, keys: Tensor, values: Tensor, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """[B, G, columns, D], what the first rows stand for."""
+    k, v = (rows[:, :, :columns] if codes is None else codes.unpack(rows[:, :, :columns], packed.head_dim, dtype)
+            for rows, codes in ((keys, packed.keys), (values, packed.values)))
+    return k, v
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """q [B, H, T, D], k and v [B, G, N, D] -> [B, T, H·D]. mask: bool; None: T is N, and each attends to all up to itself."""
+    if mask is not None and k.shape[1] < q.shape[1]:  # torch's fused kernels take grouped heads without a mask alone
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale, enable_gqa=k.shape[1] < q.shape[1])
+    return y.transpose(1, 2).flatten(2)
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

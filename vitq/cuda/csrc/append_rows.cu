@@ -1,5 +1,5 @@
-// New keys and values to the rows of a cache, and what is done to them and to the queries before: a warp has a row, or a block where there are matrices, a lane
-// numbers that lie half a row apart, which rotary positions bring together.
+// New keys and values to the rows of a cache, and what is done to them and to the queries before: a warp has a row, a lane pairs of neighbouring numbers that lie
+// half a row apart, which rotary positions bring together. Where there are matrices a block has a row of a few tokens, or a warp 16 of a prompt's.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -10,8 +10,26 @@
 namespace vitq {
 namespace {
 
-constexpr int WARPS = 4, PAIRS = 4, MOST_DIM = 64 * PAIRS;  // PAIRS: of a lane
+constexpr int WARPS = 4, MOST_DIM = 256;
 constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
+constexpr int FEW_TOKENS = 8;  // more are a prompt's
+constexpr int TILE_WARPS = 8, TILE_ROWS = 16, BATCH = 4;  // of a prompt: a warp's rows that are multiplied at once, and those that it reads at once
+constexpr int CHUNK = 64, MIXED_CHUNK = 256;              // a block's tokens; there are few of them, since each counts itself at one place
+
+template <class T>
+struct Pair;
+template <>
+struct Pair<float> {
+  using Two = float2;
+};
+template <>
+struct Pair<__half> {
+  using Two = __half2;
+};
+template <>
+struct Pair<__nv_bfloat16> {
+  using Two = __nv_bfloat162;
+};
 
 template <class T>
 __device__ __forceinline__ float rounded(float x) { return float(T(x)); }
@@ -20,31 +38,81 @@ __device__ __forceinline__ float rounded<__half>(float x) { return __half2float(
 template <>
 __device__ __forceinline__ float rounded<__nv_bfloat16>(float x) { return __bfloat162float(__float2bfloat16_rn(x)); }
 
+__device__ __forceinline__ float in_half(float x) { return fminf(fmaxf(x, -65504.0f), 65504.0f); }
+
 __device__ __forceinline__ float largest(float x) {
 #pragma unroll
   for (int i = 16; i > 0; i /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, i));
   return x;
 }
 
-// A lane's numbers lane + 32·i of the first half of a row, and those of the second.
+// A lane's numbers 64·i + 2·lane and the next, of the first half of a row and of the second.
+template <int PAIRS>
 struct Lane {
-  float x[PAIRS][2];
+  float x[PAIRS][2][2];
 };
 
-template <class F>
-__device__ __forceinline__ void each(int half, int lane, F f) {
+// f(numbers, where they are): those that the lane has.
+template <int PAIRS, class F>
+__device__ __forceinline__ void each(Lane<PAIRS>& row, int dim, int lane, F f) {
+#pragma unroll
+  for (int i = 0; i < PAIRS; ++i) {
+    const int at = 64 * i + 2 * lane;
+    if (at < dim / 2) f(row.x[i][0], at), f(row.x[i][1], at + dim / 2);
+  }
+}
+
+template <class T, int PAIRS>
+__device__ __forceinline__ void load(Lane<PAIRS>& row, const T* from, bool paired, int dim, int lane) {
+  each(row, dim, lane, [&](float (&x)[2], int at) {
+    if (paired) {
+      const auto two = *reinterpret_cast<const typename Pair<T>::Two*>(from + at);
+      x[0] = float(two.x), x[1] = float(two.y);
+    } else {
+      x[0] = float(from[at]), x[1] = float(from[at + 1]);
+    }
+  });
+}
+
+template <class T>
+__device__ __forceinline__ void write_two(T* to, float x, float y) {
+  typename Pair<T>::Two two;
+  two.x = T(x), two.y = T(y);
+  *reinterpret_cast<typename Pair<T>::Two*>(to) = two;
+}
+
+template <class T, int PAIRS>
+__device__ __forceinline__ void store(Lane<PAIRS>& row, T* to, int dim, int lane) {
+  each(row, dim, lane, [&](const float (&x)[2], int at) {
+    if constexpr (sizeof(T) == 4)  // rows of a cache lie at multiples of 4 bytes
+      to[at] = x[0], to[at + 1] = x[1];
+    else
+      write_two(to + at, x[0], x[1]);
+  });
+}
+
+template <class T, int PAIRS>
+__device__ __forceinline__ void rotate(Lane<PAIRS>& row, const T* cos, const T* sin, bool paired, int dim, int lane) {
+  Lane<PAIRS> c, s;
+  load(c, cos, paired, dim, lane), load(s, sin, paired, dim, lane);
 #pragma unroll
   for (int i = 0; i < PAIRS; ++i)
-    if (32 * i < half) f(i, lane + 32 * i, lane + 32 * i < half);
+    if (64 * i + 2 * lane < dim / 2)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float p = row.x[i][0][j], q = row.x[i][1][j];
+        row.x[i][0][j] = rounded<T>(__fadd_rn(rounded<T>(__fmul_rn(p, c.x[i][0][j])), rounded<T>(__fmul_rn(-q, s.x[i][0][j]))));
+        row.x[i][1][j] = rounded<T>(__fadd_rn(rounded<T>(__fmul_rn(q, c.x[i][1][j])), rounded<T>(__fmul_rn(p, s.x[i][1][j]))));
+      }
 }
 
 // x, which all warps of the block have, times a matrix [dim, dim], dim up to MOST_MIXED. Warps and lanes share the rows of the matrix, a lane has neighbouring
 // columns of 16 bytes, and many are under way at once: one warp alone would wait for one after the other.
 template <class M>
-__device__ __forceinline__ void multiply(Lane& x, const M* matrix, int dim, int warp, int lane, float (&shared)[WARPS * SLICES + 1][MOST_MIXED]) {
+__device__ __forceinline__ void multiply(Lane<1>& x, const M* matrix, int dim, int warp, int lane, float (&shared)[WARPS * SLICES + 1][MOST_MIXED]) {
   constexpr int COLUMNS = 16 / sizeof(M), ALL = WARPS * SLICES;
-  const int half = dim / 2, groups = dim / COLUMNS, slices = min(32 / groups, SLICES), slice = lane / groups, first = lane % groups * COLUMNS;
-  if (warp == 0) each(half, lane, [&](int i, int at, bool there) { if (there) shared[ALL][at] = x.x[i][0], shared[ALL][at + half] = x.x[i][1]; });
+  const int groups = dim / COLUMNS, slices = min(32 / groups, SLICES), slice = lane / groups, first = lane % groups * COLUMNS;
+  if (warp == 0) each(x, dim, lane, [&](float (&v)[2], int at) { shared[ALL][at] = v[0], shared[ALL][at + 1] = v[1]; });
   __syncthreads();
   if (slice < slices) {
     float sums[COLUMNS] = {};
@@ -60,106 +128,99 @@ __device__ __forceinline__ void multiply(Lane& x, const M* matrix, int dim, int 
     for (int j = 0; j < COLUMNS; ++j) shared[warp * slices + slice][first + j] = sums[j];
   }
   __syncthreads();
-  each(half, lane, [&](int i, int at, bool there) {
-    if (!there) return;
-    x.x[i][0] = x.x[i][1] = 0.0f;
-    for (int s = 0; s < WARPS * slices; ++s) x.x[i][0] += shared[s][at], x.x[i][1] += shared[s][at + half];
+  each(x, dim, lane, [&](float (&v)[2], int at) {
+    v[0] = v[1] = 0.0f;
+    for (int s = 0; s < WARPS * slices; ++s) v[0] += shared[s][at], v[1] += shared[s][at + 1];
   });
 }
 
-// As quantizers/uniform.py: scale, shift and codes of a row.
-__device__ __forceinline__ void write_codes(const Lane& x, uint8_t* to, const VitqCacheRows& rows, const float* clip, int dim, int lane) {
-  const int half = dim / 2;
+// As quantizers/uniform.py: scale, shift and codes of a row, which becomes what they stand for.
+template <int PAIRS>
+__device__ __forceinline__ void write_codes(Lane<PAIRS>& row, uint8_t* to, const VitqCacheRows& rows, const float* clip, int dim, int lane) {
   float lo = INFINITY, hi = -INFINITY;
-  each(half, lane, [&](int i, int, bool there) {
-    if (there) lo = fminf(lo, fminf(x.x[i][0], x.x[i][1])), hi = fmaxf(hi, fmaxf(x.x[i][0], x.x[i][1]));
-  });
+  each(row, dim, lane, [&](float (&x)[2], int) { lo = fminf(lo, fminf(x[0], x[1])), hi = fmaxf(hi, fmaxf(x[0], x[1])); });
   lo = -largest(-lo), hi = largest(hi);
   const float qmax = float((1 << (rows.bits - 1)) - 1), qmin = -qmax - 1.0f;
   RowRange range;
   Scale scale;
+  float shift = 0.0f;
   if (rows.symmetric) {
     const float most = clip ? fmaxf(-lo * clip[0], hi * clip[1]) : fmaxf(-lo, hi);
     scale = make_scale(__fdiv_rn(fmaxf(most, RANGE_MIN), qmax));
   } else {
     if (clip) lo = fminf(lo, 0.0f) * clip[0], hi = fmaxf(hi, 0.0f) * clip[1];
-    range = make_range(lo, hi, qmin, qmax), scale = range.s;
+    range = make_range(lo, hi, qmin, qmax), scale = range.s, shift = shift_of(range);
   }
-  const auto code = [&](float value) {
+  const auto code = [&](float& value) {
     const float c = rows.symmetric ? symmetric_code(fminf(fmaxf(value, qmin * scale.scale), qmax * scale.scale), scale) : ranged_code(value, range);
+    value = __fadd_rn(__fmul_rn(__fsub_rn(c, MAGIC), scale.scale), shift);
     return __float_as_uint(c) & 0xFF;
   };
   if (lane == 0) reinterpret_cast<float*>(to)[0] = scale.scale;
-  if (lane == 1 && !rows.symmetric) reinterpret_cast<float*>(to)[1] = shift_of(range);
+  if (lane == 1 && !rows.symmetric) reinterpret_cast<float*>(to)[1] = shift;
   to += rows.symmetric ? 4 : 8;
-  each(half, lane, [&](int i, int at, bool there) {
-    const uint32_t first = code(x.x[i][0]), second = code(x.x[i][1]);
-    if (rows.bits > 4) {
-      if (there) to[at] = first, to[at + half] = second;
-    } else {  // the neighbour has the other nibble
-      const uint32_t both = first & 15 | (second & 15) << 8, other = __shfl_down_sync(0xFFFFFFFFu, both, 1);
-      if (there && lane % 2 == 0) to[at / 2] = uint8_t(both | other << 4), to[(at + half) / 2] = uint8_t((both | other << 4) >> 8);
-    }
+  each(row, dim, lane, [&](float (&x)[2], int at) {
+    const uint32_t first = code(x[0]), second = code(x[1]);
+    if (rows.bits > 4)
+      *reinterpret_cast<uint16_t*>(to + at) = uint16_t(first | second << 8);
+    else
+      to[at / 2] = uint8_t(first & 15 | second << 4);
   });
 }
 
-template <class T, bool MIXED>
-__global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constant__ VitqAppendRows a) {
-  __shared__ float mixed[MIXED ? WARPS * SLICES + 1 : 1][MOST_MIXED];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, half = a.dim / 2;
-  const int heads = 2 * a.heads + (a.q ? a.query_heads : 0);
-  const int row = MIXED ? blockIdx.x : blockIdx.x * WARPS + warp, t = row % a.tokens, which = row / a.tokens % heads, batch = row / a.tokens / heads;
-  start_dependents();
-  wait_for_kernels_before();
-  const int64_t start = *static_cast<const volatile int64_t*>(a.state);
-  if (batch < a.batch) {
-    const bool is_key = which < a.heads, is_value = !is_key && which < 2 * a.heads;
-    const int head = is_key ? which : is_value ? which - a.heads : which - 2 * a.heads;
-    const int64_t* strides = is_key ? a.k_strides : is_value ? a.v_strides : a.q_strides;
-    const T* from = static_cast<const T*>(is_key ? a.k : is_value ? a.v : a.q) + batch * strides[0] + head * strides[1] + t * strides[2];
-    Lane x = {};
-    each(half, lane, [&](int i, int at, bool there) { if (there) x.x[i][0] = float(from[at]), x.x[i][1] = float(from[at + half]); });
-    if (a.cos && !is_value) {
-      const int64_t at0 = batch * a.rotary_strides[0] + t * a.rotary_strides[1];
-      const T *cos = static_cast<const T*>(a.cos) + at0, *sin = static_cast<const T*>(a.sin) + at0;
-      each(half, lane, [&](int i, int at, bool there) {
-        if (!there) return;
-        const float p = x.x[i][0], q = x.x[i][1];
-        x.x[i][0] = rounded<T>(__fadd_rn(rounded<T>(__fmul_rn(p, float(cos[at]))), rounded<T>(__fmul_rn(-q, float(sin[at])))));
-        x.x[i][1] = rounded<T>(__fadd_rn(rounded<T>(__fmul_rn(q, float(cos[at + half]))), rounded<T>(__fmul_rn(p, float(sin[at + half])))));
-      });
-    }
-    if constexpr (MIXED) {
-      if (is_key && a.right) {
-        each(half, lane, [&](int i, int, bool) {
-          for (float& v : x.x[i]) v = __half2float(__float2half_rn(fminf(fmaxf(v, -65504.0f), 65504.0f)));
-        });
-        multiply(x, static_cast<const __half*>(a.right), a.dim, warp, lane, mixed);
-      } else if (!is_key && !is_value && a.inverse) {
-        multiply(x, a.inverse, a.dim, warp, lane, mixed);
-      }
-      each(half, lane, [&](int i, int, bool) {
-        for (float& v : x.x[i]) v = rounded<T>(v);
-      });
-    }
-    if (MIXED && warp != 0) {
-      // the first one writes
-    } else if (!is_key && !is_value) {
-      T* to = static_cast<T*>(a.q_out) + ((int64_t(batch) * a.query_heads + head) * a.tokens + t) * a.dim;
-      each(half, lane, [&](int i, int at, bool there) { if (there) to[at] = T(x.x[i][0]), to[at + half] = T(x.x[i][1]); });
-    } else if (start + t < a.room) {
-      const VitqCacheRows& cache = is_key ? a.keys : a.values;
-      uint8_t* to = static_cast<uint8_t*>(cache.rows) + batch * cache.strides[0] + head * cache.strides[1] + (start + t) * cache.strides[2];
-      if (cache.bits > 8) {
-        T* const numbers = reinterpret_cast<T*>(to);
-        each(half, lane, [&](int i, int at, bool there) { if (there) numbers[at] = T(x.x[i][0]), numbers[at + half] = T(x.x[i][1]); });
-      } else {
-        write_codes(x, to, cache, is_key ? a.key_clip : a.value_clip, a.dim, lane);
-      }
-    }
+enum Kind { KEY, VALUE, QUERY };
+
+// Of which token of which head a row is.
+struct Place {
+  Kind kind;
+  int batch, head, token;
+
+  __device__ Place(const VitqAppendRows& a, int head_of_all, int batch, int token) : batch(batch), token(token) {
+    kind = head_of_all < a.heads ? KEY : head_of_all < 2 * a.heads ? VALUE : QUERY;
+    head = head_of_all - (kind == KEY ? 0 : kind == VALUE ? a.heads : 2 * a.heads);
   }
+};
+
+template <class T, int PAIRS>
+__device__ __forceinline__ void load_rotated(Lane<PAIRS>& row, const VitqAppendRows& a, const Place& p, int lane) {
+  const int64_t* strides = p.kind == KEY ? a.k_strides : p.kind == VALUE ? a.v_strides : a.q_strides;
+  const T* from = static_cast<const T*>(p.kind == KEY ? a.k : p.kind == VALUE ? a.v : a.q) + p.batch * strides[0] + p.head * strides[1] + p.token * strides[2];
+  row = {};
+  load(row, from, a.paired, a.dim, lane);
+  if (a.cos && p.kind != VALUE) {
+    const int64_t at = p.batch * a.rotary_strides[0] + p.token * a.rotary_strides[1];
+    rotate(row, static_cast<const T*>(a.cos) + at, static_cast<const T*>(a.sin) + at, a.paired, a.dim, lane);
+  }
+}
+
+// The numbers of a row before matrices and codes, where they are asked for.
+template <class T, int PAIRS>
+__device__ __forceinline__ void write_before(Lane<PAIRS>& row, const VitqAppendRows& a, const Place& p, int lane) {
+  if (p.kind == KEY && a.k_out && a.out_before)
+    store(row, static_cast<T*>(a.k_out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim, a.dim, lane);
+}
+
+// The row to its place. start: tokens that were there before.
+template <class T, int PAIRS>
+__device__ __forceinline__ void write_row(Lane<PAIRS>& row, const VitqAppendRows& a, const Place& p, int64_t start, int lane) {
+  if (p.kind == QUERY) {
+    store(row, static_cast<T*>(a.q_out) + ((int64_t(p.batch) * a.tokens + p.token) * a.query_heads + p.head) * a.dim, a.dim, lane);
+    return;
+  }
+  if (start + p.token >= a.room) return;
+  const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
+  uint8_t* to = static_cast<uint8_t*>(cache.rows) + p.batch * cache.strides[0] + p.head * cache.strides[1] + (start + p.token) * cache.strides[2];
+  if (cache.bits > 8)
+    store(row, reinterpret_cast<T*>(to), a.dim, lane);
+  else
+    write_codes(row, to, cache, p.kind == KEY ? a.key_clip : a.value_clip, a.dim, lane);
+  void* const out = p.kind == VALUE ? a.v_out : a.out_before ? nullptr : a.k_out;
+  if (out) store(row, static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim, a.dim, lane);
+}
+
+// The last block counts the tokens: all others have read how many there were.
+__device__ __forceinline__ void count_tokens(const VitqAppendRows& a, int64_t start) {
   if (!a.advance) return;
-  // The last block counts the tokens: all others have read how many there were.
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
@@ -168,12 +229,199 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
   }
 }
 
+template <class T, bool MIXED, int PAIRS>
+__global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constant__ VitqAppendRows a) {
+  __shared__ float mixed[MIXED ? WARPS * SLICES + 1 : 1][MOST_MIXED];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int heads = 2 * a.heads + (a.q ? a.query_heads : 0);
+  const int row = MIXED ? blockIdx.x : blockIdx.x * WARPS + warp;
+  const Place place(a, row / a.tokens % heads, row / a.tokens / heads, row % a.tokens);
+  start_dependents();
+  wait_for_kernels_before();
+  const int64_t start = *static_cast<const volatile int64_t*>(a.state);
+  if (place.batch < a.batch) {
+    Lane<PAIRS> x;
+    load_rotated<T>(x, a, place, lane);
+    if (!MIXED || warp == 0) write_before<T>(x, a, place, lane);
+    if constexpr (MIXED) {
+      if (place.kind == KEY && a.right) {
+        each(x, a.dim, lane, [&](float (&v)[2], int) { for (float& one : v) one = rounded<__half>(in_half(one)); });
+        multiply(x, static_cast<const __half*>(a.right), a.dim, warp, lane, mixed);
+      } else if (place.kind == QUERY && a.inverse) {
+        multiply(x, a.inverse, a.dim, warp, lane, mixed);
+      }
+      each(x, a.dim, lane, [&](float (&v)[2], int) { for (float& one : v) one = rounded<T>(one); });
+    }
+    if (!MIXED || warp == 0) write_row<T>(x, a, place, start, lane);  // the first one writes
+  }
+  count_tokens(a, start);
+}
+
+__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(uint32_t(__cvta_generic_to_shared(from))) : "memory");
+}
+
+__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(uint32_t(__cvta_generic_to_shared(from))) : "memory");
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// TILE_ROWS rows of E, a row `pitch` apart, times the sum of PARTS matrices, which lie one behind the other at the same pitch -> rows of T in their place.
+template <class E, class T, int PARTS>
+__device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim, int pitch, int lane) {
+  constexpr int MOST = MOST_MIXED / 16;
+  uint32_t a[MOST][4];
+#pragma unroll
+  for (int k = 0; k < MOST; ++k)
+    if (16 * k < dim) ldmatrix(a[k], rows + lane % 16 * pitch + 16 * k + lane / 16 * 8);
+  __syncwarp();
+  T* const out = reinterpret_cast<T*>(rows) + lane / 4 * pitch + lane % 4 * 2;
+  for (int n = 0; n < dim; n += 16) {
+    float sums[2][4] = {};
+#pragma unroll
+    for (int k = 0; k < MOST; ++k)
+#pragma unroll
+      for (int part = PARTS; part-- > 0;)
+        if (16 * k < dim) {
+          uint32_t b[4];
+          ldmatrix_transposed(b, matrix + (part * dim + 16 * k + lane % 16) * pitch + n + lane / 16 * 8);
+          mma(sums[0], a[k], b[0], b[1], E()), mma(sums[1], a[k], b[2], b[3], E());
+        }
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) write_two(out + 8 * half * pitch + n + 8 * j, sums[j][2 * half], sums[j][2 * half + 1]);
+  }
+  __syncwarp();
+}
+
+// A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix as the sum of two of their type, which is as good as float.
+template <class T, int PAIRS>
+__global__ void __launch_bounds__(32 * TILE_WARPS) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
+  extern __shared__ uint4 shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
+  const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
+  const int first = blockIdx.x % chunks * chunk, end = min(first + chunk, a.tokens);
+  Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
+  T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
+  T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
+  __half* const matrix_half = reinterpret_cast<__half*>(matrix);
+  const bool mixed = PAIRS == 1 && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr);
+  start_dependents();
+  if (mixed) {
+#pragma unroll 8
+    for (int i = 4 * threadIdx.x; i < a.dim * a.dim; i += 4 * blockDim.x) {
+      const int at = i / a.dim * pitch + i % a.dim;
+      if (place.kind == KEY) {
+        *reinterpret_cast<uint2*>(matrix_half + at) = __ldg(reinterpret_cast<const uint2*>(static_cast<const __half*>(a.right) + i));
+      } else {
+        const float4 x = __ldg(reinterpret_cast<const float4*>(a.inverse + i));
+        T *const most = matrix + at, *const rest = most + a.dim * pitch;
+        write_two(most, x.x, x.y), write_two(most + 2, x.z, x.w);
+        write_two(rest, x.x - rounded<T>(x.x), x.y - rounded<T>(x.y)), write_two(rest + 2, x.z - rounded<T>(x.z), x.w - rounded<T>(x.w));
+      }
+    }
+    __syncthreads();
+  }
+  wait_for_kernels_before();
+  const int64_t start = *static_cast<const volatile int64_t*>(a.state);
+  for (int row = first + warp * TILE_ROWS; row < end; row += TILE_WARPS * TILE_ROWS) {
+    const int rows = min(TILE_ROWS, end - row);
+    Lane<PAIRS> x[BATCH];
+    const auto batches = [&](auto read, auto write) {  // all of a batch is read before any of it is written
+      for (int i = 0; i < rows; i += BATCH) {
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j)
+          if (i + j < rows) read(x[j], i + j);
+#pragma unroll
+        for (int j = 0; j < BATCH; ++j)
+          if (i + j < rows) write(x[j], i + j);
+      }
+    };
+    batches(
+        [&](Lane<PAIRS>& one, int i) {
+          place.token = row + i;
+          load_rotated<T>(one, a, place, lane);
+        },
+        [&](Lane<PAIRS>& one, int i) {
+          place.token = row + i;
+          write_before<T>(one, a, place, lane);
+          if (!mixed) {
+            write_row<T>(one, a, place, start, lane);
+          } else if (place.kind == KEY) {
+            each(one, a.dim, lane, [&](float (&v)[2], int) { for (float& number : v) number = in_half(number); });
+            store(one, reinterpret_cast<__half*>(tile + i * pitch), a.dim, lane);
+          } else {
+            store(one, tile + i * pitch, a.dim, lane);
+          }
+        });
+    if (!mixed) continue;
+    __syncwarp();
+    if (place.kind == KEY)
+      multiply_rows<__half, T, 1>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
+    else
+      multiply_rows<T, T, 2>(tile, matrix, a.dim, pitch, lane);
+    batches([&](Lane<PAIRS>& one, int i) { one = {}, load(one, tile + i * pitch, true, a.dim, lane); },
+            [&](Lane<PAIRS>& one, int i) {
+              place.token = row + i;
+              write_row<T>(one, a, place, start, lane);
+            });
+    __syncwarp();
+  }
+  count_tokens(a, start);
+}
+
+template <class T, int PAIRS>
+int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
+  const bool mixed = a.right || a.inverse;
+  const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + 2 * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
+  const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
+  if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
+  if (mixed)
+    if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(prompt_kernel<T, PAIRS>))) return error;
+  return launch_early(prompt_kernel<T, PAIRS>, unsigned(blocks), 32 * TILE_WARPS, shared, stream, a, chunk);
+}
+
+// Whether two neighbours of every row can be read at once.
 template <class T>
-int launch(const VitqAppendRows& a, cudaStream_t stream) {
-  const int64_t rows = int64_t(a.batch) * a.tokens * (2 * a.heads + (a.q ? a.query_heads : 0));
+bool paired(const VitqAppendRows& a) {
+  const auto even = [](const void* p, const int64_t* strides, int count) {
+    bool all = reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0;
+    for (int i = 0; i < count; ++i) all = all && strides[i] % 2 == 0;
+    return !p || all;
+  };
+  return even(a.k, a.k_strides, 3) && even(a.v, a.v_strides, 3) && even(a.q, a.q_strides, 3) && even(a.cos, a.rotary_strides, 2) &&
+         even(a.sin, a.rotary_strides, 2);
+}
+
+template <class T, int PAIRS>
+int launch_rows(const VitqAppendRows& a, cudaStream_t stream) {
+  const int64_t heads = 2 * a.heads + (a.q ? a.query_heads : 0), rows = int64_t(a.batch) * a.tokens * heads;
   if (rows > INT32_MAX - WARPS) return VITQ_UNSUPPORTED;
-  if (a.right || a.inverse) return launch_early(append_kernel<T, true>, unsigned(rows), 32 * WARPS, 0, stream, a);
-  return launch_early(append_kernel<T, false>, unsigned((rows + WARPS - 1) / WARPS), 32 * WARPS, 0, stream, a);
+  const bool mixed = a.right || a.inverse;
+  if constexpr (sizeof(T) == 2)
+    if (a.tokens > FEW_TOKENS && (!mixed || a.dim % 16 == 0)) return launch_prompt<T, PAIRS>(a, heads, stream);
+  if constexpr (PAIRS == 1)
+    if (mixed) return launch_early(append_kernel<T, true, 1>, unsigned(rows), 32 * WARPS, 0, stream, a);
+  return launch_early(append_kernel<T, false, PAIRS>, unsigned((rows + WARPS - 1) / WARPS), 32 * WARPS, 0, stream, a);
+}
+
+template <class T>
+int launch(const VitqAppendRows& args, cudaStream_t stream) {
+  VitqAppendRows a = args;
+  a.paired = paired<T>(a);
+  return a.dim <= 128 ? launch_rows<T, 1>(a, stream) : launch_rows<T, 2>(a, stream);
 }
 
 }  // namespace
@@ -184,6 +432,8 @@ extern "C" int vitq_append_rows(const VitqAppendRows* args, void* stream) {
   const VitqAppendRows& a = *args;
   if (a.batch < 1 || a.heads < 1 || a.tokens < 1 || a.room < 1 || !a.state || !a.k || !a.v || !a.keys.rows || !a.values.rows) return VITQ_BAD_ARGUMENT;
   if (a.q && (!a.q_out || a.query_heads < 1)) return VITQ_BAD_ARGUMENT;
+  for (const void* out : {a.q_out, a.k_out, a.v_out})
+    if (reinterpret_cast<uintptr_t>(out) % 4 != 0) return VITQ_BAD_ARGUMENT;
   if ((a.right || a.inverse) && (a.dim % 8 != 0 || a.dim > MOST_MIXED || !aligned16(a.right) || !aligned16(a.inverse))) return VITQ_UNSUPPORTED;
   if (a.dim < 4 || a.dim % 4 != 0 || a.dim > MOST_DIM) return VITQ_UNSUPPORTED;
   const auto s = static_cast<cudaStream_t>(stream);

@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 8  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 9  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -229,8 +229,11 @@ typedef struct {
   int64_t rotary_strides[2];     // of b and token, elements
   const void* right;
   const float* inverse;
-  void* q_out;                   // [batch, query_heads, tokens, dim] contiguous
-  int32_t advance;
+  void* q_out;                   // [batch, tokens, query_heads, dim] contiguous
+  // The numbers that the new rows stand for, [batch, heads, tokens, dim] contiguous, or null; with out_before k_out is of k as it was rotated, before the rest.
+  void *k_out, *v_out;
+  int32_t out_before, advance;
+  int32_t paired;                // the library's own
 } VitqAppendRows;
 
 int vitq_append_rows(const VitqAppendRows* args, void* stream);
