@@ -24,7 +24,8 @@ LAYERS = [
     ("w8a8-dynamic", [], 64, 32), ("w8a8-dynamic", [], 75, 37), ("w8a8-dynamic", ["fc1.bits=6"], 64, 40), ("w4a8", [], 128, 64), ("w4a8", [], 75, 37),
     ("dgq-w4a8", [], 256, 40), ("dgq-w4a8", ["fc1.weight.bits=3"], 161, 33), ("dual-w8a8", [], 192, 48), ("dual-w4a4", [], 191, 45),
     ("quik-w8a8", KEPT, 193, 37), ("quik-w4a4", KEPT, 193, 37), ("gptq-w4a16", [], 160, 37), ("gptq-w4a16", [], 75, 17),
-    ("gptq-w4a16", ["fc1.weight.bits=8"], 75, 37), ("gptq-w4a16", ["fc1.weight.symmetric=true", "fc1.weight.granularity=per_channel", "fc1.weight.bits=2"], 129, 40)]
+    ("gptq-w4a16", ["fc1.weight.bits=8"], 75, 37),
+    ("gptq-w4a16", ["fc1.weight.symmetric=true", "fc1.weight.granularity=per_channel", "fc1.weight.bits=2"], 129, 40)]
 
 
 def layer(recipe: str, changes: list[str], k: int, n: int, **kwargs) -> tuple[CodedLinear, Tensor]:
@@ -84,6 +85,8 @@ def test_a_layer_stays_what_it_was(case, how: str) -> None:
         file.seek(0)
         other = torch.load(file, weights_only=False)
     elif how == "move":
+        pack_all(moved := copy.deepcopy(module))
+        assert {t.device.type for t in moved.to("meta").state_dict().values()} == {"meta"}
         other = module.to("cpu")
     elif how == "load":
         module.load_state_dict(module.state_dict())
@@ -146,7 +149,8 @@ def test_products_of_codes_and_multipliers_do_not_give_codes_back(cuda_operators
 def test_other_forms_that_are_undone() -> None:
     """Beside the compiled kernels': that of torch._int_mm, the 4-bit one of torch on a CPU, and those that are as they are saved."""
     kernels = [k for op in ("linear", "weight_only") for _, k in registered(op) if hasattr(k, "unpack")]
-    assert {type(k).__name__ for k in kernels} == {"CutlassLinear", "CublasLtLinear", "CudaWeightOnly", "Int4Linear", "ReferenceWeightOnly", "DequantizedLinear"}
+    assert {type(k).__name__ for k in kernels} == {"CutlassLinear", "CublasLtLinear", "CudaWeightOnly", "Int4Linear", "ReferenceWeightOnly",
+                                                   "DequantizedLinear"}
     for k, n, bits in ((96, 17, 4), (96, 32, 8), (75, 17, 3), (75, 37, 8), (64, 48, 2)):
         only, plain = ("gptq-w4a16", [f"fc1.weight.bits={bits}", "fc1.weight.group_size=32"]), ("w8a8-dynamic", [f"fc1.weight.bits={bits}"])
         for module, op in ((layer(*only, k, n, backend="reference")[0], "weight_only"), (layer(*plain, k, n, backend="reference")[0], "linear")):
