@@ -33,3 +33,19 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def cuda_operators(monkeypatch):
+    """CPU tensors run the compiled kernels' classes, whose operators fall to their reference."""
+    import vitq.cuda  # noqa: F401  (registers)
+    from vitq.cuda import loader, tuning
+    from vitq.ops import dispatch
+
+    monkeypatch.setattr(loader, "why_unavailable", lambda *args: None)
+    monkeypatch.setattr(loader, "kernel_arch", lambda *args: 90)
+    monkeypatch.setattr(tuning, "widen_rows", lambda device, k, segments, groups: 256 if groups is None else 0)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for op in {op for op, _ in dispatch._REGISTRY}:
+        compiled = [kernel for kernel in dispatch._REGISTRY[op, "cuda"] if "fallback" not in type(kernel).__module__]
+        monkeypatch.setitem(dispatch._REGISTRY, (op, "cpu"), compiled)

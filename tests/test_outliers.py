@@ -126,7 +126,7 @@ def test_a_layer_computes_its_equation(changes: list[str], backend: str) -> None
     recipe = quick("quik-w4a4", "fc1.input.outlier_limit=0.2", "fc1.input.outliers=32", *changes)
     module = vitq.linear_module(layer, recipe, x, backend=backend, dtype=torch.float32)
     kept = 0 if "fc1.input.outliers=0" in changes else 32
-    assert module.outliers == kept and module.qweight.shape[1] * (2 if module.weight_bits <= 4 else 1) == 192 - kept
+    assert module.outliers == kept and module.portable().shape[1] * (2 if module.weight_bits <= 4 else 1) == 192 - kept
     fmt = module.input_format()
     weight = torch.zeros(48, 192, dtype=torch.float64)
     integers = module.cases()["linear"].params.integers.double()

@@ -11,7 +11,6 @@ from helpers import build, convert, images, quick, sqnr
 
 import vitq
 from vitq.nn.packed import is_packed
-from vitq.ops import dispatch
 
 MODELS = {
     "vit": ("deit_tiny_patch16_224", {"img_size": 32, "depth": 2, "embed_dim": 64, "num_heads": 2}),
@@ -28,21 +27,6 @@ PAIRS = [*((kind, "w8a8") for kind in MODELS), ("vit", "w4a8"), ("vit", "w8a8-dy
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():
     torch.compiler.reset()
-
-
-@pytest.fixture
-def cuda_operators(monkeypatch):
-    """CPU tensors run the compiled kernels' classes, whose operators fall to their reference."""
-    import vitq.cuda  # noqa: F401  (registers)
-    from vitq.cuda import loader, tuning
-
-    monkeypatch.setattr(loader, "why_unavailable", lambda *args: None)
-    monkeypatch.setattr(loader, "kernel_arch", lambda *args: 90)
-    monkeypatch.setattr(tuning, "widen_rows", lambda device, k, segments, groups: 256 if groups is None else 0)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for op in {op for op, _ in dispatch._REGISTRY}:
-        compiled = [kernel for kernel in dispatch._REGISTRY[op, "cuda"] if "fallback" not in type(kernel).__module__]
-        monkeypatch.setitem(dispatch._REGISTRY, (op, "cpu"), compiled)
 
 
 def converted(kind: str, recipe: str, *overrides: str, **kwargs):

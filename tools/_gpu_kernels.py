@@ -21,7 +21,8 @@ def time_gemm(side: int, device: torch.device, repeats: int) -> tuple[dict[str, 
     """TOPS by case, and cells of GEMM_HEADERS. Every case multiplies the same random numbers: power depends on them."""
     x = torch.randint(-127, 128, (side, side), dtype=torch.int8, device=device).float()
     layer, codes = vitq.profiling.int8_layer(side, side, x)
-    half = (codes.codes / 127).half(), (layer.codes() / 127).half(), layer.bias.half()
+    weight = layer.codes()
+    half = (codes.codes / 127).half(), (weight / 127).half(), layer.bias.half()
 
     def four_bits() -> Callable[[Any], Any]:
         other, other_codes = vitq.profiling.int8_layer(side, side, x, "w4a8")
@@ -29,7 +30,7 @@ def time_gemm(side: int, device: torch.device, repeats: int) -> tuple[dict[str, 
 
     builds: dict[str, Callable[[], Callable[[Any], Any]]] = {
         "fp16 and bias, cuBLAS": lambda: lambda _: F.linear(*half),
-        PLAIN: lambda: lambda _: torch._int_mm(codes.codes, layer.codes().t()),
+        PLAIN: lambda: lambda _: torch._int_mm(codes.codes, weight.t()),
         FUSED: lambda: lambda _: layer(codes),
         "vitq W4A8, scale and bias, fp16 out": four_bits}
     ready, notes = {}, {}

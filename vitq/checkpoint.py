@@ -6,6 +6,7 @@ or transformers, recipe, float dtype) and to trust them (schema, a SHA-256 over 
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from pathlib import Path
@@ -55,7 +56,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
     except ValueError as error:
         raise CheckpointError(str(error)) from error
     ties = _ties(model)
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items() if name not in ties}
+    tensors = {name: t for name, t in model.state_dict(destination=_OnCpu()).items() if name not in ties}
     header = {
         "schema": SCHEMA, "vitq_version": vitq.__version__, "library": library, **architecture, "source": source,
         "recipe": info.recipe.to_dict(), "dtype": str(info.dtype)[6:], "device": _device(model).type,
@@ -171,10 +172,17 @@ def _library(header: dict[str, Any]) -> str:
     return header.get("library", "timm")
 
 
+class _OnCpu(dict):
+    """A state dict on the CPU, tensor by tensor: codes that a layer on a GPU makes again for it are there one layer at a time."""
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        super().__setitem__(name, tensor.detach().cpu().contiguous())
+
+
 def _ties(model: nn.Module) -> dict[str, str]:
-    """The names of a tensor that has several, all but the first of each, with that first one."""
+    """The names of a parameter that has several, all but the first of each, with that first one."""
     first: dict[int, str] = {}
-    names = {name: first.setdefault(id(t), name) for name, t in model.state_dict(keep_vars=True).items()}
+    names = {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}
     return {name: kept for name, kept in names.items() if name != kept}
 
 
@@ -223,4 +231,4 @@ def _check_same(where: Path, header: dict[str, Any], model: nn.Module, found: di
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next(iter(model.state_dict().values())).device
+    return next(itertools.chain(model.parameters(), model.buffers())).device

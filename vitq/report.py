@@ -20,7 +20,7 @@ from vitq.calib.statistics import Statistics
 from vitq.evaluate import Evaluation, LayerError
 from vitq.models.heads import ColumnParts, RowParts
 from vitq.nn.linear import CodedLinear
-from vitq.nn.packed import Row
+from vitq.nn.packed import PackedModule, Row
 from vitq.profiling import Ceilings, Profile
 from vitq.timing import Timing
 
@@ -208,13 +208,16 @@ def bits_per_weight(model: nn.Module) -> Bits:
     def stored(tensors: Iterable[Tensor]) -> int:
         return 8 * sum(t.numel() * t.element_size() for t in tensors)
 
+    def buffers(module: nn.Module) -> int:
+        return 8 * module.own_bytes() if isinstance(module, PackedModule) else stored(module.buffers(recurse=False))
+
     floats = [part.weight for module in model.modules() if isinstance(module, (RowParts, ColumnParts)) for part in module.children()
               if isinstance(part, nn.Linear)]
     weights = sum(module.in_features * module.out_features for module in linears)
-    bits = sum(stored(t for name, t in module.named_buffers(recurse=False) if name != "bias") for module in linears)
+    bits = sum(buffers(module) - stored([module.bias]) for module in linears)
     stays = sum(p.numel() for p in model.parameters())
     return Bits((bits + stored(floats)) / (weights + sum(t.numel() for t in floats)),
-                stored((*model.parameters(), *model.buffers())) / (weights + stays))
+                (stored(model.parameters()) + sum(map(buffers, model.modules()))) / (weights + stays))
 
 
 def make_folder(path: str | os.PathLike[str]) -> None:

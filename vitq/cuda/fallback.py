@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vitq.cuda.layout import unit_columns
-from vitq.formats import ActivationFormat, QTensor, pack_int4
+from vitq.formats import ActivationFormat, QTensor, pack_int4, unpack_int4
 from vitq.ops.attention import AttentionSpec, CutsWindows, why_not_static_int8
 from vitq.ops.common import signed
 from vitq.ops.dispatch import register
@@ -155,6 +155,10 @@ class CublasLtLinear:
             scale=folded.scale[0].to(device).contiguous(), bias=folded.bias.to(device), folded=folded.to_codes,
             activation=spec.activation, output=None if spec.output is None else spec.output.to(device))
         return PackedLinear(weight.to(device).contiguous(), n, k, constants, params.input.dynamic)
+
+    def unpack(self, packed: PackedLinear) -> Tensor:
+        weight = packed.weight if packed.weight.dtype == torch.int8 else unpack_int4(packed.weight, 2 * packed.weight.shape[1])
+        return weight[: packed.n, : packed.k].contiguous()
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitq.cuda import loader, tuning
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import even_first, pack_weight, pad_columns, permute_rows, round_up, unit_columns
+from vitq.cuda.layout import even_first, pack_weight, pad_columns, permute_rows, round_up, unit_columns, unpack_weight
 from vitq.formats import QTensor
 from vitq.ops.attention import AttentionSpec, why_not_static_int8
 from vitq.ops.common import OutputFormat, even_groups, signed
@@ -96,6 +96,9 @@ class CutlassLinear:
             out_scale=float(output.scale) if scalar else 1.0, out_zero_point=int(output.zero_point) if scalar else 0,
             widen_rows=sys.maxsize if bits == 8 else tuning.widen_rows(packed.device, k, len(ends), None if group is None else group_columns),
             multiplier=multiplier, group_zero=group_zero, group=group, group_columns=group_columns)
+
+    def unpack(self, packed: PackedLinear) -> Tensor:
+        return unpack_weight(packed.weight, packed.bits, packed.n, packed.k)
 
     def run(self, packed: PackedLinear, x: QTensor, *, dtype: torch.dtype, residual: Tensor | None = None,
             inplace: bool = False, out: Tensor | None = None) -> Tensor | QTensor:

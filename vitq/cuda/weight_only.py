@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitq.cuda import loader
 from vitq.cuda import ops as _ops  # noqa: F401  (registers torch.ops.vitq)
-from vitq.cuda.layout import even_first, exchange_bytes, pack_weight, pad_columns
+from vitq.cuda.layout import even_first, exchange_bytes, pack_weight, pad_columns, unpack_weight
 from vitq.ops.common import even_groups
 from vitq.ops.dispatch import register
 from vitq.ops.weight_only import DequantizedLinear
@@ -55,6 +55,10 @@ class CudaWeightOnly:
             weight=(exchange_bytes(weight) if bits == 4 else weight).to(device), bits=bits, n=n, k=k, scale=scale.to(device),
             zero=None if zero is None else zero.to(torch.int8).to(device), bias=pad_columns(bias).to(device),
             group_columns=even_groups(spec.column_group, k))
+
+    def unpack(self, packed: PackedWeightOnly) -> Tensor:
+        weight = exchange_bytes(packed.weight) if packed.bits == 4 else packed.weight
+        return unpack_weight(weight, packed.bits, packed.n, packed.k)
 
     def run(self, packed: PackedWeightOnly, x: Tensor, *, dtype: torch.dtype) -> Tensor:
         """x [.., K] float -> [.., N] in `dtype`."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vitq.formats import ActivationFormat, Columns, QTensor, pack_int4, unpack_int4
+from vitq.formats import ActivationFormat, Columns, QTensor, pack_int4, pack_nibbles, unpack_int4
 from vitq.nn.packed import PackedModule, Row
 from vitq.nn.rows import RowBuffers
 from vitq.ops.common import OutputFormat
@@ -22,7 +22,11 @@ from vitq.recipe import LayerSpec
 
 class CodedLinear(PackedModule):
     """What linear layers with W in 2..8-bit codes share. Buffers: qweight, int8 [N, K], or uint8 [N, ⌈K/2⌉] packed up to 4 bits, of K input
-    features; bias float32 [N]."""
+    features; bias float32 [N].
+
+    The codes are held once where a kernel can give them back (`Kernel.unpack`): qweight is None while it is packed, and `portable` makes it again
+    for what is saved, copied or moved.
+    """
 
     def __init__(self, in_features: int, out_features: int, spec: LayerSpec, *, dtype: torch.dtype, backend: str):
         super().__init__(backend)
@@ -34,17 +38,52 @@ class CodedLinear(PackedModule):
         shape = (out_features, (self.coded_features + 1) // 2 if self.weight_bits <= 4 else self.coded_features)
         self.register_buffer("qweight", torch.zeros(shape, dtype=torch.uint8 if self.weight_bits <= 4 else torch.int8))
         self.register_buffer("bias", torch.zeros(out_features))
+        self._code_bytes = self.qweight.numel()
 
     def set_params(self, params: LinearParams) -> None:
+        self.invalidate()
         self.qweight.copy_(pack_int4(params.codes) if self.weight_bits <= 4 else params.codes)
         self.weight_scale.copy_(params.weight_scale)
         if params.bias is not None:
             self.bias.copy_(params.bias)
-        self.invalidate()
 
     def codes(self) -> Tensor:
         """int8 [N, K], unpacked."""
-        return unpack_int4(self.qweight, self.coded_features) if self.weight_bits <= 4 else self.qweight
+        return unpack_int4(self.portable(), self.coded_features) if self.weight_bits <= 4 else self.portable()
+
+    def portable(self) -> Tensor:
+        """qweight, made again where a kernel alone holds the codes."""
+        return self._given_back() if self.qweight is None else self.qweight
+
+    @torch.inference_mode(False)  # of which no buffer may be: it could not be loaded in place later
+    def _given_back(self) -> Tensor | None:
+        """qweight of what a kernel packed, None where none unpacks it."""
+        for choice, packed in self._packed.values():
+            if hasattr(choice.kernel, "unpack"):
+                codes = choice.kernel.unpack(packed)
+                return pack_nibbles(codes) if self.weight_bits <= 4 else codes
+        return None
+
+    def _pack(self) -> None:
+        super()._pack()
+        given = self._given_back()
+        if given is not None and torch.equal(given, self.qweight):  # not of codes times multipliers, nor where an odd K is padded with others than 0
+            self.qweight = None
+
+    def invalidate(self) -> None:
+        self.qweight = self.portable()
+        super().invalidate()
+
+    def own_bytes(self) -> int:
+        return super().own_bytes() + (self._code_bytes if self.qweight is None else 0)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.qweight is None:
+            destination[f"{prefix}qweight"] = self._given_back()  # first, as it is among the buffers
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def __getstate__(self) -> dict:
+        return {**super().__getstate__(), "_buffers": {**self._buffers, "qweight": self.portable()}}
 
     def stored(self) -> str:
         """What the file does not save, for `row`."""

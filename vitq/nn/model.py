@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vitq import graphs
 from vitq.formats import QTensor
 from vitq.nn.block import QuantBlock
-from vitq.nn.packed import check_keeps_dtype, is_packed, link_all, pack_all
+from vitq.nn.packed import PackedModule, check_keeps_dtype, is_packed, link_all, pack_all
 from vitq.ops.patches import nan_guard
 from vitq.recipe import Recipe
 
@@ -97,6 +97,11 @@ class QuantizedDecoder(Quantized):
             return graphs.step(self, inputs)
 
         return call
+
+    def get_memory_footprint(self, return_buffers: bool = True) -> int:
+        """Bytes of parameters, of buffers and of what kernels made of these, which hold most of a weight; of parameters alone without `return_buffers`."""
+        buffers = (m.held_bytes() if isinstance(m, PackedModule) else sum(b.nbytes for b in m.buffers(recurse=False)) for m in self.modules())
+        return sum(p.nbytes for p in self.parameters()) + (sum(buffers) if return_buffers else 0)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *, max_shard_size: int | str = "50GB", push_to_hub: bool = False,
                         **hub: Any) -> None:

@@ -30,7 +30,7 @@ class Row:
 class PackedModule(nn.Module):
     """state_dict holds device-neutral buffers; `_packed` what the chosen kernels made of them, `_derived` what this module did.
 
-    The packed form is made by `pack_all` or else on first use, dropped when the buffers move or are loaded, and never
+    The packed form is made by `pack_all` or else on first use, dropped before the buffers move or are loaded, and never
     copied or saved (oneDNN's packed weights cannot be). A forward changes nothing and reads no value on the host, so
     that it can be traced and captured.
     """
@@ -87,22 +87,21 @@ class PackedModule(nn.Module):
         self._packed, self._derived = None, {}
 
     def own_bytes(self) -> int:
-        """Of the buffers."""
+        """Of the buffers, as a checkpoint has them."""
         return sum(b.numel() * b.element_size() for b in self.buffers(recurse=False))
 
     def held_bytes(self) -> int:
         """Of the buffers, the packed form and what is derived: each piece of memory once."""
-        return sum(dict(map(_memory, _tensors([*self.buffers(recurse=False), self.packed(), self._derived]))).values())
+        return sum(dict(map(_memory, _tensors([self.packed(), self._derived, *self.buffers(recurse=False)]))).values())
 
     def _apply(self, fn, recurse: bool = True):
         check_keeps_dtype(fn)
-        super()._apply(fn, recurse)
         self.invalidate()
-        return self
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
         self.invalidate()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_packed": None, "_derived": {}}

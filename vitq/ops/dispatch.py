@@ -21,7 +21,8 @@ BACKENDS = ("auto", "reference", "cpu", "cuda")
 
 
 class Kernel(Protocol):
-    """One implementation of one op. `pack` prepares constants once; `run` takes what pack returned first."""
+    """One implementation of one op. `pack` prepares constants once; `run` takes what pack returned first. Of a linear layer it may have
+    `unpack(packed) -> int8 [N, K]` too, the codes that were packed: the layer holds them in that form alone where these are its own, bit for bit."""
 
     name: str
 

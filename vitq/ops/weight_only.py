@@ -53,6 +53,9 @@ class _Dequantize:
         group = None if spec.column_group is None else spec.column_group.long().to(device)
         return PackedWeight(codes.to(device), k, scale, zero, group, None if spec.bias is None else spec.bias.to(device, torch.float32))
 
+    def unpack(self, packed: PackedWeight) -> Tensor:
+        return unpack_int4(packed.codes, packed.features) if packed.codes.dtype == torch.uint8 else packed.codes
+
 
 @register("weight_only", "reference")
 class ReferenceWeightOnly(_Dequantize):
@@ -114,6 +117,9 @@ class Int4Linear(DequantizedLinear):
         zero = torch.zeros_like(scale) if weight.zero is None else F.pad(weight.zero.index_select(1, group), (0, 0, 0, -n % 16))
         codes = torch.ops.aten._convert_weight_to_int4pack_for_cpu(F.pad(spec.codes.int() + 8, (0, 0, 0, -n % 16)), 1)
         return PackedInt4(codes, torch.stack((scale, -zero * scale), -1).transpose(0, 1).to(torch.bfloat16).contiguous(), size, weight)
+
+    def unpack(self, packed: PackedInt4) -> Tensor:
+        return super().unpack(packed.weight)
 
     def run(self, packed: PackedInt4, x: Tensor, *, dtype: torch.dtype) -> Tensor:
         flat = x.reshape(-1, packed.weight.features)
