@@ -113,6 +113,13 @@ def test_every_field_that_check_layer_refuses_is_in_a_list():
     assert len(fields) > 8 and [field for field in sorted(fields) if words.get(field, field) not in section] == []
 
 
+def test_the_least_transformers_is_said_alike():
+    said = [(page, re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"))) for page, pattern in
+            (("pyproject.toml", r'"transformers([^"]*)"'), ("pyproject.toml", r"transformers from ([\d.]+) on"), ("README.md", r"transformers from ([\d.]+) on"))]
+    assert [len(found) for _, found in said] == [2, 1, 1]
+    assert len({version.removeprefix(">=") for _, found in said for version in found}) == 1, said
+
+
 def test_the_readme_lists_every_recipe():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in vitq.recipes() if f"| `{name.replace('-paper', '')}` |" not in text] == [] and "`erq-*-paper`" in text
