@@ -114,8 +114,8 @@ def test_every_field_that_check_layer_refuses_is_in_a_list():
 
 
 def test_the_least_transformers_is_said_alike():
-    said = [(page, re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"))) for page, pattern in
-            (("pyproject.toml", r'"transformers([^"]*)"'), ("pyproject.toml", r"transformers from ([\d.]+) on"), ("README.md", r"transformers from ([\d.]+) on"))]
+    places = ("pyproject.toml", r'"transformers([^"]*)"'), *((page, r"transformers from ([\d.]+) on") for page in ("pyproject.toml", "README.md"))
+    said = [(page, re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"))) for page, pattern in places]
     assert [len(found) for _, found in said] == [2, 1, 1]
     assert len({version.removeprefix(">=") for _, found in said for version in found}) == 1, said
 
