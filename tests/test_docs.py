@@ -72,6 +72,54 @@ def test_the_recipe_of_the_docs_is_one(tmp_path: Path):
     assert recipe.resolve("fc1", "blocks.1.mlp.fc1").weight.bits == 4
 
 
+LEARN = ("block_gradient.epochs=2", "fc1.input.observer=learned")  # on dynamic inputs
+
+
+# What the list says, and a recipe that holds it: recipe, changes, the field that is refused.
+@pytest.mark.parametrize(("said", "name", "changes", "refused"), [
+    ("`transform` of anything but a linear layer's input", "w8a8-dynamic", ["fc1.weight.transform=hadamard"], "transform"),
+    ("(a patch embedding's is none)", "w8a8", ["patch_embed.input.transform=hadamard"], "transform"),
+    ("and keys (`qk.other`)", "w8a8-dynamic", ["kv.bits=8", "pv.other.transform=hadamard"], "transform"),
+    ("of static scales", "w8a8", ["fc1.input.transform=hadamard"], "transform"),
+    ("beside `outliers`", "w8a8-dynamic", ["fc1.input.transform=hadamard", "fc1.input.outliers=16"], "transform"),
+    ("or `segments: dual_uniform` of the weight that reads it", "w8a8-dynamic", ["fc1.input.transform=hadamard", "fc1.weight.segments=dual_uniform"],
+     "segments"),
+    ("`clip_ratio` below 1 of a weight", "w8a8-dynamic", ["fc1.weight.clip_ratio=0.9"], "clip_ratio"),
+    ("of static activations, of probabilities", "w8a8", ["fc1.input.clip_ratio=0.9"], "clip_ratio"),
+    ("of static activations, of probabilities", "w8a8", ["pv.input.clip_ratio=0.9"], "clip_ratio"),
+    ("of probabilities, beside `observer: learned`", "w8a8-dynamic", [*LEARN, "fc1.input.clip_ratio=0.9"], "clip_ratio"),
+    ("`observer: learned` of static activations", "w8a8", ["block_gradient.epochs=2", "fc1.input.observer=learned"], "observer"),
+    ("of a weight that is asymmetric", "w8a8-dynamic", [*LEARN, "fc1.weight.bits=4", "fc1.weight.symmetric=false", "fc1.weight.observer=learned"], "observer"),
+    ("not `per_channel`", "w8a8-dynamic", [*LEARN, "fc1.weight.granularity=per_tensor", "fc1.weight.observer=learned"], "observer"),
+    ("in segments", "w8a8-dynamic", [*LEARN, "fc1.weight.segments=dual_uniform", "fc1.weight.observer=learned"], "observer"),
+    ("or a patch embedding's", "w8a8", ["block_gradient.epochs=2", "patch_embed.weight.observer=learned"], "observer"),
+    ("whose input is static", "w8a8", ["block_gradient.epochs=2", "fc1.weight.observer=learned"], "observer"),
+    ("or has 16 bits", "w8a8-dynamic", ["block_gradient.epochs=2", "fc1.input.bits=16", "fc1.weight.observer=learned"], "observer"),
+    ("`learned` anywhere without `block_gradient`", "w8a8-dynamic", ["fc1.input.observer=learned"], "block_gradient"),
+    ("`block_gradient` where nothing is learned", "w8a8-dynamic", ["block_gradient.epochs=2"], "block_gradient"),
+])
+def test_combinations_that_the_list_calls_refused_are(said: str, name: str, changes: list[str], refused: str):
+    text = " ".join((ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").split())
+    assert said in text.partition("These combinations are refused:")[2].partition("`outliers` is QUIK's")[0]
+    with pytest.raises(ValueError, match=rf"{refused}: |^[\w.]+: 'learned', and {refused} is missing"):
+        vitq.Recipe.from_yaml(name).with_overrides(changes)
+
+
+def test_every_field_that_check_layer_refuses_is_in_a_list():
+    """A new refusal of a field that the list of refused combinations does not name yet."""
+    section = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8").partition("These combinations are\nrefused:")[2].partition("\n\n`outliers` is")[0]
+    fields = set(re.findall(r'refuse\([^,]+, "(\w+)"', inspect.getsource(vitq.recipe.checks.check_layer)))
+    words = {"bits": "16 bits", "symmetric": "asymmetric", "levels": "log√2", "granularity": "`per_channel`"}
+    assert len(fields) > 8 and [field for field in sorted(fields) if words.get(field, field) not in section] == []
+
+
+def test_the_least_transformers_is_said_alike():
+    places = ("pyproject.toml", r'"transformers([^"]*)"'), *((page, r"transformers from ([\d.]+) on") for page in ("pyproject.toml", "README.md"))
+    said = [(page, re.findall(pattern, (ROOT / page).read_text(encoding="utf-8"))) for page, pattern in places]
+    assert [len(found) for _, found in said] == [2, 1, 1]
+    assert len({version.removeprefix(">=") for _, found in said for version in found}) == 1, said
+
+
 def test_the_readme_lists_every_recipe():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [name for name in vitq.recipes() if f"| `{name.replace('-paper', '')}` |" not in text] == [] and "`erq-*-paper`" in text

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import weakref
 
 import pytest
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 import torch  # noqa: E402
 from flatquant_files import LINEARS, TRANS, input_of, matrices, rounded, saved_tensors, weight_of  # noqa: E402
@@ -16,6 +17,7 @@ from language_models import build, ids  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 import vitq  # noqa: E402
+from vitq import flatquant_checkpoint  # noqa: E402
 from vitq.models.language import source_names  # noqa: E402
 
 SIZES = dict(hidden_size=96, num_attention_heads=6, intermediate_size=160, num_key_value_heads=3)
@@ -233,8 +235,47 @@ def test_files_that_are_cut_short_or_missing(tmp_path, caplog) -> None:
     other = build("Llama", **{**SIZES, "hidden_size": 72})
     with pytest.raises(vitq.CheckpointError, match=r"clip_factor_w_min' is \[96, 1\], the model needs \[72, 1\]"):
         vitq.import_flatquant_checkpoint(tmp_path, config=_named(other))
-    with pytest.raises(vitq.CheckpointError, match="FlatQuant's models are Llama"):
-        vitq.import_flatquant_checkpoint(tmp_path, config=_named(build("OPT")))
+    for family in ("OPT", "Falcon"):  # which has nothing by the name of `model`
+        with pytest.raises(vitq.CheckpointError, match=f"FlatQuant's models are Llama, Mistral, Qwen2 or Qwen3; a {family}ForCausalLM is none"):
+            vitq.import_flatquant_checkpoint(tmp_path, config=_named(build(family)))
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2))
+    with pytest.raises(vitq.CheckpointError, match="vitq has no adapter for .*GPT2LMHeadModel"):
+        vitq.import_flatquant_checkpoint(tmp_path, config=_named(gpt2))
+
+
+def test_load_says_what_reads_such_a_folder(tmp_path) -> None:
+    model = half()
+    write(tmp_path, model, saved_tensors(model, matrices(model)))
+    said = "FlatQuant quantized: vitq.import_flatquant_checkpoint\\(folder\\) reads it"
+    with pytest.raises(vitq.CheckpointError, match=f"config.json is the config of a model that {said}"):
+        vitq.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=f"no vitq checkpoint in .*quantization_config.json is there, of a model that {said}"):
+        vitq.load(tmp_path)
+    (tmp_path / "quantization_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="of a language model$"):
+        vitq.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "flatquant"}}))  # as published
+    with pytest.raises(vitq.CheckpointError, match=said):
+        vitq.load(tmp_path)
+
+
+def test_codes_of_one_layer_at_a_time(tmp_path, monkeypatch) -> None:
+    """Packed as they are stored until the layer's turn: at most what is being put in a module and what comes next are there as int8."""
+    model = half(num_hidden_layers=6)
+    write(tmp_path, model, saved_tensors(model, matrices(model)))
+    there, most, unpack = weakref.WeakSet(), [], flatquant_checkpoint.unpack_int4
+
+    def counted(packed: torch.Tensor, features: int) -> torch.Tensor:
+        codes = unpack(packed, features)
+        there.add(codes)
+        most.append(len(there))
+        return codes
+
+    monkeypatch.setattr(flatquant_checkpoint, "unpack_int4", counted)
+    vitq.import_flatquant_checkpoint(tmp_path)
+    assert len(most) == 6 * len(LINEARS) and max(most) <= 2 * 3  # q, k and v
 
 
 def _named(model: torch.nn.Module):

@@ -264,6 +264,40 @@ def test_other_configs(saved) -> None:
     refused(saved, "another config: num_key_value_heads=4 instead of 2", config=config)
 
 
+def test_headers_without_a_schema_or_with_another_dtype(model, saved) -> None:
+    text = (saved / "config.json").read_text()
+
+    def changed(config: dict | None = None, drop: str = "", **header) -> None:
+        found = {**json.loads(text), **(config or {})}
+        found["quantization_config"].update(header)
+        found["quantization_config"].pop(drop, None)
+        (saved / "config.json").write_text(json.dumps(found))
+
+    def both(message: str) -> None:
+        refused(saved, message)
+        with pytest.raises(vitq.CheckpointError, match=message):
+            vitq.load(saved)
+
+    changed(drop="schema")
+    both("quantization_config of .*config.json is damaged: it has no schema number, and every checkpoint has one from 1 to 3; copy or save it again")
+    changed({"quantization_config": {"quant_method": "vitq"}})
+    both("it has no schema number")
+    for schema in ("3", True, 0, None):
+        changed(schema=schema)
+        both(f"is damaged: its schema is {schema!r}, and every")
+    for dtype in ("int8", "float64", 5):
+        changed({"dtype": dtype})
+        refused(saved, "dtype must be one of .*: give one of them as dtype=, or where none was given, save or copy .*config.json is damaged", ValueError)
+    for dtype in ("int8", "float99", [1], {"": "float32"}, None):
+        changed({"dtype": dtype})
+        with pytest.raises(vitq.CheckpointError, match="is damaged: dtype must be one of float32, float16, bfloat16, got .*; copy or save it again"):
+            vitq.load(saved)
+    (saved / "config.json").write_text(text)
+    same(model, AutoModelForCausalLM.from_pretrained(saved))
+    kept = vitq.hf.VitqConfig("w8a8-dynamic").to_dict()  # of no checkpoint
+    assert vitq.hf.VitqConfig.from_dict(kept).recipe["name"] == "w8a8-dynamic"
+
+
 def test_other_architectures(saved) -> None:
     for cls in (transformers.LlamaModel, transformers.MistralForCausalLM, transformers.LlamaForSequenceClassification, transformers.AutoModel):
         with pytest.raises(vitq.CheckpointError, match="holds a LlamaForCausalLM and was opened as a .*AutoModelForCausalLM"):

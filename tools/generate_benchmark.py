@@ -5,6 +5,7 @@
     python tools/generate_benchmark.py --recipe w8a8-dynamic --set kv.bits=8 --batch 16 --prompt 2048
 
 A token's time is that of long answers less that of short ones, divided by the tokens between: prompt and capture are in both. The least of --repeats counts.
+What a recipe would search or learn is replaced by what costs the same time (`vitq.profiling.quick_recipe`), what it measures it measures on random tokens.
 """
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from typing import Any, Callable
 import torch
 
 import vitq
-from _cli import exit_code
+from _cli import check_least, exit_code
 
 HEADERS = ("cache", "ms a token", "ms of the prompt and the first tokens", "bytes of the cache, part of 16-bit floats")
 SHORT = 8  # tokens
+CALIBRATION = 8, 64  # sequences, tokens of random ids, where a recipe measures something
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,10 +44,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.new <= SHORT:
-        raise ValueError(f"--new {args.new}: give more than {SHORT}, so that there is a difference to time")
-    device = vitq.pick_device(args.device)
-    model = converted(args, device)
+    check(args)
+    device, recipe = vitq.pick_device(args.device), recipe_of(args)
+    model = converted(args, recipe, device)
     ids = torch.randint(2, args.vocab, (args.batch, args.prompt), device=device)
     cache = vitq.quantized_cache(model, max_length=args.prompt + args.new, batch_size=args.batch)
     part = cache.nbytes / (4 * args.layers * args.kv_heads * args.hidden // args.heads * (args.prompt + args.new) * args.batch)
@@ -64,16 +65,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError for sizes that no model has."""
+    check_least(args, layers=1, hidden=1, intermediate=1, heads=1, kv_heads=1, vocab=3, batch=1, prompt=1, repeats=1)
+    if args.new <= SHORT:
+        raise ValueError(f"--new {args.new}: give more than {SHORT}, so that there is a difference to time")
+    if args.heads % args.kv_heads:
+        raise ValueError(f"--heads {args.heads} with --kv-heads {args.kv_heads}: give a divisor, since each head of keys and values serves as many of queries")
+    if args.hidden % (2 * args.heads):
+        raise ValueError(f"--hidden {args.hidden} with --heads {args.heads}: give a multiple of {2 * args.heads}, since each head has an even size")
+
+
+def recipe_of(args: argparse.Namespace) -> vitq.Recipe:
+    """A recipe that runs in the time of the named one. Codes are rounded to nearest, whatever the solver: that changes no time. Raises ValueError for one
+    that nothing executes."""
+    recipe = vitq.profiling.quick_recipe(args.recipe, CALIBRATION[0]).with_overrides(["solver=rtn", "transforms=[]", *changes(args)])
+    if recipe.execution == "simulated":
+        raise ValueError(f"--recipe {args.recipe} is for simulation, and nothing executes all that it holds: give another")
+    return recipe
+
+
 def changes(args: argparse.Namespace) -> list[str]:
     return args.changes or ["kv.bits=4", "kv.symmetric=false"]
 
 
-def converted(args: argparse.Namespace, device: torch.device) -> Any:
-    """The model, made on the device in its float type. Codes are rounded to nearest, whatever the recipe's solver: that changes no time."""
+def converted(args: argparse.Namespace, recipe: vitq.Recipe, device: torch.device) -> Any:
+    """The model, made on the device in its float type."""
     import transformers
 
-    recipe = vitq.Recipe.from_yaml(args.recipe)
-    recipe = recipe.with_overrides(["weight.observer=minmax", "solver=rtn", "transforms=[]", *changes(args)])
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         hidden_size=args.hidden, intermediate_size=args.intermediate, num_hidden_layers=args.layers, num_attention_heads=args.heads,
@@ -86,7 +105,7 @@ def converted(args: argparse.Namespace, device: torch.device) -> Any:
             model = transformers.LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-    return vitq.convert(model, recipe)
+    return vitq.convert(model, recipe, [torch.randint(2, args.vocab, CALIBRATION, device=device)] if recipe.needs_data else None)
 
 
 def least(call: Callable[[], None], repeats: int, device: torch.device) -> float:

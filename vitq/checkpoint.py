@@ -112,8 +112,8 @@ def checked_header(folder: Path) -> dict[str, Any]:
     absent = [key for key in (*_REQUIRED, *BUILDERS[library].keys) if key not in header]
     if absent:
         raise CheckpointError(f"{folder} is damaged: its header lacks {', '.join(absent)}")
-    if header["dtype"] not in _DTYPES:
-        raise CheckpointError(f"{folder} is damaged: dtype must be one of {', '.join(_DTYPES)}, got {header['dtype']!r}")
+    if not isinstance(header["dtype"], str) or header["dtype"] not in _DTYPES:
+        raise CheckpointError(f"{folder} is damaged: dtype must be one of {', '.join(_DTYPES)}, got {header['dtype']!r}; copy or save it again")
     return header
 
 

@@ -29,8 +29,10 @@ HEADER, CONFIG, GENERATION = "vitq.json", "config.json", "generation_config.json
 TENSORS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = (HEADER, CONFIG, GENERATION, TENSORS, INDEX, "model-*-of-*.safetensors")  # of the files above, for the hub
 METHOD = "vitq"  # how transformers tells whose quantization_config it is
+FLATQUANT = "quantization_config.json"  # which FlatQuant's code writes beside its tensors
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors\Z")
 _UNSIGNED = ("sha256", "generation_config")  # how to sample is advice, which may be edited
+_READ_FLATQUANT = "vitq.import_flatquant_checkpoint(folder) reads it"
 _IN_CONFIG = ("config", "generation_config", "architecture", "dtype")  # of a header, what is said outside of quantization_config
 
 
@@ -132,31 +134,46 @@ def is_checkpoint(folder: Path) -> bool:
         return False
 
 
+def _of_flatquant(folder: Path, said: Any = None) -> bool:
+    """Whether FlatQuant's code wrote what `folder` holds, to all appearances. said: the quantization_config in its config."""
+    if isinstance(said, dict) and said.get("quant_method") == "flatquant":
+        return True
+    try:
+        return json.loads((folder / FLATQUANT).read_text())["format"] == "packed_int4"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def read_header(folder: Path) -> dict[str, Any]:
     """What `write` was given. Raises FileNotFoundError where there is none, CheckpointError for one that is damaged or of a newer schema."""
     if (path := folder / HEADER).is_file():
-        header = read_json(path)
+        header, where = read_json(path), str(path)
     elif (path := folder / CONFIG).is_file():
-        config = read_json(path)
+        config, where = read_json(path), f"quantization_config of {path}"
         own = config.pop("quantization_config", None)
-        if not isinstance(own, dict) or own.pop("quant_method", None) != METHOD:
-            raise CheckpointError(f"{path} is the config of a model that vitq did not quantize: give a folder that vitq.save wrote")
+        if not isinstance(own, dict) or own.get("quant_method") != METHOD:
+            other = f"FlatQuant quantized: {_READ_FLATQUANT}" if _of_flatquant(folder, own) else "vitq did not quantize: give a folder that vitq.save wrote"
+            raise CheckpointError(f"{path} is the config of a model that {other}")
         generation = read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
         header = {**own, "config": config, "generation_config": generation}
+        del header["quant_method"]
         if isinstance(config.get("architectures"), list) and len(config["architectures"]) == 1:
             header["architecture"] = config["architectures"][0]
         if "dtype" in config:
             header["dtype"] = config["dtype"]
     else:
-        raise FileNotFoundError(f"no vitq checkpoint in {folder}: {HEADER} is missing, and {CONFIG} of a language model")
-    check_schema(str(path), header)
+        other = f"; {folder / FLATQUANT} is there, of a model that FlatQuant quantized: {_READ_FLATQUANT}" if _of_flatquant(folder) else ""
+        raise FileNotFoundError(f"no vitq checkpoint in {folder}: {HEADER} is missing, and {CONFIG} of a language model{other}")
+    check_schema(where, header)
     return header
 
 
 def check_schema(where: str, header: dict[str, Any]) -> None:
     """Raises CheckpointError unless this vitq reads checkpoints of such a header."""
-    if not isinstance(header.get("schema"), int):
-        raise CheckpointError(f"{where} is not a vitq header: it has no schema number")
+    schema = header.get("schema")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        what = f"its schema is {schema!r}" if "schema" in header else "it has no schema number"
+        raise CheckpointError(f"{where} is damaged: {what}, and every checkpoint has one from 1 to {SCHEMA}; copy or save it again")
     if header["schema"] > SCHEMA:
         raise CheckpointError(f"{where} has schema {header['schema']}, this vitq {vitq.__version__} reads up to {SCHEMA}: "
                               f"it was written by vitq {header.get('vitq_version')}; upgrade vitq")

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.ops import dispatch
 from vitq.ops.dispatch import check_backend, default_dtype
-from vitq.plan import CacheParams, InputParams, Plan
+from vitq.plan import CacheParams, InputParams, LinearParams, Plan
 from vitq.recipe import LayerSpec, Recipe
 
 _FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,14 +88,16 @@ def convert(model: nn.Module, recipe: str | Recipe | None = None, calib: Iterabl
     return executed(prepared, plan, float_dtype(dtype, parameter.device), backend, parameter.device)
 
 
-def executed(prepared: Prepared, plan: Plan, dtype: torch.dtype, backend: str, device: torch.device) -> nn.Module:
-    """What the plan makes of `prepared`, whose model it takes, on the device and ready to run."""
+def executed(prepared: Prepared, plan: Plan, dtype: torch.dtype, backend: str, device: torch.device,
+             linears: Iterable[tuple[str, LinearParams]] = ()) -> nn.Module:
+    """What the plan makes of `prepared`, whose model it takes, on the device and ready to run. linears: of linear layers that the plan has none of, by
+    name, each asked for when the one before is in its module."""
     converted = build(prepared, plan.recipe, plan.specs, dtype=dtype, backend=backend, notes=plan.notes)
     parts: dict[str, list[CacheParams]] = {}
     for site in prepared.caches:
         if site.kv in plan.layers:
             parts.setdefault(f"{site.name}.kv", []).append(plan.layers[site.kv])
-    for name, params in plan.layers.items():
+    for name, params in chain(plan.layers.items(), linears):
         if not isinstance(params, CacheParams):
             converted.get_submodule(name).set_params(params)
     for name, params in parts.items():

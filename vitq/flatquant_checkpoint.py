@@ -16,6 +16,8 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from vitq.calib.choose import cache_params
 from vitq.calib.flatquant import INPUTS, FlatBlock, warn_of_spread
 from vitq.calib.online import learned_cache
 from vitq.calib.runner import specs
-from vitq.checkpoint_files import CONFIG, GENERATION, INDEX, CheckpointError, read_json, read_tensors, some, tensor_files
+from vitq.checkpoint_files import CONFIG, FLATQUANT, GENERATION, INDEX, CheckpointError, read_json, read_tensors, some, tensor_files
 from vitq.conversion import executed, float_dtype
 from vitq.formats import ActivationFormat, unpack_int4
 from vitq.models import Prepared, prepare
@@ -39,7 +41,6 @@ from vitq.ops.dispatch import check_backend, pick_device
 from vitq.plan import LinearParams, Plan
 from vitq.recipe import FLOAT_BITS, Recipe
 
-QUANTIZATION = "quantization_config.json"
 _REQUIRED: dict[str, tuple] = {"format": ("packed_int4",), "symmetric": (True,), "w_bits": (2, 3, 4)}
 _BITS = tuple(range(2, 9))
 _OPTIONAL: dict[str, tuple] = {"a_bits": _BITS, "k_bits": (*_BITS, FLOAT_BITS), "v_bits": (*_BITS, FLOAT_BITS), "q_bits": (FLOAT_BITS,),
@@ -72,16 +73,16 @@ def import_flatquant_checkpoint(folder: str | os.PathLike, device: str | torch.d
     try:
         with builder.context():
             empty = builder.empty(header)
-            rotary = getattr(empty.model, "rotary_emb", None)
+            rotary = getattr(getattr(empty, "model", None), "rotary_emb", None)
         if rotary is not None:
             empty.model.rotary_emb = type(rotary)(empty.config)  # whose frequencies are in no file
         with builder.context():
             prepared = prepare(empty, check=False)
-        plan = _plan(prepared, empty, tensors, said)
-        _fill_floats(prepared, plan, tensors)
+        plan, stored = _plan(prepared, empty, tensors, said)
+        _fill_floats(prepared, stored, tensors)
         if tensors:
             raise CheckpointError(f"{some(sorted(tensors))} are not known: nothing of this {header['architecture']} would use them")
-        model = executed(prepared, plan, float_dtype(dtype, device), backend, device)
+        model = executed(prepared, plan, float_dtype(dtype, device), backend, device, ((layer, stored.pop(layer).params()) for layer in list(stored)))
     except ValueError as error:
         raise CheckpointError(f"{folder}: {error}") from error
     model.vitq.source = {"name": said.get("model_name") or header["architecture"]}
@@ -93,21 +94,21 @@ def _said(folder: Path) -> dict[str, Any]:
     published = read_json(folder / CONFIG).get("quantization_config") if (folder / CONFIG).is_file() else None
     published = published if isinstance(published, dict) else {}
     said = {"k_bits": published.get("kv_bits"), "v_bits": published.get("kv_bits"), **{key: published[key] for key in _OPTIONAL if key in published}}
-    if (folder / QUANTIZATION).is_file():
-        said |= read_json(folder / QUANTIZATION)
+    if (folder / FLATQUANT).is_file():
+        said |= read_json(folder / FLATQUANT)
     elif (stored := _metadata(folder)) is not None:
         said |= stored
     elif published.get("quant_method") == "flatquant":
         said |= {"format": "packed_int4", "symmetric": published.get("w_is_symmetric"), "w_bits": published.get("w_bits")}
     else:
-        raise FileNotFoundError(f"no model of FlatQuant in {folder}: {QUANTIZATION} is missing, and neither {CONFIG} nor the tensors say that it is one")
+        raise FileNotFoundError(f"no model of FlatQuant in {folder}: {FLATQUANT} is missing, and neither {CONFIG} nor the tensors say that it is one")
     said = {key: value for key, value in said.items() if value is not None}
     for key, values in (*_REQUIRED.items(), *((key, values) for key, values in _OPTIONAL.items() if key in said)):
         if said.get(key) not in values:
             raise CheckpointError(f"{folder}: {key} is {said.get(key)!r}; vitq reads {' or '.join(map(repr, values))}")
     if "sharded" in said and said["sharded"] != (folder / INDEX).is_file():
         there = "is missing" if said["sharded"] else "is there"
-        raise CheckpointError(f"{folder} is incomplete: {QUANTIZATION} has sharded: {json.dumps(said['sharded'])}, and {INDEX} {there}; copy it again")
+        raise CheckpointError(f"{folder} is incomplete: {FLATQUANT} has sharded: {json.dumps(said['sharded'])}, and {INDEX} {there}; copy it again")
     return said
 
 
@@ -141,8 +142,42 @@ def _header(folder: Path, config: Any) -> dict[str, Any]:
     return {"architecture": architecture, "config": fields, "attention": "sdpa", "generation_config": read_json(generation) if generation.is_file() else {}}
 
 
-def _plan(prepared: Prepared, source: nn.Module, tensors: dict[str, Tensor], said: dict[str, Any]) -> Plan:
-    """The plan of what the tensors say, which are taken out of the mapping. source: the empty model with its layers as they were."""
+@dataclass
+class _Stored:
+    """A linear layer as the folder has it: packed codes, scale, zero points, the largest code and bias of each layer that it stands for, by their names."""
+
+    parts: dict[str, tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]]
+    features: int
+    bits: int
+    input: ActivationFormat | None = None
+
+    def params(self) -> LinearParams:
+        """Raises CheckpointError for codes, scales or zero points that are not those of so many bits."""
+        codes, scale = zip(*((self._codes(name), scale.float()[:, 0]) for name, (_, scale, *_) in self.parts.items()))
+        biases = [bias for *_, bias in self.parts.values()]
+        bias = None if all(one is None for one in biases) else torch.cat([torch.zeros(len(q)) if one is None else one for q, one in zip(codes, biases)])
+        return LinearParams(torch.cat(codes), self.bits, torch.cat(scale), bias, self.input)
+
+    def _codes(self, name: str) -> Tensor:
+        """int8 [N, K]."""
+        packed, scale, zero, top, _ = self.parts[name]
+        if not bool((scale > 0).all()):
+            raise CheckpointError(f"'quantizer.{name}.linear.scale' holds scales that are not above 0")
+        if bool((zero != 0).any()) or int(top) != 2 ** (self.bits - 1) - 1:
+            raise CheckpointError(f"'quantizer.{name}.linear' has zero points up to {float(zero.abs().max()):g} and the largest code {int(top)}; symmetric "
+                                  f"weights of {self.bits} bits have 0 and {2 ** (self.bits - 1) - 1}")
+        codes = unpack_int4(packed, self.features)
+        if int(codes.max()) > int(top) or int(codes.min()) < -int(top) - 1:
+            raise CheckpointError(f"'{name}.linear.weight' has codes {int(codes.min())} to {int(codes.max())}, {self.bits} bits hold {-int(top) - 1} to "
+                                  f"{int(top)}")
+        return codes
+
+
+def _plan(prepared: Prepared, source: nn.Module, tensors: dict[str, Tensor], said: dict[str, Any]) -> tuple[Plan, dict[str, _Stored]]:
+    """The plan of what the tensors say, which are taken out of the mapping, but for the linear layers, whose codes stay packed: these, by name.
+
+    source: the empty model with its layers as they were.
+    """
     names = [stage for stage in prepared.stages if all(f"{stage}.{layer}" in {site.name for site in prepared.linears} for layer in INPUTS)]
     if not names:
         raise CheckpointError(f"FlatQuant's models are Llama, Mistral, Qwen2 or Qwen3; a {type(source).__name__} is none")
@@ -155,15 +190,16 @@ def _plan(prepared: Prepared, source: nn.Module, tensors: dict[str, Tensor], sai
         *(f"{role}.other.symmetric={symmetric}" for role, n in cache.items() if n != FLOAT_BITS),
         *(f"{role}.{operand}.bits={n}" for role in ("qkv", "proj", "fc1", "fc2")
           for operand, n in (("weight", said["w_bits"]), ("input", bits["a_bits"])))])
-    plan, learned, weights, blocks = Plan(recipe, specs(prepared, recipe)), {}, {}, []
+    plan, learned, stored, blocks = Plan(recipe, specs(prepared, recipe)), {}, {}, []
     for name in names:
         inside = [key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")]
         block = FlatBlock(name, {key: tensors.pop(f"{name}.{key}") for key in inside if _FLAT.search(key) and not _RAW.match(key)})
         for layer, trans in INPUTS.items():
             sources = source_names(f"{name}.{layer}")
-            linears = [source.get_submodule(one) for one in sources]
-            learned[f"{name}.{layer}"] = block.input(layer, trans, linears[0].in_features, [linear.out_features for linear in linears])
-            weights[f"{name}.{layer}"] = [_weight(tensors, one, linear, said["w_bits"]) for one, linear in zip(sources, linears)]
+            linears = {one: source.get_submodule(one) for one in sources}
+            features = linears[sources[0]].in_features
+            learned[f"{name}.{layer}"] = block.input(layer, trans, features, [linear.out_features for linear in linears.values()])
+            stored[f"{name}.{layer}"] = _Stored({one: _weight(tensors, one, linear) for one, linear in linears.items()}, features, said["w_bits"])
         learned.update({f"{name}.self_attn.{key}": params for key, params in block.cache().items()})
         block.done()
         blocks.append(block)
@@ -171,38 +207,27 @@ def _plan(prepared: Prepared, source: nn.Module, tensors: dict[str, Tensor], sai
     for key in [key for key in tensors if any(_RAW.match(key.removeprefix("quantizer.").removeprefix(f"{name}.")) for name in names)]:
         tensors.pop(key)
     given = fitted(prepared, plan, learned)
-    for layer, parts in weights.items():
-        codes, scale, bias = zip(*parts)
-        fmt = ActivationFormat(bits["a_bits"], dynamic=True, transform=given[layer].transform, clip=given[layer].clip)
-        bias = None if all(one is None for one in bias) else torch.cat([torch.zeros(len(q)) if one is None else one for q, one in zip(codes, bias)])
-        plan.layers[layer] = LinearParams(torch.cat(codes), said["w_bits"], torch.cat(scale), bias, fmt)
+    for layer, linear in stored.items():
+        linear.input = ActivationFormat(bits["a_bits"], dynamic=True, transform=given[layer].transform, clip=given[layer].clip)
     for site in prepared.caches:
         if base := cache_params(prepared, [site], plan):
             plan.layers[site.kv] = learned_cache(site, base[site.kv], given)
-    return plan
+    return plan, stored
 
 
-def _weight(tensors: dict[str, Tensor], name: str, linear: nn.Linear, bits: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Codes int8 [N, K], scales float32 [N] and bias float32 [N], or None, of the layer `name`."""
-    rows, features = linear.out_features, linear.in_features
-    codes = unpack_int4(_take(tensors, f"{name}.linear.weight", (torch.uint8,), rows, (features + 1) // 2), features)
+def _weight(tensors: dict[str, Tensor], name: str, linear: nn.Linear) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Of the layer `name`: codes uint8 [N, K/2], scale and zero [N, 1], the largest code [], and bias float32 [N], or None."""
+    rows = linear.out_features
+    packed = _take(tensors, f"{name}.linear.weight", (torch.uint8,), rows, (linear.in_features + 1) // 2)
     scale, zero, top = (_take(tensors, f"quantizer.{name}.linear.{key}", None, *shape) for key, shape in
                         (("scale", (rows, 1)), ("zero", (rows, 1)), ("maxq", ())))
-    if not bool((scale > 0).all()):
-        raise CheckpointError(f"'quantizer.{name}.linear.scale' holds scales that are not above 0")
-    if bool((zero != 0).any()) or int(top) != 2 ** (bits - 1) - 1:
-        raise CheckpointError(f"'quantizer.{name}.linear' has zero points up to {float(zero.abs().max()):g} and the largest code {int(top)}; symmetric "
-                              f"weights of {bits} bits have 0 and {2 ** (bits - 1) - 1}")
-    if int(codes.max()) > int(top) or int(codes.min()) < -int(top) - 1:
-        raise CheckpointError(f"'{name}.linear.weight' has codes {int(codes.min())} to {int(codes.max())}, {bits} bits hold {-int(top) - 1} to {int(top)}")
-    bias = None if linear.bias is None else _take(tensors, f"{name}.linear.bias", FLOATS, rows).float()
-    return codes, scale.float()[:, 0], bias
+    return packed, scale, zero, top, None if linear.bias is None else _take(tensors, f"{name}.linear.bias", FLOATS, rows).float()
 
 
-def _fill_floats(prepared: Prepared, plan: Plan, tensors: dict[str, Tensor]) -> None:
-    """Give what stays in float its values, which are taken out of the mapping. A tied tensor is there once."""
+def _fill_floats(prepared: Prepared, layers: Iterable[str], tensors: dict[str, Tensor]) -> None:
+    """Give what stays in float, all but these layers, its values, which are taken out of the mapping. A tied tensor is there once."""
     model, filled = prepared.model, {}
-    coded = {f"{layer}.{part}" for layer in plan.layers for part in ("weight", "bias")}
+    coded = {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         if name not in coded:
             if parameter not in filled:

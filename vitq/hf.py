@@ -27,6 +27,7 @@ from vitq.recipe import Recipe
 
 __all__ = ["VitqConfig", "VitqQuantizer"]
 
+_OWN = "quantization_config of config.json"
 # Of a config, what may be other than it was saved: it says how a model is used, and not what it computes.
 _FREE = {"dtype", "architectures", "quantization_config", "transformers_version", "_name_or_path", "use_cache", "return_dict", "output_attentions",
          "output_hidden_states", "pad_token_id", "bos_token_id", "eos_token_id"}
@@ -54,6 +55,13 @@ class VitqConfig(QuantizationConfigMixin):
         self.quant_method, self.recipe, self.backend = METHOD, recipe, backend
         self.__dict__.update(header)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Of a config.json. Raises CheckpointError for that of a checkpoint whose schema number is lost or wrong, or of a newer vitq."""
+        if config_dict.keys() - {"quant_method", "recipe", "backend"}:
+            check_schema(_OWN, config_dict)
+        return super().from_dict(config_dict, **kwargs)
+
 
 @register_quantizer(METHOD)
 class VitqQuantizer(HfQuantizer):
@@ -63,7 +71,7 @@ class VitqQuantizer(HfQuantizer):
         """Before any weight is read. Raises CheckpointError for a newer checkpoint, ValueError for a recipe that needs data."""
         config = self.quantization_config
         if self.pre_quantized:
-            check_schema("quantization_config of config.json", config.to_dict())
+            check_schema(_OWN, config.to_dict())
             return
         recipe = Recipe.from_dict(config.recipe)
         if recipe.needs_data or recipe.execution == "simulated":
@@ -86,7 +94,11 @@ class VitqQuantizer(HfQuantizer):
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Of what stays in float. Raises ValueError for what is not a 16- or 32-bit float."""
-        return float_dtype(dtype, torch.device("cpu"))
+        try:
+            return float_dtype(dtype, torch.device("cpu"))
+        except ValueError as error:
+            own = ", or where none was given, save or copy the checkpoint again: its config.json is damaged" if self.pre_quantized else ""
+            raise ValueError(f"{error}: give one of them as dtype={own}") from error
 
     def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
         """That of the model that was saved, unless another is asked for."""

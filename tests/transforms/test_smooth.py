@@ -8,8 +8,11 @@ from helpers import build, images, quick
 from torch import nn
 
 import vitq
+from vitq.calib.online import divide_input, divisible
+from vitq.calib.runner import transform_of
 from vitq.calib.statistics import Histogram
 from vitq.conversion import quantize
+from vitq.models.sites import LinearSite
 from vitq.transforms.smooth import clip_scale, divide_norm, divide_rows, multiply_columns, smoothquant_scale
 
 
@@ -116,3 +119,22 @@ def test_a_transform_that_finds_nothing_says_so(caplog: pytest.LogCaptureFixture
 def test_smoothing_needs_data() -> None:
     with pytest.raises(ValueError, match="give calib="):
         vitq.convert(build("deit_tiny_patch16_224"), "smoothquant-w8a8")
+
+
+@pytest.mark.parametrize("rows", [None, ("rows", 0)])
+@pytest.mark.parametrize("norm", [None, nn.LayerNorm(12), nn.LayerNorm(12, elementwise_affine=False)])
+def test_who_divides_an_input_is_asked_once(norm: nn.Module | None, rows: tuple | None) -> None:
+    """Transforms and what is learned take the same inputs, those that `divide_input` can divide: by the norm where there is one, else by rows."""
+    model = nn.ModuleDict({"rows": nn.Linear(3, 12), "linear": nn.Linear(12, 5), **({} if norm is None else {"norm": norm})})
+    sites = [LinearSite("linear", "fc1", None if norm is None else "norm", rows=rows)]
+    able = rows is not None if norm is None else norm.weight is not None
+    assert divisible(model, sites) == able
+    for transform, dynamic in (("smoothquant", True), ("smoothquant", False), ("layernorm_fold", False), ("layernorm_fold", True)):
+        recipe = quick("w8a8", f"transforms=[{transform}]", *(["input.dynamic=true"] if dynamic else []))
+        taken = able and (transform == "smoothquant" or norm is not None and not dynamic)
+        assert transform_of(sites, {"linear": recipe.resolve("fc1", "linear")}, recipe, model) == (transform if taken else None)
+    if able:
+        divide_input(model, sites, torch.ones(12))
+    else:
+        with pytest.raises((ValueError, TypeError)):
+            divide_input(model, sites, torch.ones(12))

@@ -63,9 +63,9 @@ def learned_cache(site: CacheSite, params: CacheParams, given: Mapping[str, Inpu
 
 
 def divisible(model: nn.Module, sites: list[LinearSite]) -> bool:
-    """Whether the channels of the sites' common input can be divided where they are made (`divide_input`)."""
+    """Whether the channels of the sites' common input can be divided where they are made (`divide_input`): by the norm that feeds it, or else by rows."""
     first = sites[0]
-    return first.rows is not None or first.norm is not None and model.get_submodule(first.norm).weight is not None
+    return first.rows is not None if first.norm is None else model.get_submodule(first.norm).weight is not None
 
 
 def clip_of(spec: QuantSpec) -> torch.Tensor | None:

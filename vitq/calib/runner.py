@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.histogram import LEAST_BINS, Histogram
+from vitq.calib.online import divisible
 from vitq.calib.statistics import Statistics
 from vitq.models.heads import PARTS
 from vitq.models.sites import LinearSite, Prepared
@@ -75,12 +76,10 @@ def cache_specs(prepared: Prepared, recipe: Recipe) -> dict[str, LayerSpec]:
 def transform_of(sites: list[LinearSite], found: Mapping[str, LayerSpec], recipe: Recipe, model: nn.Module) -> str | None:
     """The recipe's transform if sites that share an input take it, else None. `layernorm_fold` needs static inputs of one format."""
     inputs = [found[site.name].input for site in sites if not found[site.name].is_float and not found[site.name].weight_only]
-    if not recipe.transforms or not inputs:
+    if not recipe.transforms or not inputs or not divisible(model, sites):
         return None
-    transform, norm = recipe.transforms[0], sites[0].norm
-    if norm is None or model.get_submodule(norm).weight is None:
-        return transform if transform != "layernorm_fold" and norm is None and sites[0].rows is not None else None
-    if transform == "layernorm_fold" and (inputs[0].dynamic or any(spec != inputs[0] for spec in inputs)):
+    transform = recipe.transforms[0]
+    if transform == "layernorm_fold" and (sites[0].norm is None or inputs[0].dynamic or any(spec != inputs[0] for spec in inputs)):
         return None
     return transform
 
