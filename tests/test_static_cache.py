@@ -77,6 +77,7 @@ def test_generation(family: str, kwargs: dict, changes: tuple, attended: list[in
 def test_a_cache_of_transformers_becomes_one() -> None:
     model, x = converted("Llama", *INT4), ids(2, 6)
     assert torch.equal(generated(model, x, cache_implementation="static"), generated(model, x))
+    assert torch.equal(generated(model, x, cache_implementation="static", prefill_chunk_size=4), generated(model, x))
     cache = StaticCache(config=model.config, max_cache_len=20)
     assert torch.equal(generated(model, x, past_key_values=cache), generated(model, x))
     assert isinstance(cache, StaticQuantizedCache) and cache.get_max_length() == 20 and cache.nbytes == 2 * 2 * 2 * 2 * 32 * (8 + 8)  # layers, k and v, batch, heads, tokens, bytes

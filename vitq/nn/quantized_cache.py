@@ -150,6 +150,9 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> Any:
     if isinstance(cache, DynamicCache):
         while len(cache.layers) <= index:  # one that was made without a config grows as it fills
             cache.layers.append(DynamicLayer())
+    layer = cache.layers[index]
+    if type(layer) is StaticLayer and layer.is_initialized and not int(layer.cumulative_length):
+        layer.is_initialized = False  # with prefill_chunk_size transformers makes it of floats before anything comes
     layer = _coded(cache, index, codes)
     if type(layer) in _CODED:
         raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, "

@@ -1,5 +1,6 @@
-// New keys and values to the rows of a cache, and what is done to them and to the queries before: a warp has a row, a lane pairs of neighbouring numbers that lie
-// half a row apart, which rotary positions bring together. Where there are matrices a block has a row of a few tokens, or a warp 16 of a prompt's.
+// New keys and values to the rows of a cache, and what is done to them and to the queries before. Of a few tokens a warp has a row, or a block where there are
+// matrices, a lane pairs of neighbouring numbers that lie half a row apart, which rotary positions bring together. Of a prompt's a lane has eight neighbours, and
+// a warp multiplies 16 rows with a matrix at once.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -13,8 +14,8 @@ namespace {
 constexpr int WARPS = 4, MOST_DIM = 256;
 constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
 constexpr int FEW_TOKENS = 8;  // more are a prompt's
-constexpr int TILE_WARPS = 8, TILE_ROWS = 16, BATCH = 4;  // of a prompt: a warp's rows that are multiplied at once, and those that it reads at once
-constexpr int CHUNK = 64, MIXED_CHUNK = 256;              // a block's tokens; there are few of them, since each counts itself at one place
+constexpr int TILE_WARPS = 8, TILE_ROWS = 16, BATCH = 4;  // of a prompt: a warp's rows that are multiplied at once; how often it reads before it writes
+constexpr int CHUNK = 128, MIXED_CHUNK = 256;             // a block's tokens; there are few of them, since each counts itself at one place
 
 template <class T>
 struct Pair;
@@ -134,33 +135,44 @@ __device__ __forceinline__ void multiply(Lane<1>& x, const M* matrix, int dim, i
   });
 }
 
-// As quantizers/uniform.py: scale, shift and codes of a row, which becomes what they stand for.
+// As quantizers/uniform.py: what the least and the largest number of a row make of its codes.
+struct RowCodes {
+  RowRange range;
+  Scale scale;
+  float shift, low, high;
+  bool symmetric;
+
+  __device__ __forceinline__ RowCodes(const VitqCacheRows& rows, const float* clip, float lo, float hi) : shift(0.0f), symmetric(rows.symmetric) {
+    const float qmax = float((1 << (rows.bits - 1)) - 1), qmin = -qmax - 1.0f;
+    if (symmetric) {
+      const float most = clip ? fmaxf(-lo * clip[0], hi * clip[1]) : fmaxf(-lo, hi);
+      scale = make_scale(__fdiv_rn(fmaxf(most, RANGE_MIN), qmax));
+      low = qmin * scale.scale, high = qmax * scale.scale;
+    } else {
+      if (clip) lo = fminf(lo, 0.0f) * clip[0], hi = fmaxf(hi, 0.0f) * clip[1];
+      range = make_range(lo, hi, qmin, qmax), scale = range.s, shift = shift_of(range);
+    }
+  }
+
+  // The code, in the low byte, of a number that becomes what it stands for.
+  __device__ __forceinline__ uint32_t code(float& value) const {
+    const float c = symmetric ? symmetric_code(fminf(fmaxf(value, low), high), scale) : ranged_code(value, range);
+    value = __fadd_rn(__fmul_rn(__fsub_rn(c, MAGIC), scale.scale), shift);
+    return __float_as_uint(c) & 0xFF;
+  }
+};
+
+// Codes of a row, which becomes what they stand for.
 template <int PAIRS>
 __device__ __forceinline__ void write_codes(Lane<PAIRS>& row, uint8_t* to, const VitqCacheRows& rows, const float* clip, int dim, int lane) {
   float lo = INFINITY, hi = -INFINITY;
   each(row, dim, lane, [&](float (&x)[2], int) { lo = fminf(lo, fminf(x[0], x[1])), hi = fmaxf(hi, fmaxf(x[0], x[1])); });
-  lo = -largest(-lo), hi = largest(hi);
-  const float qmax = float((1 << (rows.bits - 1)) - 1), qmin = -qmax - 1.0f;
-  RowRange range;
-  Scale scale;
-  float shift = 0.0f;
-  if (rows.symmetric) {
-    const float most = clip ? fmaxf(-lo * clip[0], hi * clip[1]) : fmaxf(-lo, hi);
-    scale = make_scale(__fdiv_rn(fmaxf(most, RANGE_MIN), qmax));
-  } else {
-    if (clip) lo = fminf(lo, 0.0f) * clip[0], hi = fmaxf(hi, 0.0f) * clip[1];
-    range = make_range(lo, hi, qmin, qmax), scale = range.s, shift = shift_of(range);
-  }
-  const auto code = [&](float& value) {
-    const float c = rows.symmetric ? symmetric_code(fminf(fmaxf(value, qmin * scale.scale), qmax * scale.scale), scale) : ranged_code(value, range);
-    value = __fadd_rn(__fmul_rn(__fsub_rn(c, MAGIC), scale.scale), shift);
-    return __float_as_uint(c) & 0xFF;
-  };
-  if (lane == 0) reinterpret_cast<float*>(to)[0] = scale.scale;
-  if (lane == 1 && !rows.symmetric) reinterpret_cast<float*>(to)[1] = shift;
+  const RowCodes codes(rows, clip, -largest(-lo), largest(hi));
+  if (lane == 0) reinterpret_cast<float*>(to)[0] = codes.scale.scale;
+  if (lane == 1 && !rows.symmetric) reinterpret_cast<float*>(to)[1] = codes.shift;
   to += rows.symmetric ? 4 : 8;
   each(row, dim, lane, [&](float (&x)[2], int at) {
-    const uint32_t first = code(x[0]), second = code(x[1]);
+    const uint32_t first = codes.code(x[0]), second = codes.code(x[1]);
     if (rows.bits > 4)
       *reinterpret_cast<uint16_t*>(to + at) = uint16_t(first | second << 8);
     else
@@ -306,18 +318,109 @@ __device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim,
   __syncwarp();
 }
 
+// Eight neighbouring numbers of a row.
+template <class T>
+struct alignas(16) Eight {
+  typename Pair<T>::Two two[4];
+};
+
+template <class T>
+__device__ __forceinline__ Eight<T> load_eight(const T* from) { return *reinterpret_cast<const Eight<T>*>(from); }
+
+// Where a lane is in a warp's rows: `lanes` of them have a row.
+struct Spot {
+  int lanes, row, at;  // at: which eight numbers
+
+  __device__ Spot(int dim, int lane) : lanes(dim / 8), row(lane / lanes), at(lane % lanes) {}
+  __device__ int lane(int other) const { return row * lanes + (at + other) % lanes; }  // that has the eight numbers `other` behind, around the row's end
+};
+
+template <class T>
+__device__ __forceinline__ void rotate(Eight<T>& x, const Eight<T>& cos, const Eight<T>& sin, const Spot& spot) {
+  const int from = spot.lane(spot.lanes / 2);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t raw = __shfl_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&x.two[i]), from);
+    auto other = *reinterpret_cast<const typename Pair<T>::Two*>(&raw);
+    if (spot.at < spot.lanes / 2) other = __hneg2(other);
+    x.two[i] = __hadd2_rn(__hmul2_rn(x.two[i], cos.two[i]), __hmul2_rn(other, sin.two[i]));
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Eight<__half> in_half(const Eight<T>& x) {
+  Eight<__half> y;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) y.two[i] = __floats2half2_rn(in_half(float(x.two[i].x)), in_half(float(x.two[i].y)));
+  return y;
+}
+
+// As write_row, by all lanes of a warp; there: those that have a row.
+template <class T>
+__device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, const Place& p, int64_t start, const Spot& spot, bool there) {
+  if (p.kind == QUERY) {
+    T* to = static_cast<T*>(a.q_out) + ((int64_t(p.batch) * a.tokens + p.token) * a.query_heads + p.head) * a.dim + 8 * spot.at;
+    if (there) *reinterpret_cast<Eight<T>*>(to) = x;
+    return;
+  }
+  there = there && start + p.token < a.room;
+  const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
+  uint8_t* to = static_cast<uint8_t*>(cache.rows) + p.batch * cache.strides[0] + p.head * cache.strides[1] + (start + p.token) * cache.strides[2];
+  if (cache.bits > 8) {
+    uint32_t* const words = reinterpret_cast<uint32_t*>(to + 16 * spot.at);
+    if (there)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = *reinterpret_cast<const uint32_t*>(&x.two[i]);
+  } else {
+    float y[8], lo = INFINITY, hi = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      y[i] = float(i % 2 ? x.two[i / 2].y : x.two[i / 2].x);
+      lo = fminf(lo, y[i]), hi = fmaxf(hi, y[i]);
+    }
+    for (int other = 1; other < spot.lanes; other *= 2) {
+      const int from = spot.lane(other);
+      lo = fminf(lo, __shfl_sync(0xFFFFFFFFu, lo, from)), hi = fmaxf(hi, __shfl_sync(0xFFFFFFFFu, hi, from));
+    }
+    const RowCodes codes(cache, p.kind == KEY ? a.key_clip : a.value_clip, lo, hi);
+    uint32_t bytes[2] = {}, halves = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t code = codes.code(y[i]);
+      bytes[i / 4] |= code << 8 * (i % 4), halves |= (code & 15) << 4 * i;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.two[i].x = T(y[2 * i]), x.two[i].y = T(y[2 * i + 1]);
+    if (there) {
+      float* const constants = reinterpret_cast<float*>(to);
+      if (spot.at == 0) constants[0] = codes.scale.scale;
+      if (spot.at == 1 && !codes.symmetric) constants[1] = codes.shift;
+      uint32_t* const words = reinterpret_cast<uint32_t*>(to + (codes.symmetric ? 4 : 8));
+      if (cache.bits > 4)
+        words[2 * spot.at] = bytes[0], words[2 * spot.at + 1] = bytes[1];
+      else
+        words[spot.at] = halves;
+    }
+  }
+  void* const out = p.kind == VALUE ? a.v_out : a.out_before ? nullptr : a.k_out;
+  if (out && there)
+    *reinterpret_cast<Eight<T>*>(static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim + 8 * spot.at) = x;
+}
+
 // A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix as the sum of two of their type, which is as good as float.
-template <class T, int PAIRS>
+template <class T>
 __global__ void __launch_bounds__(32 * TILE_WARPS) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
   extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
   const int first = blockIdx.x % chunks * chunk, end = min(first + chunk, a.tokens);
   Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
+  const Spot spot(a.dim, lane);
+  const int per_warp = 32 / spot.lanes;
   T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
   T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
   __half* const matrix_half = reinterpret_cast<__half*>(matrix);
-  const bool mixed = PAIRS == 1 && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr);
+  const bool mixed = place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr;
   start_dependents();
   if (mixed) {
 #pragma unroll 8
@@ -336,91 +439,96 @@ __global__ void __launch_bounds__(32 * TILE_WARPS) prompt_kernel(const __grid_co
   }
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
+  const int64_t* strides = place.kind == KEY ? a.k_strides : place.kind == VALUE ? a.v_strides : a.q_strides;
+  const T* const from = static_cast<const T*>(place.kind == KEY ? a.k : place.kind == VALUE ? a.v : a.q) + place.batch * strides[0] + place.head * strides[1] +
+                        8 * spot.at;
+  const bool rotary = a.cos && place.kind != VALUE;
+  const T* const cos = static_cast<const T*>(a.cos) + place.batch * a.rotary_strides[0] + 8 * spot.at;
+  const T* const sin = static_cast<const T*>(a.sin) + place.batch * a.rotary_strides[0] + 8 * spot.at;
   for (int row = first + warp * TILE_ROWS; row < end; row += TILE_WARPS * TILE_ROWS) {
     const int rows = min(TILE_ROWS, end - row);
-    Lane<PAIRS> x[BATCH];
-    const auto batches = [&](auto read, auto write) {  // all of a batch is read before any of it is written
-      for (int i = 0; i < rows; i += BATCH) {
+    for (int i = 0; i < rows; i += BATCH * per_warp) {
+      Eight<T> x[BATCH], c[BATCH], s[BATCH];
 #pragma unroll
-        for (int j = 0; j < BATCH; ++j)
-          if (i + j < rows) read(x[j], i + j);
-#pragma unroll
-        for (int j = 0; j < BATCH; ++j)
-          if (i + j < rows) write(x[j], i + j);
+      for (int j = 0; j < BATCH; ++j) {  // lanes without a row read the last one's
+        const int64_t token = row + min(i + j * per_warp + min(spot.row, per_warp - 1), rows - 1);
+        x[j] = load_eight(from + token * strides[2]);
+        if (rotary) c[j] = load_eight(cos + token * a.rotary_strides[1]), s[j] = load_eight(sin + token * a.rotary_strides[1]);
       }
-    };
-    batches(
-        [&](Lane<PAIRS>& one, int i) {
-          place.token = row + i;
-          load_rotated<T>(one, a, place, lane);
-        },
-        [&](Lane<PAIRS>& one, int i) {
-          place.token = row + i;
-          write_before<T>(one, a, place, lane);
-          if (!mixed) {
-            write_row<T>(one, a, place, start, lane);
-          } else if (place.kind == KEY) {
-            each(one, a.dim, lane, [&](float (&v)[2], int) { for (float& number : v) number = in_half(number); });
-            store(one, reinterpret_cast<__half*>(tile + i * pitch), a.dim, lane);
-          } else {
-            store(one, tile + i * pitch, a.dim, lane);
-          }
-        });
+#pragma unroll
+      for (int j = 0; j < BATCH; ++j) {
+        const int own = i + j * per_warp + spot.row;
+        const bool there = spot.row < per_warp && own < rows;
+        place.token = row + own;
+        if (rotary) rotate(x[j], c[j], s[j], spot);
+        if (place.kind == KEY && a.k_out && a.out_before && there)
+          *reinterpret_cast<Eight<T>*>(static_cast<T*>(a.k_out) + ((int64_t(place.batch) * a.heads + place.head) * a.tokens + place.token) * a.dim +
+                                       8 * spot.at) = x[j];
+        if (!mixed)
+          write_row(x[j], a, place, start, spot, there);
+        else if (there && place.kind == KEY)
+          *reinterpret_cast<Eight<__half>*>(tile + own * pitch + 8 * spot.at) = in_half(x[j]);
+        else if (there)
+          *reinterpret_cast<Eight<T>*>(tile + own * pitch + 8 * spot.at) = x[j];
+      }
+    }
     if (!mixed) continue;
     __syncwarp();
     if (place.kind == KEY)
       multiply_rows<__half, T, 1>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
     else
       multiply_rows<T, T, 2>(tile, matrix, a.dim, pitch, lane);
-    batches([&](Lane<PAIRS>& one, int i) { one = {}, load(one, tile + i * pitch, true, a.dim, lane); },
-            [&](Lane<PAIRS>& one, int i) {
-              place.token = row + i;
-              write_row<T>(one, a, place, start, lane);
-            });
+#pragma unroll 2
+    for (int i = 0; i < rows; i += per_warp) {
+      const int own = i + spot.row;
+      const bool there = spot.row < per_warp && own < rows;
+      Eight<T> x = load_eight(tile + min(own, TILE_ROWS - 1) * pitch + 8 * spot.at);
+      place.token = row + own;
+      write_row(x, a, place, start, spot, there);
+    }
     __syncwarp();
   }
   count_tokens(a, start);
 }
 
-template <class T, int PAIRS>
+// Whether `count` neighbours of every row, and of what comes of it, can be read and written at once.
+template <class T>
+bool aligned(const VitqAppendRows& a, int count) {
+  const auto even = [&](const void* p, const int64_t* strides, int dims) {
+    bool all = reinterpret_cast<uintptr_t>(p) % (count * sizeof(T)) == 0;
+    for (int i = 0; i < dims; ++i) all = all && strides[i] % count == 0;
+    return !p || all;
+  };
+  return even(a.k, a.k_strides, 3) && even(a.v, a.v_strides, 3) && even(a.q, a.q_strides, 3) && even(a.cos, a.rotary_strides, 2) &&
+         even(a.sin, a.rotary_strides, 2) && even(a.q_out, nullptr, 0) && even(a.k_out, nullptr, 0) && even(a.v_out, nullptr, 0);
+}
+
+template <class T>
 int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
   const bool mixed = a.right || a.inverse;
   const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + 2 * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
   const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
   if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
   if (mixed)
-    if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(prompt_kernel<T, PAIRS>))) return error;
-  return launch_early(prompt_kernel<T, PAIRS>, unsigned(blocks), 32 * TILE_WARPS, shared, stream, a, chunk);
-}
-
-// Whether two neighbours of every row can be read at once.
-template <class T>
-bool paired(const VitqAppendRows& a) {
-  const auto even = [](const void* p, const int64_t* strides, int count) {
-    bool all = reinterpret_cast<uintptr_t>(p) % (2 * sizeof(T)) == 0;
-    for (int i = 0; i < count; ++i) all = all && strides[i] % 2 == 0;
-    return !p || all;
-  };
-  return even(a.k, a.k_strides, 3) && even(a.v, a.v_strides, 3) && even(a.q, a.q_strides, 3) && even(a.cos, a.rotary_strides, 2) &&
-         even(a.sin, a.rotary_strides, 2);
+    if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(prompt_kernel<T>))) return error;
+  return launch_early(prompt_kernel<T>, unsigned(blocks), 32 * TILE_WARPS, shared, stream, a, chunk);
 }
 
 template <class T, int PAIRS>
 int launch_rows(const VitqAppendRows& a, cudaStream_t stream) {
   const int64_t heads = 2 * a.heads + (a.q ? a.query_heads : 0), rows = int64_t(a.batch) * a.tokens * heads;
   if (rows > INT32_MAX - WARPS) return VITQ_UNSUPPORTED;
-  const bool mixed = a.right || a.inverse;
-  if constexpr (sizeof(T) == 2)
-    if (a.tokens > FEW_TOKENS && (!mixed || a.dim % 16 == 0)) return launch_prompt<T, PAIRS>(a, heads, stream);
+  if constexpr (sizeof(T) == 2 && PAIRS == 1)
+    if (a.tokens > FEW_TOKENS && a.dim % 16 == 0 && aligned<T>(a, 8)) return launch_prompt<T>(a, heads, stream);
   if constexpr (PAIRS == 1)
-    if (mixed) return launch_early(append_kernel<T, true, 1>, unsigned(rows), 32 * WARPS, 0, stream, a);
+    if (a.right || a.inverse) return launch_early(append_kernel<T, true, 1>, unsigned(rows), 32 * WARPS, 0, stream, a);
   return launch_early(append_kernel<T, false, PAIRS>, unsigned((rows + WARPS - 1) / WARPS), 32 * WARPS, 0, stream, a);
 }
 
 template <class T>
 int launch(const VitqAppendRows& args, cudaStream_t stream) {
   VitqAppendRows a = args;
-  a.paired = paired<T>(a);
+  a.paired = aligned<T>(a, 2);
   return a.dim <= 128 ? launch_rows<T, 1>(a, stream) : launch_rows<T, 2>(a, stream);
 }
 
