@@ -5,6 +5,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "async_copy.cuh"
 #include "codes.cuh"
 #include "launch.cuh"
 
@@ -14,7 +15,7 @@ namespace {
 constexpr int WARPS = 4, MOST_DIM = 256;
 constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
 constexpr int FEW_TOKENS = 8;  // more are a prompt's
-constexpr int TILE_WARPS = 8, TILE_ROWS = 16, BATCH = 4;  // of a prompt: a warp's rows that are multiplied at once; how often it reads before it writes
+constexpr int TILE_WARPS = 8, TILE_ROWS = 16;  // of a prompt: a warp's rows that are multiplied at once
 constexpr int CHUNK = 128, MIXED_CHUNK = 256;             // a block's tokens; there are few of them, since each counts itself at one place
 
 template <class T>
@@ -107,8 +108,8 @@ __device__ __forceinline__ void rotate(Lane<PAIRS>& row, const T* cos, const T* 
       }
 }
 
-// x, which all warps of the block have, times a matrix [dim, dim], dim up to MOST_MIXED. Warps and lanes share the rows of the matrix, a lane has neighbouring
-// columns of 16 bytes, and many are under way at once: one warp alone would wait for one after the other.
+// x, which all warps of the block have, times a matrix [dim, dim] in shared memory, dim up to MOST_MIXED. Warps and lanes share the rows of the matrix, a lane
+// has neighbouring columns of 16 bytes.
 template <class M>
 __device__ __forceinline__ void multiply(Lane<1>& x, const M* matrix, int dim, int warp, int lane, float (&shared)[WARPS * SLICES + 1][MOST_MIXED]) {
   constexpr int COLUMNS = 16 / sizeof(M), ALL = WARPS * SLICES;
@@ -117,9 +118,9 @@ __device__ __forceinline__ void multiply(Lane<1>& x, const M* matrix, int dim, i
   __syncthreads();
   if (slice < slices) {
     float sums[COLUMNS] = {};
-#pragma unroll 16
+#pragma unroll 8
     for (int k = warp * slices + slice; k < dim; k += WARPS * slices) {
-      const uint4 raw = __ldg(reinterpret_cast<const uint4*>(matrix + k * dim + first));
+      const uint4 raw = *reinterpret_cast<const uint4*>(matrix + k * dim + first);
       const float one = shared[ALL][k];
       const M* const numbers = reinterpret_cast<const M*>(&raw);
 #pragma unroll
@@ -244,11 +245,19 @@ __device__ __forceinline__ void count_tokens(const VitqAppendRows& a, int64_t st
 template <class T, bool MIXED, int PAIRS>
 __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constant__ VitqAppendRows a) {
   __shared__ float mixed[MIXED ? WARPS * SLICES + 1 : 1][MOST_MIXED];
+  extern __shared__ uint4 shared[];  // the matrix
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0);
   const int row = MIXED ? blockIdx.x : blockIdx.x * WARPS + warp;
   const Place place(a, row / a.tokens % heads, row / a.tokens / heads, row % a.tokens);
   start_dependents();
+  if constexpr (MIXED) {  // before the wait: no kernel writes it
+    const void* const matrix = place.kind == KEY ? a.right : place.kind == QUERY ? a.inverse : nullptr;
+    const int bytes = matrix ? a.dim * a.dim * (place.kind == KEY ? 2 : 4) : 0;
+    for (int i = 16 * threadIdx.x; i < bytes; i += 16 * blockDim.x)
+      copy_async(uint32_t(__cvta_generic_to_shared(shared)) + i, static_cast<const uint8_t*>(matrix) + i, true);
+    commit_copies();
+  }
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
   if (place.batch < a.batch) {
@@ -256,11 +265,13 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
     load_rotated<T>(x, a, place, lane);
     if (!MIXED || warp == 0) write_before<T>(x, a, place, lane);
     if constexpr (MIXED) {
+      wait_copies<0>();
+      __syncthreads();
       if (place.kind == KEY && a.right) {
         each(x, a.dim, lane, [&](float (&v)[2], int) { for (float& one : v) one = rounded<__half>(in_half(one)); });
-        multiply(x, static_cast<const __half*>(a.right), a.dim, warp, lane, mixed);
+        multiply(x, reinterpret_cast<const __half*>(shared), a.dim, warp, lane, mixed);
       } else if (place.kind == QUERY && a.inverse) {
-        multiply(x, a.inverse, a.dim, warp, lane, mixed);
+        multiply(x, reinterpret_cast<const float*>(shared), a.dim, warp, lane, mixed);
       }
       each(x, a.dim, lane, [&](float (&v)[2], int) { for (float& one : v) one = rounded<T>(one); });
     }
@@ -408,8 +419,8 @@ __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, 
 }
 
 // A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix as the sum of two of their type, which is as good as float.
-template <class T>
-__global__ void __launch_bounds__(32 * TILE_WARPS) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
+template <class T, bool MIXED>
+__global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
   extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
@@ -420,7 +431,8 @@ __global__ void __launch_bounds__(32 * TILE_WARPS) prompt_kernel(const __grid_co
   T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
   T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
   __half* const matrix_half = reinterpret_cast<__half*>(matrix);
-  const bool mixed = place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr;
+  constexpr int BATCH = MIXED ? 4 : 2;  // how often a lane reads before it writes
+  const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr);
   start_dependents();
   if (mixed) {
 #pragma unroll 8
@@ -509,9 +521,10 @@ int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
   const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + 2 * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
   const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
   if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
+  const auto kernel = mixed ? prompt_kernel<T, true> : prompt_kernel<T, false>;
   if (mixed)
-    if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(prompt_kernel<T>))) return error;
-  return launch_early(prompt_kernel<T>, unsigned(blocks), 32 * TILE_WARPS, shared, stream, a, chunk);
+    if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
+  return launch_early(kernel, unsigned(blocks), 32 * TILE_WARPS, shared, stream, a, chunk);
 }
 
 template <class T, int PAIRS>
@@ -521,7 +534,10 @@ int launch_rows(const VitqAppendRows& a, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2 && PAIRS == 1)
     if (a.tokens > FEW_TOKENS && a.dim % 16 == 0 && aligned<T>(a, 8)) return launch_prompt<T>(a, heads, stream);
   if constexpr (PAIRS == 1)
-    if (a.right || a.inverse) return launch_early(append_kernel<T, true, 1>, unsigned(rows), 32 * WARPS, 0, stream, a);
+    if (a.right || a.inverse) {
+      if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(append_kernel<T, true, 1>))) return error;
+      return launch_early(append_kernel<T, true, 1>, unsigned(rows), 32 * WARPS, a.dim * a.dim * (a.inverse ? 4 : 2), stream, a);
+    }
   return launch_early(append_kernel<T, false, PAIRS>, unsigned((rows + WARPS - 1) / WARPS), 32 * WARPS, 0, stream, a);
 }
 

@@ -17,7 +17,7 @@ namespace vitq {
 namespace {
 
 // Warps of a block: fewer than registers would allow. 2048 x 4096 with 64 x 64 took 18.5 us with 12 of 4 tiles and 22.5 with 16 on an H100.
-constexpr int most_warps(int tiles) { return tiles <= 2 ? 16 : tiles <= 6 ? 12 : 8; }
+constexpr int most_warps(int tiles) { return tiles <= 2 ? 16 : tiles <= 5 ? 12 : 8; }
 // Strips of 16 columns that a warp works on at once, so that each fragment of X and of the left matrix is read for two.
 constexpr int strips_of(int tiles) { return tiles <= 8 ? 2 : 1; }
 
@@ -193,14 +193,18 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
     *reinterpret_cast<uint4*>(place + i) = make_uint4(0, 0, 0, 0);  // what pads X stays 0
 
   start_dependents();
-  wait_for_kernels_before();
-  unsigned token = blockIdx.x + gridDim.x * group;
-  const unsigned stride = gridDim.x * p.groups;
   const auto copy_all = [&](const void* from, int to, int count) {
     for (int i = 16 * threadIdx.x; i < count; i += 16 * blockDim.x)
       copy_async(uint32_t(__cvta_generic_to_shared(shared)) + to + i, static_cast<const uint8_t*>(from) + i, true);
   };
   const int pairs = (a.columns / p.rows + 31) / 32;
+  // Before the wait: no kernel writes them, and of few rows their way from memory is most of the time.
+  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
+  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
+  commit_copies();
+  wait_for_kernels_before();
+  unsigned token = blockIdx.x + gridDim.x * group;
+  const unsigned stride = gridDim.x * p.groups;
   const auto start_of = [&](unsigned token) { return static_cast<const uint8_t*>(a.x) + int64_t(token) * a.x_stride * sizes; };
   const auto fetch = [&](unsigned token, int stage) {
     if (p.stages && token < unsigned(a.m)) {
@@ -211,9 +215,6 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
     commit_copies();
   };
   fetch(token, 0);
-  if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
-  if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
-  commit_copies();
   if (p.stages == 2) fetch(token + stride, 1);
   else commit_copies();
   const float2 clip = clip_of(a);
@@ -227,10 +228,9 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   const int columns = a.columns / p.rows;
 
   const Before before{a.columns, a.gate, a.norm, a.weight, a.bias, a.eps, p.inverse_columns, columns, p.pitch, a.right != nullptr, p.by_row};
-  bool ready = false;  // whether the matrices are there
+  bool ready = false;  // whether the matrices are there for all
   for (int stage = 0; token < unsigned(a.m); token += stride) {
-    if (!ready) wait_copies<2>();
-    else if (p.stages == 2) wait_copies<1>();
+    if (!ready || p.stages == 2) wait_copies<1>();
     else wait_copies<0>();
     team.meet();
     const auto of_type = [&](auto type) {
@@ -241,13 +241,9 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
     if (a.x_dtype == VITQ_F16) of_type(__half());
     else if (a.x_dtype == VITQ_BF16) of_type(__nv_bfloat16());
     else of_type(float());
-    if (ready) {
-      team.meet();
-    } else {
-      wait_copies<1>();
-      __syncthreads();
-      ready = true;
-    }
+    if (ready) team.meet();
+    else __syncthreads();
+    ready = true;
     fetch(token + max(p.stages, 1) * stride, stage);
     stage = p.stages == 2 ? stage ^ 1 : 0;
 

@@ -4,6 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include "async_copy.cuh"
 #include "codes.cuh"
 #include "vitq_cuda.h"
 
@@ -72,18 +73,6 @@ __device__ __forceinline__ void load_eight(Eight<T>& to, const void* base, int64
   const auto* from = reinterpret_cast<const uint4*>(static_cast<const T*>(base) + offset);
 #pragma unroll
   for (int i = 0; i < int(sizeof(T) / 2); i++) to.q[i] = from[i];
-}
-
-// 16 bytes to shared memory while the thread works on, or zeros.
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-}
-
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int LATER>  // groups that may still be under way
-__device__ __forceinline__ void wait_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 }
 
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {

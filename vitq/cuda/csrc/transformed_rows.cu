@@ -24,8 +24,9 @@ __device__ __forceinline__ float block_sum(float value, float (&meeting)[32]) {
   return value;
 }
 
-// T: of x. V: groups of 8 neighbouring columns a thread. EIGHTS: they are read and written at once.
-template <class T, int V, bool EIGHTS>
+// T: of x. V: groups of 8 neighbouring columns a thread. EIGHTS: they are read and written at once. NORM: values are floats; without a norm they are T's, and
+// stay so, in half of the registers.
+template <class T, int V, bool EIGHTS, bool NORM>
 __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __grid_constant__ TransformedLaunch p) {
   __shared__ float sums[2][32];
   __shared__ int least[32], largest[32];
@@ -38,15 +39,34 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
   const auto column = [&](int v) { return 8 * int(threadIdx.x + v * blockDim.x); };
   const auto used = [&](int v) { return column(v) < a.columns; };
   const auto there = [&](int v, int w) { return EIGHTS ? used(v) : column(v) + w < a.columns; };
-  float y[V][8];
+  float y[NORM ? V : 1][8];
+  Eight<T> kept[NORM ? 1 : V];
+  const auto place = [&](int v) { return EIGHTS && !used(v) ? 0 : column(v); };  // where there are no columns, the first ones once more: they change no range
 #pragma unroll
   for (int v = 0; v < V; ++v) {
-    // Where there are no columns, the first ones once more: they change no range.
-    const int at = EIGHTS && !used(v) ? 0 : column(v);
-    const Eight<T> raw = a.gate ? read_gated<T, EIGHTS>(a, x, at) : read_eight<T, EIGHTS>(x, at, a.columns);
-    to_floats(raw, y[v]);
+    if constexpr (NORM) to_floats(read_eight<T, EIGHTS>(x, place(v), a.columns), y[v]);
+    else kept[v] = read_eight<T, EIGHTS>(x, place(v), a.columns);
   }
-  if (a.norm) {
+  if constexpr (!NORM) {
+    if (a.gate) {
+      Eight<T> up[V];
+#pragma unroll
+      for (int v = 0; v < V; ++v) up[v] = read_eight<T, EIGHTS>(x + a.columns, place(v), a.columns);
+#pragma unroll
+      for (int v = 0; v < V; ++v) apply_gate<T>(kept[v], up[v], a.gate);
+    }
+  }
+  // The values of group v, in floats.
+  const auto values = [&](int v, auto use) {
+    if constexpr (NORM) {
+      use(y[v]);
+    } else {
+      float converted[8];
+      to_floats(kept[v], converted);
+      use(converted);
+    }
+  };
+  if constexpr (NORM) {
     float mean = 0.0f, squares = 0.0f;
     if (a.norm == VITQ_LAYER_NORM) {
       float sum = 0.0f;
@@ -65,17 +85,19 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
       }
     const float rstd = rsqrtf(fmaf(block_sum(squares, sums[1]), p.inverse_columns, a.eps));
 #pragma unroll
-    for (int v = 0; v < V; ++v) normalise<EIGHTS>(a, y[v], EIGHTS && !used(v) ? 0 : column(v), mean, rstd);
+    for (int v = 0; v < V; ++v) normalise<EIGHTS>(a, y[v], place(v), mean, rstd);
   }
 
   float lo = INFINITY, hi = -INFINITY;
 #pragma unroll
   for (int v = 0; v < V; ++v)
+    values(v, [&](const float (&x)[8]) {
 #pragma unroll
-    for (int w = 0; w < 8; ++w) {
-      const bool counts = EIGHTS || there(v, w);
-      lo = fminf(lo, counts ? y[v][w] : INFINITY), hi = fmaxf(hi, counts ? y[v][w] : -INFINITY);
-    }
+      for (int w = 0; w < 8; ++w) {
+        const bool counts = EIGHTS || there(v, w);
+        lo = fminf(lo, counts ? x[w] : INFINITY), hi = fmaxf(hi, counts ? x[w] : -INFINITY);
+      }
+    });
   const int low = __reduce_min_sync(0xFFFFFFFFu, order_of(lo)), high = __reduce_max_sync(0xFFFFFFFFu, order_of(hi));
   if (threadIdx.x % 32 == 0) least[threadIdx.x / 32] = low, largest[threadIdx.x / 32] = high;
   __syncthreads();
@@ -88,8 +110,10 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     float code[8];
+    values(v, [&](const float (&x)[8]) {
 #pragma unroll
-    for (int w = 0; w < 8; ++w) code[w] = __fadd_rn(divide(clamped(y[v][w], range), range.s), range.magic);
+      for (int w = 0; w < 8; ++w) code[w] = __fadd_rn(divide(clamped(x[w], range), range.s), range.magic);
+    });
     const uint2 both = make_uint2(pack_codes(code[0], code[1], code[2], code[3]), pack_codes(code[4], code[5], code[6], code[7]));
     if (EIGHTS) {
       if (used(v)) *reinterpret_cast<uint2*>(out + column(v)) = both;
@@ -104,7 +128,11 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
 template <class T, int V>
 int launch_rows(const TransformedLaunch& p, cudaStream_t stream) {
   const int threads = ((p.a.columns + 7) / 8 + 32 * V - 1) / (32 * V) * 32;
-  const auto kernel = p.eights ? transformed_rows_kernel<T, V, true> : transformed_rows_kernel<T, V, false>;
+  const auto of = [&](auto norm) {
+    constexpr bool NORM = decltype(norm)::value;
+    return p.eights ? transformed_rows_kernel<T, V, true, NORM> : transformed_rows_kernel<T, V, false, NORM>;
+  };
+  const auto kernel = p.a.norm ? of(std::true_type()) : of(std::false_type());
   return launch_early(kernel, unsigned(p.a.m), threads, 0, stream, p);
 }
 
