@@ -300,8 +300,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// TILE_ROWS rows of E, a row `pitch` apart, times the sum of PARTS matrices, which lie one behind the other at the same pitch -> rows of T in their place.
-template <class E, class T, int PARTS>
+// TILE_ROWS rows of E, a row `pitch` apart, times a matrix at the same pitch -> rows of T in their place.
+template <class E, class T>
 __device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim, int pitch, int lane) {
   constexpr int MOST = MOST_MIXED / 16;
   uint32_t a[MOST][4];
@@ -314,13 +314,11 @@ __device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim,
     float sums[2][4] = {};
 #pragma unroll
     for (int k = 0; k < MOST; ++k)
-#pragma unroll
-      for (int part = PARTS; part-- > 0;)
-        if (16 * k < dim) {
-          uint32_t b[4];
-          ldmatrix_transposed(b, matrix + (part * dim + 16 * k + lane % 16) * pitch + n + lane / 16 * 8);
-          mma(sums[0], a[k], b[0], b[1], E()), mma(sums[1], a[k], b[2], b[3], E());
-        }
+      if (16 * k < dim) {
+        uint32_t b[4];
+        ldmatrix_transposed(b, matrix + (16 * k + lane % 16) * pitch + n + lane / 16 * 8);
+        mma(sums[0], a[k], b[0], b[1], E()), mma(sums[1], a[k], b[2], b[3], E());
+      }
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
@@ -418,20 +416,20 @@ __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, 
     *reinterpret_cast<Eight<T>*>(static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim + 8 * spot.at) = x;
 }
 
-// A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix as the sum of two of their type, which is as good as float.
+// A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding.
 template <class T, bool MIXED>
-__global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
+__global__ void __launch_bounds__(32 * TILE_WARPS, 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
   extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
   const int first = blockIdx.x % chunks * chunk, end = min(first + chunk, a.tokens);
-  Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
+  Place place(a, heads - 1 - blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);  // queries, which have most to do, first
   const Spot spot(a.dim, lane);
   const int per_warp = 32 / spot.lanes;
   T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
   T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
   __half* const matrix_half = reinterpret_cast<__half*>(matrix);
-  constexpr int BATCH = MIXED ? 4 : 2;  // how often a lane reads before it writes
+  constexpr int BATCH = 2;  // how often a lane reads before it writes
   const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr);
   start_dependents();
   if (mixed) {
@@ -442,9 +440,7 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
         *reinterpret_cast<uint2*>(matrix_half + at) = __ldg(reinterpret_cast<const uint2*>(static_cast<const __half*>(a.right) + i));
       } else {
         const float4 x = __ldg(reinterpret_cast<const float4*>(a.inverse + i));
-        T *const most = matrix + at, *const rest = most + a.dim * pitch;
-        write_two(most, x.x, x.y), write_two(most + 2, x.z, x.w);
-        write_two(rest, x.x - rounded<T>(x.x), x.y - rounded<T>(x.y)), write_two(rest + 2, x.z - rounded<T>(x.z), x.w - rounded<T>(x.w));
+        write_two(matrix + at, x.x, x.y), write_two(matrix + at + 2, x.z, x.w);
       }
     }
     __syncthreads();
@@ -487,9 +483,9 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
     if (!mixed) continue;
     __syncwarp();
     if (place.kind == KEY)
-      multiply_rows<__half, T, 1>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
+      multiply_rows<__half, T>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
     else
-      multiply_rows<T, T, 2>(tile, matrix, a.dim, pitch, lane);
+      multiply_rows<T, T>(tile, matrix, a.dim, pitch, lane);
 #pragma unroll 2
     for (int i = 0; i < rows; i += per_warp) {
       const int own = i + spot.row;
@@ -518,7 +514,7 @@ bool aligned(const VitqAppendRows& a, int count) {
 template <class T>
 int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
   const bool mixed = a.right || a.inverse;
-  const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + 2 * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
+  const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
   const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
   if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
   const auto kernel = mixed ? prompt_kernel<T, true> : prompt_kernel<T, false>;

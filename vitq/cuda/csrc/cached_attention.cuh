@@ -24,13 +24,13 @@ constexpr float LOG2E = 1.4426950408889634f;
 
 enum Format { S4, S8, F16, BF16 };  // of rows
 
-// How the tokens are divided: whole steps of a block, as even as can be.
+// How the tokens are divided: whole steps of a warp, as even as can be.
 struct Parts {
   int first, each, length, count;  // tokens; count: parts that have any
   __device__ __forceinline__ Parts(const VitqCachedAttention& a, int length_) : length(length_) {
     first = a.window > 0 ? max(length - a.tokens + 1 - a.window, 0) / BLOCK_TOKENS * BLOCK_TOKENS : 0;
-    const int steps = (length - first + BLOCK_TOKENS - 1) / BLOCK_TOKENS, steps_each = (steps + a.splits - 1) / a.splits;
-    each = steps_each * BLOCK_TOKENS, count = (steps + steps_each - 1) / max(steps_each, 1);
+    const int steps = (length - first + TOKENS - 1) / TOKENS, steps_each = (steps + a.splits - 1) / a.splits;
+    each = steps_each * TOKENS, count = (steps + steps_each - 1) / max(steps_each, 1);
   }
 };
 
@@ -297,6 +297,30 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
 #pragma unroll
   for (int s = 0; s < S::STAGES - 1; ++s) fetch(token + s * BLOCK_TOKENS, s);
 
+  // Of the queries 2c and 2c + 1: up to where they see, and their rows of the mask.
+  int last[2];
+  const uint8_t* mask[2];
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    const int row = tile * QUERIES + 2 * c + j, t = row % a.tokens;
+    last[j] = row < queries || a.tokens == 1 ? length - a.tokens + t : -1;
+    mask[j] = static_cast<const uint8_t*>(a.mask) + batch * a.mask_batch + t * a.mask_row;
+  }
+  const int back = a.window > 0 ? a.window : INT32_MAX;
+  // Whether queries see tokens: m16 tile, row g or g + 8, query. Read a step ahead, for it may be a long way.
+  const auto seen_of = [&](int token, bool (&seen)[2][2][2]) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int n = token + 16 * i + 8 * r + g;
+        seen[i][r][0] = n <= last[0] && last[0] - n < back && (!a.mask || mask[0][n] != 0);
+        seen[i][r][1] = a.tokens == 1 ? seen[i][r][0] : n <= last[1] && last[1] - n < back && (!a.mask || mask[1][n] != 0);
+      }
+  };
+  bool next[2][2][2];
+  if (token < end) seen_of(token, next);
+
   // Queries as the n8 operand, each less a power of two, so that none leaves float16's range.
 #pragma unroll
   for (int w = 0; w < QUERIES / WARPS; ++w) {
@@ -329,36 +353,23 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
       q[s][r] = read16(row + 2 * K::place(s, c, 2 * r)) | read16(row + 2 * K::place(s, c, 2 * r + 1)) << 16;
     }
 
-  // Of the queries 2c and 2c + 1: what a score is multiplied with, up to where they see, and their rows of the mask.
+  // Of the queries 2c and 2c + 1: what a score is multiplied with.
   float sums[2], scales[2];
-  int last[2];
-  const uint8_t* mask[2];
 #pragma unroll
-  for (int j = 0; j < 2; ++j) {
-    const int row = tile * QUERIES + 2 * c + j, t = row % a.tokens;
-    sums[j] = q_sum[2 * c + j], scales[j] = q_scale[2 * c + j];
-    last[j] = row < queries || a.tokens == 1 ? length - a.tokens + t : -1;
-    mask[j] = static_cast<const uint8_t*>(a.mask) + batch * a.mask_batch + t * a.mask_row;
-  }
-  const int back = a.window > 0 ? a.window : INT32_MAX;
+  for (int j = 0; j < 2; ++j) sums[j] = q_sum[2 * c + j], scales[j] = q_scale[2 * c + j];
   const int k_head = K::FLOATS ? 0 : a.keys.symmetric ? 4 : 8, k_pitch = K::FLOATS ? K::MOST_PITCH : K::CODES + k_head;
   const int v_head = V::FLOATS ? 0 : a.values.symmetric ? 4 : 8, v_pitch = V::FLOATS ? V::MOST_PITCH : V::CODES + v_head;
 
   float o[V::STEPS][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {}, shifts[2] = {};
   int stage = 0;
   for (; token < end; token += BLOCK_TOKENS) {
-    bool seen[2][2][2];  // m16 tile, row g or g + 8, query
+    bool seen[2][2][2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int n = token + 16 * i + 8 * r + g;
-        seen[i][r][0] = n <= last[0] && last[0] - n < back && (!a.mask || mask[0][n] != 0);
-        seen[i][r][1] = a.tokens == 1 ? seen[i][r][0] : n <= last[1] && last[1] - n < back && (!a.mask || mask[1][n] != 0);
-      }
+    for (int i = 0; i < 8; ++i) seen[i / 4][i / 2 % 2][i % 2] = next[i / 4][i / 2 % 2][i % 2];
     wait_copies<S::STAGES - 2>();
     __syncwarp();
     fetch(token + (S::STAGES - 1) * BLOCK_TOKENS, (stage + S::STAGES - 1) % S::STAGES);  // where a step ago all lanes read
+    if (token + BLOCK_TOKENS < end) seen_of(token + BLOCK_TOKENS, next);
     const uint8_t* const k_rows = mine + stage * S::STAGE;
     const uint8_t* const v_rows = k_rows + TOKENS * K::MOST_PITCH;
     float score[2][4], inverse[2][2], ratio[2][2], tops[2] = {most[0], most[1]};

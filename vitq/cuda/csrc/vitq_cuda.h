@@ -224,7 +224,7 @@ typedef struct {
   int32_t batch, query_heads, heads, tokens, dim, room;  // room: rows of a head
   const float *key_clip, *value_clip;  // [2], what least and largest value are multiplied with; or null
   // Before, k and q are rotated by cos and sin [1 or batch, tokens, dim], dim contiguous, or null: x·cos + (-x₂, x₁)·sin of the halves of x, each step rounded;
-  // then k, clamped to float16, is multiplied by `right`, fp16 [dim, dim], and q by `inverse`, float [dim, dim], or null.
+  // then k, clamped to float16, is multiplied by `right`, fp16 [dim, dim], and q by `inverse`, float [dim, dim], or null (of a prompt in the type of q).
   const void *cos, *sin;
   int64_t rotary_strides[2];     // of b and token, elements
   const void* right;
