@@ -418,7 +418,7 @@ __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, 
 
 // A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding.
 template <class T, bool MIXED>
-__global__ void __launch_bounds__(32 * TILE_WARPS, 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
+__global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
   extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
@@ -429,7 +429,7 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, 3) prompt_kernel(const __grid
   T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
   T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
   __half* const matrix_half = reinterpret_cast<__half*>(matrix);
-  constexpr int BATCH = 2;  // how often a lane reads before it writes
+  constexpr int BATCH = MIXED ? 4 : 2;  // how often a lane reads before it writes
   const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr);
   start_dependents();
   if (mixed) {
