@@ -17,9 +17,9 @@ namespace vitq {
 namespace {
 
 // Warps of a block: fewer than registers would allow. 2048 x 4096 with 64 x 64 took 18.5 us with 12 of 4 tiles and 22.5 with 16 on an H100.
-constexpr int most_warps(int tiles) { return tiles <= 2 ? 16 : tiles <= 5 ? 12 : 8; }
+constexpr int most_warps(int tiles) { return tiles <= 2 || tiles == 8 ? 16 : tiles <= 5 ? 12 : 8; }
 // Strips of 16 columns that a warp works on at once, so that each fragment of X and of the left matrix is read for two.
-constexpr int strips_of(int tiles) { return tiles <= 8 ? 2 : 1; }
+constexpr int strips_of(int tiles) { return tiles < 8 ? 2 : 1; }
 
 __device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -85,7 +85,7 @@ struct Before {
   const float *weight, *bias;
   float eps, inverse_columns;
   int row_columns, pitch;  // numbers of a row of X, and halves in shared memory
-  bool right;
+  bool right, staged;      // staged: the row is in shared memory already
   Divisor by_row;
 };
 
@@ -156,9 +156,23 @@ __device__ __noinline__ int prepare(Before a, const T* from, __half* to, Team te
       words_of(read_eight<T, EIGHTS>(from, 8 * v, a.columns), [&](float (&x)[8]) { normalise<EIGHTS>(a, x, 8 * v, mean, rstd); }, word);
       put(v, word);
     }
-  } else if (a.gate) {
+  } else if (a.gate && a.staged) {
 #pragma unroll 1
     for (int v = team.thread; v < vectors; v += team.threads) convert(v, read_gated<T, EIGHTS>(a, from, 8 * v));
+  } else if (a.gate) {
+    constexpr int BATCH = EIGHTS ? 8 / int(sizeof(T)) : 1;
+#pragma unroll 1
+    for (int v = team.thread; v < vectors; v += BATCH * team.threads) {
+      Eight<T> gate[BATCH], up[BATCH];
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i) {
+        const int at = 8 * min(v + i * team.threads, vectors - 1);
+        gate[i] = read_eight<T, EIGHTS>(from, at, a.columns), up[i] = read_eight<T, EIGHTS>(from + a.columns, at, a.columns);
+      }
+#pragma unroll
+      for (int i = 0; i < BATCH; ++i)
+        if (v + i * team.threads < vectors) apply_gate<T>(gate[i], up[i], a.gate), convert(v + i * team.threads, gate[i]);
+    }
   } else {
     // Loads of several before what is stored of the first, which the compiler would not move past it.
     constexpr int BATCH = EIGHTS ? 16 / int(sizeof(T)) / 2 : 1;
@@ -227,7 +241,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   const bool once = p.items <= p.warps;  // results stay in registers
   const int columns = a.columns / p.rows;
 
-  const Before before{a.columns, a.gate, a.norm, a.weight, a.bias, a.eps, p.inverse_columns, columns, p.pitch, a.right != nullptr, p.by_row};
+  const Before before{a.columns, a.gate, a.norm, a.weight, a.bias, a.eps, p.inverse_columns, columns, p.pitch, a.right != nullptr, p.stages != 0, p.by_row};
   bool ready = false;  // whether the matrices are there for all
   for (int stage = 0; token < unsigned(a.m); token += stride) {
     if (!ready || p.stages == 2) wait_copies<1>();
@@ -423,8 +437,8 @@ int plan_kronecker(TransformedLaunch& p, int processors, int shared) {
   p.warps = std::min({p.items, warps, 16});
   const int wanted = std::min({warps / p.warps, up(a.m, processors), 15});
   const auto fitting = [&](int stages) { return int(std::clamp<int64_t>((shared - p.tokens) / (own + stages * raw + 256), 0, wanted)); };
-  // Rows to come are worth more than tokens at once.
-  p.stages = !p.eights || !fitting(1) ? 0 : fitting(2) == wanted ? 2 : 1;
+  // Rows to come are worth as much as tokens at once: 2048 gates of 14336 with 112 x 128 took 152 us with one token and its next, 113 with two, on an H100.
+  p.stages = !p.eights || fitting(1) < wanted ? 0 : fitting(2) == wanted ? 2 : 1;
   p.groups = fitting(p.stages);
   if (!p.groups) return VITQ_UNSUPPORTED;
   // Fewer tokens than processors: more warps copy and convert.
