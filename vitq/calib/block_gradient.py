@@ -63,13 +63,15 @@ class Equal:
         """Make the `pair` of each, of what was learned so far."""
         if self.start is None:
             raw = [one.raw for one in self.matrices]
-            inverse = torch.linalg.inv_ex(self._filled(torch.stack(raw)).double())[0][: len(raw)]  # `_ex`: nothing is read on the host
-            pairs = zip(raw, inverse.mT.float())
+            inverse = torch.linalg.inv_ex(self._filled(torch.stack(raw)).double())[0]  # `_ex`: nothing is read on the host
+            pairs = zip(raw, _first(inverse, len(raw)).mT.float())
         else:
             skew = torch.cat([one.skew for one in self.matrices])
             half = (skew - skew.mT) / 2
-            q = self.start @ torch.linalg.solve_ex(self._filled(self.eye - half), self._filled(self.eye + half))[0][: len(half)]  # never singular
-            pairs = (((u * one.log_d.exp()) @ v.T, (u * (-one.log_d).exp()) @ v.T) for one, (u, v) in zip(self.matrices, q.unflatten(0, (-1, 2))))
+            cayley = torch.linalg.solve_ex(self._filled(self.eye - half), self._filled(self.eye + half))[0]  # never singular
+            u, v = (self.start @ _first(cayley, len(half))).unflatten(0, (-1, 2)).unbind(1)
+            log_d = torch.stack([one.log_d for one in self.matrices])[:, None]
+            pairs = ((a @ c.T, b @ c.T) for a, b, c in zip(u * log_d.exp(), u * (-log_d).exp(), v))
         for one, pair in zip(self.matrices, pairs):
             one.pair = pair
 
@@ -77,6 +79,10 @@ class Equal:
         """Up to `LEAST_BATCH` with unit matrices on a GPU."""
         rest = LEAST_BATCH - len(matrices) if matrices.is_cuda else 0
         return torch.cat((matrices, self.eye.expand(rest, -1, -1))) if rest > 0 else matrices
+
+
+def _first(matrices: Tensor, count: int) -> Tensor:
+    return matrices if len(matrices) == count else matrices[:count]  # a slice costs launches in the backward pass, of all of them too
 
 
 def equals(modules: nn.Module) -> list[Equal]:
@@ -127,22 +133,30 @@ def clip_now(logits: Tensor | None, spec: QuantSpec, like: Tensor) -> Tensor | N
     return None if spec.clip_ratio == 1.0 else like.new_full((2,), spec.clip_ratio)
 
 
-def rounded(x: Tensor) -> Tensor:
+class Rounded(torch.autograd.Function):
     """torch.round whose gradient is that of x."""
-    return x + (x.round() - x).detach()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def fake_rows(x: Tensor, bits: int, symmetric: bool, clip: Tensor | None) -> Tensor:
     """What codes of each row of x [..., K] stand for, as `vitq.quantizers.uniform` has them, with gradients to x and to clip [2] or [N, 2]."""
     qmin, qmax = int_range(bits)
-    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    lo, hi = x.aminmax(dim=-1, keepdim=True)
     if clip is not None:
-        lo, hi = lo.clamp_max(0.0) * clip[..., :1], hi.clamp_min(0.0) * clip[..., 1:]
+        of_lo, of_hi = clip.split(1, -1)
+        lo, hi = lo.clamp_max(0.0) * of_lo, hi.clamp_min(0.0) * of_hi
     if symmetric:
         scale = torch.maximum(-lo, hi).clamp_min(RANGE_MIN) / qmax
-        return rounded(x / scale).clamp(qmin, qmax) * scale
+        return Rounded.apply(x / scale).clamp(qmin, qmax) * scale
     scale = (hi - lo).clamp_min(RANGE_MIN) / (qmax - qmin)
-    return rounded((x - lo) / scale).clamp(0, qmax - qmin) * scale + lo
+    return Rounded.apply((x - lo) / scale).clamp(0, qmax - qmin) * scale + lo
 
 
 def fake_weight(weight: Tensor, spec: QuantSpec, clip: Tensor | None) -> Tensor:
