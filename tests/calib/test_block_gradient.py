@@ -228,8 +228,9 @@ def test_a_step_that_cannot_be_captured_is_launched(monkeypatch, caplog) -> None
     made = recipe("flatquant-w4a4kv4", "calib_size=9", epochs=4)
     launched, _, _ = _learned_on_gpu(made, monkeypatch, warmup=1000)
     monkeypatch.setattr(descent.Steps, "_launch", reading)
+    monkeypatch.setattr(descent.Steps, "refused", False)  # as it is afterwards again
     again, seen, _ = _learned_on_gpu(made, monkeypatch, warmup=2)
-    assert seen == [(2, 0, 12)] * 2 and "cannot be captured as a CUDA graph" in caplog.text
+    assert seen == [(2, 0, 12)] * 2 and caplog.text.count("cannot be captured as a CUDA graph") == 1
     assert all((tensor.float() - again[name].float()).norm() < 0.05 * tensor.float().norm() for name, tensor in launched.items())
 
 

@@ -36,8 +36,8 @@ LEAST_BATCH = 4  # of matrices up to 256 x 256 that torch gives to cuBLAS: what 
 
 
 class Matrix(nn.Module):
-    """An invertible matrix P [n, n] and the transpose of its inverse: `pair`, as `Equal` made them last. `svd`: U·diag(d)·Vᵀ, d from 1 on, U and V orthogonal by
-    Cayley's map of skew matrices, from a random start: start · (I + A/2)(I − A/2)⁻¹. `direct`: P itself, which starts as such a U·Vᵀ."""
+    """An invertible matrix P [n, n] and the transpose of its inverse: `pair`, as `Equal` made them last. `svd`: U·diag(d)·Vᵀ, d from 1 on, U and V orthogonal
+    by Cayley's map of skew matrices, from a random start: start · (I + A/2)(I − A/2)⁻¹. `direct`: P itself, which starts as such a U·Vᵀ."""
 
     def __init__(self, n: int, kind: str, generator: torch.Generator) -> None:
         super().__init__()

@@ -74,18 +74,20 @@ def is_static(device: torch.device) -> bool:
 
 class Steps:
     """Steps of AdamW, called with a batch's index each. error(batch): that of a batch, on the device; rates: [steps][groups]; total: of errors so far, on the
-    device. A step that cannot be captured is launched, as all after it, with a warning."""
+    device. Where a capture fails, steps are launched from then on, with one warning in a process: what a failed capture has allocated is not given back."""
+
+    refused = False  # by a capture that failed
 
     def __init__(self, groups: list[list[nn.Parameter]], error: Callable[[Batch], Tensor], batches: list[Batch], rates: list[list[float]],
                  device: torch.device) -> None:
         self.error, self.batches, self.device, self.static = error, batches, device, is_static(device)
-        self.capturing, self.taken = device.type == "cuda", 0
+        self.taken, cuda = 0, device.type == "cuda"
         self.total = torch.zeros((), device=device)
         # AdamW on a GPU takes rates in float32 alone; on a CPU a float64 one is a Python number's equal.
-        self.rates = torch.tensor(rates, dtype=torch.float32, device=device) if self.capturing else torch.tensor(rates, dtype=torch.float64)
+        self.rates = torch.tensor(rates, dtype=torch.float32, device=device) if cuda else torch.tensor(rates, dtype=torch.float64)
         self.rate = self.rates[0].clone()
         self.optimizer = torch.optim.AdamW([{"params": params, "lr": rate} for params, rate in zip(groups, self.rate.unbind() if self.static else rates[0])],
-                                           weight_decay=0.0, fused=self.capturing, capturable=self.capturing)
+                                           weight_decay=0.0, fused=cuda, capturable=cuda)
         self.shapes = [shape_of(batch) for batch in batches]
         self.seen: Counter[str] = Counter()
         self.buffers: dict[str, Static] = {}
@@ -104,7 +106,7 @@ class Steps:
                 self.buffers[shape] = Static(batch, self.device)
             self.buffers[shape].fill(batch)
             batch = self.buffers[shape].batch
-            if self.capturing and shape not in self.graphs and self.seen[shape] >= WARMUP:
+            if self.rates.is_cuda and not Steps.refused and shape not in self.graphs and self.seen[shape] >= WARMUP:
                 self._capture(shape)
         self.seen[shape] += 1
         if shape in self.graphs:
@@ -131,8 +133,8 @@ class Steps:
         except RuntimeError as error:
             torch.cuda.synchronize()
             self.optimizer.zero_grad(set_to_none=True)  # which nothing has been written to
-            self.capturing = False
-            log.warning("a step of block_gradient cannot be captured as a CUDA graph (%s); steps are launched one by one",
+            Steps.refused = True
+            log.warning("a step of block_gradient cannot be captured as a CUDA graph (%s); from now on steps are launched one by one",
                         str(error.__context__ or error).partition("\n")[0])
         else:
             self.graphs[shape] = graph
