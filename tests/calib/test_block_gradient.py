@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import statistics
+import time
 
 import pytest
 
@@ -15,7 +17,8 @@ from language_models import build, ids  # noqa: E402
 from torch import nn  # noqa: E402
 
 import vitq  # noqa: E402
-from vitq.calib.block_gradient import Matrix, fake_rows, fake_weight  # noqa: E402
+from vitq.calib import descent  # noqa: E402
+from vitq.calib.block_gradient import Equal, Matrix, equals, fake_rows, fake_weight  # noqa: E402
 from vitq.calib.blocks import quantize_blocks  # noqa: E402
 from vitq.formats import ActivationFormat  # noqa: E402
 from vitq.models import prepare  # noqa: E402
@@ -73,14 +76,23 @@ def test_weights_by_rows_groups_and_as_a_whole() -> None:
 @pytest.mark.parametrize("kind", ["svd", "direct"])
 @torch.enable_grad()
 def test_a_matrix_and_its_inverse(kind: str) -> None:
-    matrix = Matrix(12, kind, torch.Generator().manual_seed(0))
+    """As ever how many of its size are made together."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = nn.ModuleList(Matrix(n, kind, generator) for n in (12, 9, 12))
     with torch.no_grad():
-        for parameter in matrix.parameters():
+        for parameter in matrices.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
-    p, inverse_transposed = matrix()
-    torch.testing.assert_close(p @ inverse_transposed.T, torch.eye(12), atol=1e-5, rtol=1e-5)
-    (p.square().sum() + inverse_transposed.square().sum()).backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in matrix.parameters() if kind == "direct" or parameter.ndim == 1)
+    together = equals(matrices)
+    assert [len(equal.matrices) for equal in together] == [2, 1]
+    for equal in together:
+        equal.make()
+    for matrix in matrices:
+        p, inverse_transposed = matrix.pair
+        torch.testing.assert_close(p @ inverse_transposed.T, torch.eye(matrix.n), atol=1e-5, rtol=1e-5)
+        (p.square().sum() + inverse_transposed.square().sum()).backward(retain_graph=True)
+        assert all(parameter.grad.abs().sum() > 0 for parameter in matrix.parameters() if kind == "direct" or parameter.ndim == 1)
+        Equal([matrix]).make()
+        torch.testing.assert_close(matrix.pair, (p, inverse_transposed))
 
 
 @pytest.mark.parametrize("family, kwargs", [("Llama", {}), ("Qwen3", {"head_dim": 24}), ("OPT", {"num_attention_heads": 4})])
@@ -123,6 +135,103 @@ def test_ways_to_learn(changes: tuple) -> None:
     assert sqnr(model(x).logits, simulated) > 7 and sqnr(simulated, executed(x).logits) > 12
     again = vitq.convert(model, made, CALIB, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(executed.state_dict().values(), again.state_dict().values()))
+
+
+RAGGED = [*CALIB, ids(1, 24, seed=4)]  # batches of four, and one of a single sequence
+WAYS = [(), ("block_gradient.matrices=direct", "block_gradient.learning_rate=0.002"), ("block_gradient.mixed_precision=true", "block_gradient.warmup=4")]
+
+
+@pytest.mark.parametrize("changes", WAYS)
+@pytest.mark.parametrize("stream", ["float", "quantized"])
+@torch.no_grad()
+def test_static_steps_are_those_that_are_launched(changes: tuple, stream: str, monkeypatch) -> None:
+    """What a CUDA graph replays, batches and rates at fixed addresses, without one; of batches that differ in shape, in both orders."""
+    made = recipe("flatquant-w4a4kv4", "calib_size=9", *changes, epochs=3)
+    plain = vitq.convert(outlying(), made, RAGGED, dtype=torch.float32, stream=stream)
+    shapes = []
+    monkeypatch.setattr(descent, "is_static", lambda device: True)
+    monkeypatch.setattr(descent.Steps, "release", lambda steps: shapes.append((len(steps.buffers), steps.taken)))
+    static = vitq.convert(outlying(), made, RAGGED, dtype=torch.float32, stream=stream)
+    assert shapes == [(2, 9)] * 2
+    for (name, a), b in zip(plain.state_dict().items(), static.state_dict().values()):
+        assert torch.equal(a, b), name
+
+
+def test_batches_of_one_shape_share_buffers() -> None:
+    mask, hidden = torch.ones(1, 4), torch.zeros(2, 4, 8)
+    one = descent.Batch(((mask,), {"positions": (torch.arange(4), None), "causal": True}), hidden, hidden)
+    two = descent.Batch(((mask,), {"positions": (torch.arange(1, 5), None), "causal": True}), hidden + 1, hidden + 2)
+    other = descent.Batch((two.given[0], {**two.given[1], "causal": False}), two.hidden, two.target)
+    assert descent.shape_of(one) == descent.shape_of(two) != descent.shape_of(other)
+    static = descent.Static(one, torch.device("cpu"))
+    held = static.batch.given[1]["positions"][0]
+    static.batch.given[0][0].zero_()
+    static.fill(two)
+    assert held.tolist() == [1, 2, 3, 4] and static.batch.given[1]["causal"] and torch.equal(static.batch.target, two.target)
+    assert not static.batch.given[0][0].any()  # the mask is the same tensor in both, and was not copied again
+    static.fill(one)
+    assert held.tolist() == [0, 1, 2, 3] and torch.equal(static.batch.hidden, hidden) and hidden.sum() == 0
+
+
+def _learned_on_gpu(made: vitq.Recipe, monkeypatch, warmup: int) -> tuple[dict, list[tuple], float]:
+    """What was learned of a model, (shapes, graphs, steps) of each block, and the median time of a step in s."""
+    seen, times = [], []
+    release, call = descent.Steps.release, descent.Steps.__call__
+
+    def timed(steps: descent.Steps, i: int) -> None:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call(steps, i)
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+
+    def released(steps: descent.Steps) -> None:
+        seen.append((len(steps.buffers), len(steps.graphs), steps.taken))
+        release(steps)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(descent, "WARMUP", warmup)
+        patch.setattr(descent.Steps, "__call__", timed)
+        patch.setattr(descent.Steps, "release", released)
+        plan, _ = quantize_blocks(prepare(outlying()), made, RAGGED, stream="float", device=torch.device("cuda"))
+    learned = {f"{name}.{part}": tensor for name, params in plan.layers.items() if (fmt := getattr(params, "input", None)) is not None
+               for part, tensor in (("left", fmt.transform and fmt.transform.left), ("right", fmt.transform and fmt.transform.right), ("clip", fmt.clip))
+               if tensor is not None}
+    return learned, seen, statistics.median(times)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", WAYS)
+@torch.no_grad()
+def test_a_graph_learns_what_launched_steps_do(changes: tuple, monkeypatch) -> None:
+    made = recipe("flatquant-w4a4kv4", "calib_size=9", "block_gradient.learning_rate=0.001", *changes, epochs=12)
+    launched, seen, slow = _learned_on_gpu(made, monkeypatch, warmup=1000)
+    assert seen == [(2, 0, 36)] * 2
+    replayed, seen, fast = _learned_on_gpu(made, monkeypatch, warmup=2)
+    assert seen == [(2, 2, 36)] * 2
+    assert launched.keys() == replayed.keys() and len(launched) >= 16
+    for name, tensor in launched.items():  # a code that turns over in one of them changes a little of what follows
+        assert (tensor.float() - replayed[name].float()).norm() < 0.05 * tensor.float().norm(), name
+    assert fast < slow / 2
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_step_that_cannot_be_captured_is_launched(monkeypatch, caplog) -> None:
+    """Its error is read on the host."""
+    launch = descent.Steps._launch
+
+    def reading(steps: descent.Steps, batch: descent.Batch) -> None:
+        launch(steps, batch)
+        float(steps.total)
+
+    made = recipe("flatquant-w4a4kv4", "calib_size=9", epochs=4)
+    launched, _, _ = _learned_on_gpu(made, monkeypatch, warmup=1000)
+    monkeypatch.setattr(descent.Steps, "_launch", reading)
+    monkeypatch.setattr(descent.Steps, "refused", False)  # as it is afterwards again
+    again, seen, _ = _learned_on_gpu(made, monkeypatch, warmup=2)
+    assert seen == [(2, 0, 12)] * 2 and caplog.text.count("cannot be captured as a CUDA graph") == 1
+    assert all((tensor.float() - again[name].float()).norm() < 0.05 * tensor.float().norm() for name, tensor in launched.items())
 
 
 @pytest.mark.parametrize("stream", ["float", "quantized"])

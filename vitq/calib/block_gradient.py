@@ -8,8 +8,8 @@ rounding passes gradients on as they are. Codes of weights come afterwards, from
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vitq.calib.chain import Given
+from vitq.calib.descent import Batch, NotFinite, descend
 from vitq.calib.online import divisible, input_sizes, mixed_values
 from vitq.formats import RANGE_MIN, ActivationFormat, Kronecker, int_range
 from vitq.models.sites import CacheSite, HeadSite, LinearSite, Prepared
@@ -28,62 +30,100 @@ from vitq.transforms.values import value_columns, value_rows
 
 DEFAULTS: dict[str, Any] = {"epochs": 15, "batch_size": 4, "learning_rate": 5e-3, "diagonal": False, "matrices": "svd", "warmup": 0,
                             "mixed_precision": False, "seed": 0}
-CLIP_RATE = 10.0  # how much faster clips are learned than matrices, as in FlatQuant's code
 CLIP_START = 4.0  # of a logit: 0.982 of the range
 LARGEST_CONDITION = 1e5  # of a matrix in float16, whose inverse is in the weights
-RATE_END = 1e-3  # the part of the learning rate that is left at the end of a cosine
-
-
-class Orthogonal(nn.Module):
-    """Two orthogonal matrices [n, n] by Cayley's map of skew ones, from a random start: start · (I + A/2)(I − A/2)⁻¹."""
-
-    def __init__(self, n: int, generator: torch.Generator) -> None:
-        super().__init__()
-        q, r = torch.linalg.qr(torch.randn(2, n, n, dtype=torch.float64, generator=generator))
-        self.register_buffer("start", (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).float())
-        self.skew = nn.Parameter(torch.zeros(2, n, n))
-
-    def forward(self) -> Tensor:
-        half = (self.skew - self.skew.mT) / 2
-        eye = torch.eye(half.shape[-1], device=half.device)
-        return self.start @ torch.linalg.solve_ex(eye - half, eye + half)[0]  # never singular; nothing is read on the host
+LEAST_BATCH = 4  # of matrices up to 256 x 256 that torch gives to cuBLAS: what it gives to cuSOLVER, no CUDA graph can hold
 
 
 class Matrix(nn.Module):
-    """An invertible matrix P [n, n] and the transpose of its inverse. `svd`: U·diag(d)·Vᵀ with U and V orthogonal, d from 1 on; `direct`: P itself."""
+    """An invertible matrix P [n, n] and the transpose of its inverse: `pair`, as `Equal` made them last. `svd`: U·diag(d)·Vᵀ, d from 1 on, U and V orthogonal
+    by Cayley's map of skew matrices, from a random start: start · (I + A/2)(I − A/2)⁻¹. `direct`: P itself, which starts as such a U·Vᵀ."""
 
     def __init__(self, n: int, kind: str, generator: torch.Generator) -> None:
         super().__init__()
-        self.kind = kind
-        self.orthogonal = Orthogonal(n, generator)
+        self.n, self.kind = n, kind
+        q, r = torch.linalg.qr(torch.randn(2, n, n, dtype=torch.float64, generator=generator))
+        start = (q * r.diagonal(dim1=1, dim2=2).sign()[:, None]).float()
         if kind == "svd":
-            self.log_d = nn.Parameter(torch.zeros(n))
+            self.register_buffer("start", start)
+            self.skew, self.log_d = nn.Parameter(torch.zeros(2, n, n)), nn.Parameter(torch.zeros(n))
         else:
-            u, v = self.orthogonal().detach()
-            self.orthogonal, self.raw = None, nn.Parameter(u @ v.T)
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        if self.kind == "direct":
-            return self.raw, torch.linalg.inv_ex(self.raw.double())[0].T.float()
-        u, v = self.orthogonal()
-        return (u * self.log_d.exp()) @ v.T, (u * (-self.log_d).exp()) @ v.T
+            self.raw = nn.Parameter(start[0] @ start[1].T)
 
 
-class Given(nn.Module):
+class Equal:
+    """Matrices of one size and kind, which are made together: a small one takes a GPU as long as a few of them do."""
+
+    def __init__(self, matrices: list[Matrix]) -> None:
+        self.matrices, first = matrices, next(matrices[0].parameters())
+        self.eye = torch.eye(matrices[0].n, device=first.device)
+        self.start = torch.cat([one.start for one in matrices]) if matrices[0].kind == "svd" else None
+
+    def make(self) -> None:
+        """Make the `pair` of each, of what was learned so far."""
+        if self.start is None:
+            raw = [one.raw for one in self.matrices]
+            inverse = torch.linalg.inv_ex(self._filled(torch.stack(raw)).double())[0]  # `_ex`: nothing is read on the host
+            pairs = zip(raw, _first(inverse, len(raw)).mT.float())
+        else:
+            skew = torch.cat([one.skew for one in self.matrices])
+            half = (skew - skew.mT) / 2
+            cayley = torch.linalg.solve_ex(self._filled(self.eye - half), self._filled(self.eye + half))[0]  # never singular
+            u, v = (self.start @ _first(cayley, len(half))).unflatten(0, (-1, 2)).unbind(1)
+            log_d = torch.stack([one.log_d for one in self.matrices])[:, None]
+            pairs = ((a @ c.T, b @ c.T) for a, b, c in zip(u * log_d.exp(), u * (-log_d).exp(), v))
+        for one, pair in zip(self.matrices, pairs):
+            one.pair = pair
+
+    def _filled(self, matrices: Tensor) -> Tensor:
+        """Up to `LEAST_BATCH` with unit matrices on a GPU."""
+        rest = LEAST_BATCH - len(matrices) if matrices.is_cuda else 0
+        return torch.cat((matrices, self.eye.expand(rest, -1, -1))) if rest > 0 else matrices
+
+
+def _first(matrices: Tensor, count: int) -> Tensor:
+    return matrices if len(matrices) == count else matrices[:count]  # a slice costs launches in the backward pass, of all of them too
+
+
+def equals(modules: nn.Module) -> list[Equal]:
+    """The learned matrices in the modules."""
+    found: dict[tuple[int, str], list[Matrix]] = {}
+    for module in modules.modules():
+        if isinstance(module, Matrix):
+            found.setdefault((module.n, module.kind), []).append(module)
+    return [Equal(matrices) for matrices in found.values()]
+
+
+@contextmanager
+def capturable(matrices: list[Equal]) -> Iterator[None]:
+    """Inside, matrices on a GPU are inverted by what a CUDA graph can hold: larger ones not by MAGMA, which reads results on the host."""
+    if not (torch.cuda.has_magma and any(equal.eye.is_cuda and len(equal.eye) > 128 for equal in matrices)):
+        yield
+        return
+    before = torch.backends.cuda.preferred_linalg_library()
+    torch.backends.cuda.preferred_linalg_library("cusolver")  # which leaves batches to cuBLAS
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_linalg_library(before)
+
+
+class Fixed(nn.Module):
     """A matrix that is not learned, orthogonal."""
 
     def __init__(self, matrix: Tensor) -> None:
         super().__init__()
         self.register_buffer("matrix", matrix.float())
 
-    def forward(self) -> tuple[Tensor, Tensor]:
+    @property
+    def pair(self) -> tuple[Tensor, Tensor]:
         return self.matrix, self.matrix
 
 
 def matrix_of(transform: str, n: int | None, options: Mapping[str, Any], generator: torch.Generator) -> nn.Module | None:
     if n is None:
         return None
-    return Given(hadamard(n)) if transform == "hadamard" else Matrix(n, options["matrices"], generator)
+    return Fixed(hadamard(n)) if transform == "hadamard" else Matrix(n, options["matrices"], generator)
 
 
 def clip_now(logits: Tensor | None, spec: QuantSpec, like: Tensor) -> Tensor | None:
@@ -93,22 +133,30 @@ def clip_now(logits: Tensor | None, spec: QuantSpec, like: Tensor) -> Tensor | N
     return None if spec.clip_ratio == 1.0 else like.new_full((2,), spec.clip_ratio)
 
 
-def rounded(x: Tensor) -> Tensor:
+class Rounded(torch.autograd.Function):
     """torch.round whose gradient is that of x."""
-    return x + (x.round() - x).detach()
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 def fake_rows(x: Tensor, bits: int, symmetric: bool, clip: Tensor | None) -> Tensor:
     """What codes of each row of x [..., K] stand for, as `vitq.quantizers.uniform` has them, with gradients to x and to clip [2] or [N, 2]."""
     qmin, qmax = int_range(bits)
-    lo, hi = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    lo, hi = x.aminmax(dim=-1, keepdim=True)
     if clip is not None:
-        lo, hi = lo.clamp_max(0.0) * clip[..., :1], hi.clamp_min(0.0) * clip[..., 1:]
+        of_lo, of_hi = clip.split(1, -1)
+        lo, hi = lo.clamp_max(0.0) * of_lo, hi.clamp_min(0.0) * of_hi
     if symmetric:
         scale = torch.maximum(-lo, hi).clamp_min(RANGE_MIN) / qmax
-        return rounded(x / scale).clamp(qmin, qmax) * scale
+        return Rounded.apply(x / scale).clamp(qmin, qmax) * scale
     scale = (hi - lo).clamp_min(RANGE_MIN) / (qmax - qmin)
-    return rounded((x - lo) / scale).clamp(0, qmax - qmin) * scale + lo
+    return Rounded.apply((x - lo) / scale).clamp(0, qmax - qmin) * scale + lo
 
 
 def fake_weight(weight: Tensor, spec: QuantSpec, clip: Tensor | None) -> Tensor:
@@ -143,10 +191,9 @@ class SharedInput(nn.Module):
         self.values = None if site is None or self.spec.transform == "none" else matrix_of(
             self.spec.transform, site.head_dim, options, generator)
 
-    def prepare(self) -> None:
-        """Make the matrices of this step."""
-        self.pairs = [None if m is None else m() for m in (self.left, self.right)]
-        self.value_pair = None if self.values is None else self.values()
+    @property
+    def value_pair(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.values is None else self.values.pair
 
     def read(self, x: Tensor) -> Tensor:
         """What the layers read in the place of x [..., K]: scaled, mixed and quantized."""
@@ -172,7 +219,7 @@ class SharedInput(nn.Module):
 
     def _mixed(self, x: Tensor, side: int) -> Tensor:
         """Rows of x times the matrices (side 0) or the transposes of their inverses (1)."""
-        left, right = (None if pair is None else pair[side] for pair in self.pairs)
+        left, right = (None if m is None else m.pair[side] for m in (self.left, self.right))
         if left is None and right is None:
             return x
         shape = x.shape
@@ -183,9 +230,8 @@ class SharedInput(nn.Module):
     @torch.no_grad()
     def found(self) -> InputParams:
         """What was learned, on the CPU. Hadamard's matrices, and those of layers that do not learn any, are None: they need not be found again."""
-        self.prepare()
         learned = self.spec.transform == "learned"
-        online = [None if pair is None or not learned else pair[0].half().cpu() for pair in self.pairs]
+        online = [None if m is None or not learned else m.pair[0].half().cpu() for m in (self.left, self.right)]
         divisor = None if self.log_divisor is None else self.log_divisor.exp().cpu()
         if divisor is not None and self.sites[0].norm is None:
             divisor = bounded_scale(divisor)
@@ -205,8 +251,9 @@ class CacheRows(nn.Module):
         self.matrix = None if spec.transform == "none" else matrix_of(spec.transform, features, options, generator)
         self.clip = nn.Parameter(torch.full((2,), CLIP_START)) if spec.observer == "learned" else None
 
-    def prepare(self) -> None:
-        self.pair = None if self.matrix is None else self.matrix()
+    @property
+    def pair(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.matrix is None else self.matrix.pair
 
     def read(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -216,7 +263,6 @@ class CacheRows(nn.Module):
 
     @torch.no_grad()
     def found(self, fmt: ActivationFormat) -> ActivationFormat:
-        self.prepare()
         transform = fmt.transform if self.pair is None or self.spec.transform != "learned" else Kronecker(right=self.pair[0].half().cpu())
         return ActivationFormat(fmt.bits, dynamic=True, symmetric=fmt.symmetric, transform=transform,
                                 clip=fmt.clip if self.clip is None else self.clip.sigmoid().cpu())
@@ -243,13 +289,14 @@ def learns(specs: Iterable[LayerSpec], options: Mapping[str, Any]) -> bool:
 
 
 def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: list[CacheSite], formats: Mapping[str, CacheParams], plan: Plan,
-          heads: Mapping[str, HeadSite], run: Callable[[int, Tensor, dict[str, Tensor] | None], Tensor], inputs: list[Tensor],
-          targets: list[Tensor] | None) -> Learned:
+          heads: Mapping[str, HeadSite], run: Callable[[Given, Tensor, dict[str, Tensor] | None], Tensor], given: list[Given],
+          inputs: list[Tensor], targets: list[Tensor] | None) -> Learned:
     """What is to be learned of one block, `name` in the model, whose layers are on the device.
 
-    groups: its layers by the input they share; caches, formats: its attentions that quantize keys or values, and how before anything is learned. run(i,
-    hidden, parameters): what the block returns of batch i, on the device, with these in the place of its own parameters. inputs: hidden states before the
-    block, one tensor a batch, on the CPU; targets: what it is to return of each, None for what the float block makes of the inputs.
+    groups: its layers by the input they share; caches, formats: its attentions that quantize keys or values, and how before anything is learned. 
+    run(given, hidden, parameters): what the block returns of hidden states, on the device, with these in the place of its own parameters. given: what it is
+    given beside them, of each batch; inputs: hidden states before the block, one tensor a batch, on the CPU; targets: what it is to return of each, None for
+    what the float block makes of the inputs.
 
     Raises ValueError for layers that share an input and quantize it in different ways, and where the error becomes NaN.
     """
@@ -267,7 +314,7 @@ def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: l
     modules.to(device)
     if targets is None:
         with torch.no_grad():
-            targets = [run(i, hidden, None).float().cpu() for i, hidden in enumerate(inputs)]
+            targets = [run(of, hidden, None).float().cpu() for of, hidden in zip(given, inputs)]
     inputs, targets = (_near(states, device) for states in (inputs, targets))
     producers = {heads[one.sites[0].name].qkv: (one, heads[one.sites[0].name]) for one in shared if one.values is not None}
 
@@ -287,6 +334,16 @@ def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: l
                     made[f"{inside}.bias"] = bias
         return made
 
+    matrices = equals(modules)
+
+    def error(batch: Batch) -> Tensor:
+        """The squared error of a batch."""
+        for equal in matrices:
+            equal.make()
+        with torch.autocast(device.type, torch.bfloat16, enabled=options["mixed_precision"]):
+            output = run(batch.given, batch.hidden, parameters())
+        return (output.float() - batch.target.to(device)).square().sum()
+
     handles = [linear.register_forward_pre_hook(lambda module, args, one=one: (one.read(args[0]), *args[1:]))
                for one in shared for linear in one.linears.values()]
     for kv, pair in rows.items():
@@ -294,14 +351,17 @@ def learn(model: nn.Module, name: str, groups: list[list[LinearSite]], caches: l
         handles += [tap.register_forward_hook(lambda module, args, output, row=row: row.read(output))
                     for tap, row in zip((module.tap_k, module.tap_v), pair) if row is not None]
     try:
-        with torch.enable_grad():
-            errors = _descend(modules, parameters, run, inputs, targets, options, device, generator)
-    except _NotFinite as error:
-        raise ValueError(f"block_gradient: the error of {name!r} is no longer finite in epoch {error.args[0] + 1}: give a smaller "
+        with torch.enable_grad(), capturable(matrices):
+            errors = descend(modules, error, list(map(Batch, given, inputs, targets)), options, device, generator)
+    except NotFinite as stopped:
+        raise ValueError(f"block_gradient: the error of {name!r} is no longer finite in epoch {stopped.args[0] + 1}: give a smaller "
                          "block_gradient.learning_rate, or mixed_precision: false") from None
     finally:
         for handle in handles:
             handle.remove()
+    with torch.no_grad():
+        for equal in matrices:
+            equal.make()
     found = Learned({one.sites[0].name: one.found() for one in shared},
                     {kv: CacheParams(*(fmt if row is None else row.found(fmt) for row, fmt in zip(pair, (formats[kv].k, formats[kv].v))))
                      for kv, pair in rows.items()}, errors)
@@ -389,42 +449,3 @@ def fitted(prepared: Prepared, plan: Plan, learned: Mapping[str, InputParams]) -
                 found[name] = of(name, cached)
                 check_sizes(name, found[name], (None, model.get_submodule(site.name).head_dim if cached.transform == "learned" else None))
     return found
-
-
-class _NotFinite(Exception):
-    pass
-
-
-def _descend(modules: nn.ModuleList, parameters: Callable[[], dict[str, Tensor]], run: Callable[[int, Tensor, dict[str, Tensor] | None], Tensor],
-             inputs: list[Tensor], targets: list[Tensor], options: Mapping[str, Any], device: torch.device,
-             generator: torch.Generator) -> tuple[float, float]:
-    named = [(name, p) for name, p in modules.named_parameters() if p.requires_grad]
-    clips = [p for name, p in named if "clip" in name]
-    others = [p for name, p in named if "clip" not in name]
-    rate, epochs = options["learning_rate"], options["epochs"]
-    optimizer = torch.optim.AdamW([{"params": others, "lr": rate}, {"params": clips, "lr": CLIP_RATE * rate}], weight_decay=0.0,
-                                  fused=device.type == "cuda")  # fewer launches, which are the time of a small block
-    starts = [group["lr"] for group in optimizer.param_groups]
-    steps, step, sums = epochs * len(inputs), 0, []
-    energy = sum(float(target.double().square().sum()) for target in targets)
-    for epoch in range(epochs):
-        total = torch.zeros((), device=device)
-        for i in torch.randperm(len(inputs), generator=generator).tolist():
-            part = RATE_END + (1 - RATE_END) * 0.5 * (1 + math.cos(math.pi * step / steps))
-            part *= min(1.0, 0.01 + 0.99 * step / options["warmup"]) if options["warmup"] else 1.0
-            for group, start in zip(optimizer.param_groups, starts):
-                group["lr"] = start * part
-            for module in modules:
-                module.prepare()
-            with torch.autocast(device.type, torch.bfloat16, enabled=options["mixed_precision"]):
-                output = run(i, inputs[i], parameters())
-            error = (output.float() - targets[i].to(device)).square().sum()
-            optimizer.zero_grad(set_to_none=True)
-            (error / error.detach().clamp_min(1e-30)).backward()
-            optimizer.step()
-            total += error.detach()
-            step += 1
-        sums.append(float(total) / max(energy, 1e-30))
-        if not math.isfinite(sums[-1]):
-            raise _NotFinite(epoch)
-    return sums[0], sums[-1]

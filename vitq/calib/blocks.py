@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,7 +58,7 @@ def _mixed(chain: Chain, index: int, plan: Plan, formats: _Formats, hidden: Hidd
         wanted = learns(specs.values(), options) or any("learned" in (spec.transform, spec.observer) for spec in cached)
         if wanted and 0 < index <= len(chain.blocks):  # elsewhere at most diagonals are asked for (`check_learned`)
             found = learn(model, part.name, part.groups, part.caches, caches, plan, heads,
-                          lambda i, hidden, parameters: chain.call(index, i, hidden, parameters), hidden, targets)
+                          partial(chain.call, index), [chain.given(index, i) for i in range(len(hidden))], hidden, targets)
             inputs, caches = found.inputs, {**caches, **found.caches}
             log.info("%s: squared error %.4g of the output's in the first epoch, %.4g in the last", part.name, *found.errors)
     ratios = {}

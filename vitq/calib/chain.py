@@ -18,6 +18,7 @@ from vitq.models.adapter import replace
 from vitq.models.sites import AttentionSite, CacheSite, LinearSite, Prepared
 
 Hidden = list[Tensor | None]  # hidden states, one tensor a batch; before the stem there are none
+Given = tuple[tuple, dict]  # what a block is given beside hidden states: masks, positions
 
 
 @dataclass
@@ -72,8 +73,7 @@ class Chain:
         self.device = self.home if device is None else device
         self.blocks = [self.model.get_submodule(name) for name in prepared.stages]
         self.parts = [Part("what lies before the blocks"), *map(Part, prepared.stages), Part("what lies after the blocks")]
-        # What each block is given beside hidden states (masks, positions), of each batch; equal tensors are kept once.
-        self._given: list[list[tuple[tuple, dict]]] = []
+        self._given: list[list[Given]] = []  # of each batch, by block; equal tensors are kept once
         self._tensors: list[Tensor] = []
         self._in_tuple, self._at, self._hidden = False, 0, None
 
@@ -136,7 +136,7 @@ class Chain:
         with _stopping(until):
             try:
                 if 0 < index <= len(self.blocks):
-                    return self.call(index, batch, hidden).to("cpu")
+                    return self.call(index, self.given(index, batch), hidden).to("cpu")
                 self._at, self._hidden = index, hidden
                 record = [] if index == 0 and len(self._given) == batch else None
                 self._record = record
@@ -149,9 +149,13 @@ class Chain:
                     self._given.append(record)
                 return self._hidden
 
-    def call(self, index: int, batch: int, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
-        """What block `index` returns of a batch's hidden states, on the device. parameters: to use in the place of its own, by their names in it."""
-        args, kwargs = _moved(self._given[batch][index - 1], lambda t: t.to(self.device))
+    def given(self, index: int, batch: int) -> Given:
+        """What block `index` is given of a batch, with tensors on the CPU."""
+        return self._given[batch][index - 1]
+
+    def call(self, index: int, given: Given, hidden: Tensor, parameters: dict[str, Tensor] | None = None) -> Tensor:
+        """What block `index` returns of hidden states, on the device. parameters: to use in the place of its own, by their names in it."""
+        args, kwargs = moved(given, lambda t: t.to(self.device))
         block, hidden = self.blocks[index - 1], hidden.to(self.device)
         if parameters is None:
             out = block(hidden, *args, **kwargs)
@@ -166,7 +170,7 @@ class Chain:
             if index == 0:
                 self._hidden = hidden.to("cpu")
             if self._record is not None:
-                self._record.append(_moved((args, kwargs), self._kept))
+                self._record.append(moved((args, kwargs), self._kept))
             if self._record is None or index == len(self.blocks) - 1:
                 raise _Stop
             return hidden
@@ -208,13 +212,13 @@ def _stopping(until: Sequence[tuple[nn.Module, bool]]) -> Iterator[None]:
             handle.remove()
 
 
-def _moved(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """Arguments of a block with their tensors moved."""
+def moved(value: Any, move: Callable[[Tensor], Any]) -> Any:
+    """Arguments of a block, with what `move` makes of their tensors in their places."""
     if isinstance(value, Tensor):
         return move(value)
     if type(value) in (tuple, list):
-        return type(value)(_moved(v, move) for v in value)
-    return {k: _moved(v, move) for k, v in value.items()} if type(value) is dict else value
+        return type(value)(moved(v, move) for v in value)
+    return {k: moved(v, move) for k, v in value.items()} if type(value) is dict else value
 
 
 def targets(wanted: Mapping[str, Operand]) -> list[tuple[nn.Module, bool]]:
