@@ -148,7 +148,7 @@ class Rounded(torch.autograd.Function):
 def fake_rows(x: Tensor, bits: int, symmetric: bool, clip: Tensor | None) -> Tensor:
     """What codes of each row of x [..., K] stand for, as `vitq.quantizers.uniform` has them, with gradients to x and to clip [2] or [N, 2]."""
     qmin, qmax = int_range(bits)
-    lo, hi = x.aminmax(dim=-1, keepdim=True)
+    lo, hi = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # torch 2.11 has no derivative of aminmax
     if clip is not None:
         of_lo, of_hi = clip.split(1, -1)
         lo, hi = lo.clamp_max(0.0) * of_lo, hi.clamp_min(0.0) * of_hi
