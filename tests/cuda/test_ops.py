@@ -23,7 +23,8 @@ from vitq.ops.cached_attention import RowCodes
 NAMES = ("linear", "weight_only", "dequantize", "attention", "rows", "transformed_rows", "patches", "widen_int4", "append_rows", "cached_attention")
 OUTPUTS = {"linear": ("out",), "weight_only": ("out",), "dequantize": ("out",), "attention": ("out",),
            "rows": ("out", "sum", "row_scale", "row_shift", "fp_out"), "transformed_rows": ("out", "row_scale", "row_shift"),
-           "patches": ("out",), "widen_int4": ("out",), "append_rows": ("keys", "values", "state", "q_out"), "cached_attention": ("out",)}
+           "patches": ("out",), "widen_int4": ("out",), "append_rows": ("keys", "values", "state", "q_out", "k_out", "v_out"),
+           "cached_attention": ("out",)}
 
 
 # running them ----------------------------------------------------------------------------------------------------------

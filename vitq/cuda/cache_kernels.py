@@ -76,7 +76,8 @@ class CudaCachedAttention:
                 part_keys, part_values, state, some_k, some_v, **options(part), key_clip=None if part.keys is None else part.keys.clip,
                 value_clip=None if part.values is None else part.values.clip, cos=cos, sin=sin,
                 right=None if part.transform is None else part.transform.right, q=some_q, inverse=None if wanted == "before" else part.inverse,
-                q_out=turned, k_out=k_out, v_out=v_out, out_before=wanted == "before", advance=part is packed.parts[-1])
+                q_out=turned, k_out=k_out, v_out=v_out, out_before=wanted == "before",
+                out_turned=wanted == "numbers" and part.inverse is not None and whole(some_q, some_k, some_v, cos, sin), advance=part is packed.parts[-1])
             found.append(Appended(part, turned.transpose(1, 2), k_out, v_out, part_keys, part_values))
         return found
 
@@ -105,6 +106,12 @@ class Appended:
     v: Tensor | None
     keys: Tensor
     values: Tensor
+
+
+def whole(*tensors: Tensor | None) -> bool:
+    """Whether all lie so that 16 bytes can be read at once, as turning keys back takes."""
+    return tensors[0].shape[2] > MOST_TOKENS and tensors[0].shape[3] % 16 == 0 and all(
+        t is None or t.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in tensors)
 
 
 def joined(parts: list[Tensor]) -> Tensor:

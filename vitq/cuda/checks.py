@@ -316,7 +316,7 @@ def widen_int4(out, packed, multiplier, zero, group) -> None:
 
 
 def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip, cos, sin, right, q, inverse,
-                q_out, k_out, v_out) -> tuple[int, int, int, int]:
+                q_out, k_out, v_out, out_before, out_turned) -> tuple[int, int, int, int]:
     """B, G, T and D; ValueError or TypeError that names the argument."""
     if k.dtype not in FLOATS or k.ndim != 4 or k.stride(3) != 1:
         refuse("append_rows", "k", f"{k.dtype} {list(k.shape)} with strides {list(k.stride())}", "float [B, G, T, D] with unit stride in D", TypeError)
@@ -330,6 +330,8 @@ def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, 
         refuse("append_rows", "keys, values", f"of {keys.shape[2]} and {values.shape[2]} rows", f"of one number, {tokens} or more")
     if (q is None) != (q_out is None) or inverse is not None and q is None:
         refuse("append_rows", "q, q_out, inverse", "given in part", "q and q_out both or none, inverse with them")
+    if out_turned and (out_before or k_out is None or right is None or inverse is None):
+        refuse("append_rows", "out_turned", "given", "with k_out, right and inverse, and without out_before")
     if (cos is None) != (sin is None) or cos is not None and (cos.shape != sin.shape or cos.stride() != sin.stride()):
         refuse("append_rows", "cos, sin", "given in part, or not alike", "both of one shape and stride, or none")
     query_heads = 0 if q is None else q.shape[1]

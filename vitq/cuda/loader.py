@@ -268,6 +268,7 @@ class AppendRows(Structure):
         ("k_out", c_void_p),
         ("v_out", c_void_p),
         ("out_before", c_int32),
+        ("out_turned", c_int32),
         ("advance", c_int32),
         ("paired", c_int32),
     ]

@@ -73,11 +73,11 @@ SCHEMAS = {
     # [B, G, N, bytes] as `RowCodes` has them with bits up to 8, of 16 bits the numbers, as bytes or [B, G, N, D]; state int64 [2], the second a 0; k, v, q
     # float [B, heads, T, D], unit stride in D, q to q_out [B, T, H, D]. Before, k and q are rotated by cos and sin [1 or B, T, D], then k multiplied
     # by right fp16 [D, D] (`Kronecker`), q by inverse float32 [D, D]. clips float32 [2]. k_out and v_out [B, G, T, D]: the numbers that the new rows
-    # stand for; with out_before k_out is k as it was rotated.
+    # stand for; with out_before k_out is k as it was rotated, with out_turned it is multiplied by inverseᵀ in place of q (see the header for what that takes).
     "append_rows": "(Tensor(a!) keys, Tensor(b!) values, Tensor(c!) state, Tensor k, Tensor v, *, int key_bits=16, bool key_symmetric=True, "
                    "int value_bits=16, bool value_symmetric=True, Tensor? key_clip=None, Tensor? value_clip=None, Tensor? cos=None, "
                    "Tensor? sin=None, Tensor? right=None, Tensor? q=None, Tensor? inverse=None, Tensor(d!)? q_out=None, Tensor(e!)? k_out=None, "
-                   "Tensor(f!)? v_out=None, bool out_before=False, bool advance=True) -> ()",
+                   "Tensor(f!)? v_out=None, bool out_before=False, bool out_turned=False, bool advance=True) -> ()",
     # softmax(scale·q·Kᵀ + mask)·V of the last T of the state[0] tokens that the rows hold, softmax in float32. q fp16 or bf16 [B, H, T, D], D 64, 80, 96
     # or 128, out [B, T, H, D] alike; rows as above, N a multiple of 16; mask bool [B or 1, T, all that may be there or more], of what a token sees up to itself;
     # window: the last so many alone, or 0. workspace float32 [B·G·⌈H/G·T/8⌉, splits, 8, D + 2]: in how many parts the tokens are divided; none: one.
@@ -280,9 +280,9 @@ def _append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tens
                  value_bits: int = 16, value_symmetric: bool = True, key_clip: Tensor | None = None, value_clip: Tensor | None = None,
                  cos: Tensor | None = None, sin: Tensor | None = None, right: Tensor | None = None, q: Tensor | None = None,
                  inverse: Tensor | None = None, q_out: Tensor | None = None, k_out: Tensor | None = None, v_out: Tensor | None = None,
-                 out_before: bool = False, advance: bool = True) -> None:
+                 out_before: bool = False, out_turned: bool = False, advance: bool = True) -> None:
     batch, heads, tokens, dim = checks.append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip,
-                                                   cos, sin, right, q, inverse, q_out, k_out, v_out)
+                                                   cos, sin, right, q, inverse, q_out, k_out, v_out, out_before, out_turned)
     if not batch * heads * tokens:
         return
     nothing = (0, 0, 0)
@@ -293,7 +293,7 @@ def _append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tens
         heads=heads, tokens=tokens, dim=dim, room=keys.shape[2], key_clip=_pointer(key_clip), value_clip=_pointer(value_clip),
         cos=_pointer(cos), sin=_pointer(sin), rotary_strides=(0, 0) if cos is None else (cos.stride(0) if len(cos) > 1 else 0, cos.stride(1)),
         right=_pointer(right), inverse=_pointer(inverse), q_out=_pointer(q_out), k_out=_pointer(k_out), v_out=_pointer(v_out),
-        out_before=out_before, advance=advance)
+        out_before=out_before, out_turned=out_turned, advance=advance)
     if code := _launch(loader.library().vitq_append_rows, arguments, keys.device):
         loader.check("append_rows", code, f"{batch} x {heads} heads x {tokens} tokens of {dim} {k.dtype}, K{key_bits} V{value_bits}")
 

@@ -232,9 +232,9 @@ def append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tenso
                 value_bits: int = 16, value_symmetric: bool = True, key_clip: Tensor | None = None, value_clip: Tensor | None = None,
                 cos: Tensor | None = None, sin: Tensor | None = None, right: Tensor | None = None, q: Tensor | None = None,
                 inverse: Tensor | None = None, q_out: Tensor | None = None, k_out: Tensor | None = None, v_out: Tensor | None = None,
-                out_before: bool = False, advance: bool = True) -> None:
+                out_before: bool = False, out_turned: bool = False, advance: bool = True) -> None:
     checks.append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, value_symmetric, key_clip, value_clip, cos, sin, right, q, inverse,
-                       q_out, k_out, v_out)
+                       q_out, k_out, v_out, out_before, out_turned)
     if cos is not None:
         k, q = (x if x is None else rotated(x, cos, sin) for x in (k, q))
     if k_out is not None and out_before:
@@ -242,7 +242,7 @@ def append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tenso
     if right is not None:
         k = Kronecker(None, right).apply(k).to(k.dtype)
     if q is not None:
-        q_out.copy_((q if inverse is None else q.float() @ inverse).transpose(1, 2))
+        q_out.copy_((q if inverse is None or out_turned else q.float() @ inverse).transpose(1, 2))
     start, tokens = int(state[0]), k.shape[2]
     there = max(min(tokens, keys.shape[2] - start), 0)
     for rows, new, bits, symmetric, clip, out in ((keys, k, key_bits, key_symmetric, key_clip, None if out_before else k_out),
@@ -252,7 +252,8 @@ def append_rows(keys: Tensor, values: Tensor, state: Tensor, k: Tensor, v: Tenso
         packed = codes.pack(new) if bits != 16 else new if rows.dtype != torch.uint8 else new.contiguous().view(torch.uint8)
         rows[:, :, start : start + there] = packed
         if out is not None:
-            out[:, :, :there] = new if bits == 16 else codes.unpack(packed, new.shape[-1], new.dtype)
+            there_for = new if bits == 16 else codes.unpack(packed, new.shape[-1], new.dtype)
+            out[:, :, :there] = there_for.float() @ inverse.T if out_turned and out is k_out else there_for
     if advance:
         state[0] += tokens
 

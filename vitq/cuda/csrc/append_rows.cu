@@ -300,8 +300,8 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint3
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// TILE_ROWS rows of E, a row `pitch` apart, times a matrix at the same pitch -> rows of T in their place.
-template <class E, class T>
+// TILE_ROWS rows of E, a row `pitch` apart, times a matrix at the same pitch, or with TURNED its transpose -> rows of T in their place.
+template <class E, class T, bool TURNED>
 __device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim, int pitch, int lane) {
   constexpr int MOST = MOST_MIXED / 16;
   uint32_t a[MOST][4];
@@ -316,7 +316,8 @@ __device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim,
     for (int k = 0; k < MOST; ++k)
       if (16 * k < dim) {
         uint32_t b[4];
-        ldmatrix_transposed(b, matrix + (16 * k + lane % 16) * pitch + n + lane / 16 * 8);
+        if (TURNED) ldmatrix(b, matrix + (n + lane % 8 + lane / 16 * 8) * pitch + 16 * k + lane / 8 % 2 * 8);
+        else ldmatrix_transposed(b, matrix + (16 * k + lane % 16) * pitch + n + lane / 16 * 8);
         mma(sums[0], a[k], b[0], b[1], E()), mma(sums[1], a[k], b[2], b[3], E());
       }
 #pragma unroll
@@ -364,7 +365,7 @@ __device__ __forceinline__ Eight<__half> in_half(const Eight<T>& x) {
   return y;
 }
 
-// As write_row, by all lanes of a warp; there: those that have a row.
+// As write_row, by all lanes of a warp; there: those that have a row. Numbers that are to be turned back are not written.
 template <class T>
 __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, const Place& p, int64_t start, const Spot& spot, bool there) {
   if (p.kind == QUERY) {
@@ -411,37 +412,41 @@ __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, 
         words[spot.at] = halves;
     }
   }
-  void* const out = p.kind == VALUE ? a.v_out : a.out_before ? nullptr : a.k_out;
+  void* const out = p.kind == VALUE ? a.v_out : a.out_before || a.out_turned ? nullptr : a.k_out;
   if (out && there)
     *reinterpret_cast<Eight<T>*>(static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim + 8 * spot.at) = x;
 }
 
-// A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding.
+// A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding; or
+// in their place the numbers of keys with its transpose, as k·(q·inverse) is (k·inverseᵀ)·q: of grouped queries these are fewer.
 template <class T, bool MIXED>
 __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
   extern __shared__ uint4 shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
   const int first = blockIdx.x % chunks * chunk, end = min(first + chunk, a.tokens);
-  Place place(a, heads - 1 - blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);  // queries, which have most to do, first
+  Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
   const Spot spot(a.dim, lane);
   const int per_warp = 32 / spot.lanes;
   T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
   T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
   __half* const matrix_half = reinterpret_cast<__half*>(matrix);
   constexpr int BATCH = MIXED ? 4 : 2;  // how often a lane reads before it writes
-  const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr);
+  T* const back = matrix + a.dim * pitch;
+  const bool turned = MIXED && a.out_turned && place.kind == KEY;
+  const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr && !a.out_turned);
   start_dependents();
   if (mixed) {
+    const auto fetch_inverse = [&](T* to, int i, int at) {
+      const float4 x = __ldg(reinterpret_cast<const float4*>(a.inverse + i));
+      write_two(to + at, x.x, x.y), write_two(to + at + 2, x.z, x.w);
+    };
 #pragma unroll 8
     for (int i = 4 * threadIdx.x; i < a.dim * a.dim; i += 4 * blockDim.x) {
       const int at = i / a.dim * pitch + i % a.dim;
-      if (place.kind == KEY) {
+      if (place.kind == KEY)
         *reinterpret_cast<uint2*>(matrix_half + at) = __ldg(reinterpret_cast<const uint2*>(static_cast<const __half*>(a.right) + i));
-      } else {
-        const float4 x = __ldg(reinterpret_cast<const float4*>(a.inverse + i));
-        write_two(matrix + at, x.x, x.y), write_two(matrix + at + 2, x.z, x.w);
-      }
+      if (place.kind == QUERY || turned) fetch_inverse(turned ? back : matrix, i, at);
     }
     __syncthreads();
   }
@@ -483,17 +488,25 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
     if (!mixed) continue;
     __syncwarp();
     if (place.kind == KEY)
-      multiply_rows<__half, T>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
+      multiply_rows<__half, T, false>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
     else
-      multiply_rows<T, T>(tile, matrix, a.dim, pitch, lane);
+      multiply_rows<T, T, false>(tile, matrix, a.dim, pitch, lane);
 #pragma unroll 2
     for (int i = 0; i < rows; i += per_warp) {
       const int own = i + spot.row;
       const bool there = spot.row < per_warp && own < rows;
-      Eight<T> x = load_eight(tile + min(own, TILE_ROWS - 1) * pitch + 8 * spot.at);
+      Eight<T>* const at = reinterpret_cast<Eight<T>*>(tile + min(own, TILE_ROWS - 1) * pitch + 8 * spot.at);
+      Eight<T> x = *at;
       place.token = row + own;
       write_row(x, a, place, start, spot, there);
+      if (turned && there) *at = x;
     }
+    __syncwarp();
+    if (!turned) continue;
+    multiply_rows<T, T, true>(tile, back, a.dim, pitch, lane);
+    for (int own = spot.row; own < rows && spot.row < per_warp; own += per_warp)
+      *reinterpret_cast<Eight<T>*>(static_cast<T*>(a.k_out) + ((int64_t(place.batch) * a.heads + place.head) * a.tokens + row + own) * a.dim + 8 * spot.at) =
+          load_eight(tile + own * pitch + 8 * spot.at);
     __syncwarp();
   }
   count_tokens(a, start);
@@ -514,7 +527,7 @@ bool aligned(const VitqAppendRows& a, int count) {
 template <class T>
 int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
   const bool mixed = a.right || a.inverse;
-  const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
+  const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + (a.out_turned ? 2 : 1) * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
   const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
   if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
   const auto kernel = mixed ? prompt_kernel<T, true> : prompt_kernel<T, false>;
@@ -529,6 +542,7 @@ int launch_rows(const VitqAppendRows& a, cudaStream_t stream) {
   if (rows > INT32_MAX - WARPS) return VITQ_UNSUPPORTED;
   if constexpr (sizeof(T) == 2 && PAIRS == 1)
     if (a.tokens > FEW_TOKENS && a.dim % 16 == 0 && aligned<T>(a, 8)) return launch_prompt<T>(a, heads, stream);
+  if (a.out_turned) return VITQ_UNSUPPORTED;
   if constexpr (PAIRS == 1)
     if (a.right || a.inverse) {
       if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(append_kernel<T, true, 1>))) return error;
@@ -554,6 +568,7 @@ extern "C" int vitq_append_rows(const VitqAppendRows* args, void* stream) {
   if (a.q && (!a.q_out || a.query_heads < 1)) return VITQ_BAD_ARGUMENT;
   for (const void* out : {a.q_out, a.k_out, a.v_out})
     if (reinterpret_cast<uintptr_t>(out) % 4 != 0) return VITQ_BAD_ARGUMENT;
+  if (a.out_turned && (a.out_before || !a.k_out || !a.right || !a.inverse)) return VITQ_BAD_ARGUMENT;
   if ((a.right || a.inverse) && (a.dim % 8 != 0 || a.dim > MOST_MIXED || !aligned16(a.right) || !aligned16(a.inverse))) return VITQ_UNSUPPORTED;
   if (a.dim < 4 || a.dim % 4 != 0 || a.dim > MOST_DIM) return VITQ_UNSUPPORTED;
   const auto s = static_cast<cudaStream_t>(stream);

@@ -230,9 +230,11 @@ typedef struct {
   const void* right;
   const float* inverse;
   void* q_out;                   // [batch, tokens, query_heads, dim] contiguous
-  // The numbers that the new rows stand for, [batch, heads, tokens, dim] contiguous, or null; with out_before k_out is of k as it was rotated, before the rest.
+  // The numbers that the new rows stand for, [batch, heads, tokens, dim] contiguous, or null; with out_before k_out is of k as it was rotated, before the rest;
+  // with out_turned k_out is multiplied by `inverse` transposed, and q is not multiplied, which comes to the same: of more than 8 tokens in 16 bits, dim a multiple
+  // of 16, all rows at multiples of 16 bytes.
   void *k_out, *v_out;
-  int32_t out_before, advance;
+  int32_t out_before, out_turned, advance;
   int32_t paired;                // the library's own
 } VitqAppendRows;
 
