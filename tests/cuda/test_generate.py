@@ -62,7 +62,7 @@ def test_graphs_give_the_tokens_of_the_calls(name: str, batch: int, dtype: torch
 def test_logits_are_those_of_the_dynamic_cache(name: str) -> None:
     """A prompt, then tokens one by one and a few at a time; the kernel reads the codes."""
     model, x = converted(name), ids(2, 48).cuda()
-    kernels = {module._kernel(torch.device("cuda", 0))[0].name for module in model.modules() if isinstance(module, QuantKeyValues)}
+    kernels = {module._choice(torch.device("cuda", 0))[0].kernel.name for module in model.modules() if isinstance(module, QuantKeyValues)}
     assert kernels == {"cuda-cached-attention"}
     found = []
     for cache in (vitq.quantized_cache(model), vitq.quantized_cache(model, max_length=64, batch_size=2)):
