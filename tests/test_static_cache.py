@@ -97,8 +97,66 @@ def test_floats_in_a_static_cache(family: str, kwargs: dict, attended: list[int]
     assert cache.layers[0].keys.dtype == torch.float32 and "kv" not in {row.role for row in vitq.explain(model)}
     cache.reset()
     assert torch.equal(generated(model, x[:, :12], past_key_values=cache), generated(model, x[:, :12]))
-    with pytest.raises(ValueError, match="keys and values are floats: give a StaticCache"):
+    with pytest.raises(ValueError, match="keys and values are floats: give a cache of transformers"):
         model(x, **{CACHE: vitq.quantized_cache(converted(family, *INT4, **kwargs), max_length=24, batch_size=2)})
+
+
+@pytest.mark.parametrize("changes", [(), INT4])
+@pytest.mark.parametrize("static", [False, True])
+def test_compiled_steps_are_counted_on_the_device(changes: tuple, static: bool) -> None:
+    """A prompt and tokens by `torch.compile`, whose count the host learns when it is asked: by tokens, a crop, a reorder."""
+    model, x = converted("Llama", "bits=16", *changes), ids(2, 16)
+    cache = vitq.quantized_cache(model, max_length=20, batch_size=2) if changes else StaticCache(config=model.config, max_cache_len=20)
+    if static and not changes:  # an eager prompt makes the layers vitq's
+        model(x[:, :1], **{CACHE: cache})
+        cache.reset()
+    wanted = model(x, use_cache=False).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    found = [compiled(x[:, :8], **{CACHE: cache}).logits, *(compiled(x[:, i : i + 1], **{CACHE: cache}).logits for i in (8, 9)), model(x[:, 10:], **{CACHE: cache}).logits]
+    assert sqnr(wanted, torch.cat(found, 1)) > SPLIT and int(cache.get_seq_length()) == 16
+    compiled(x[:, :1], **{CACHE: cache})
+    cache.crop(-9)
+    assert int(cache.get_seq_length()) == 8 and sqnr(wanted[:, 8:], model(x[:, 8:], **{CACHE: cache}).logits) > SPLIT
+    if changes or static:
+        with pytest.raises(ValueError, match="holds 16 tokens, of which 17"):
+            cache.layers[0].crop(-17)
+        with pytest.raises(ValueError, match="room for 20 tokens, holds 16, and 5 came"):
+            model(x[:, :5], **{CACHE: cache})
+
+
+@pytest.mark.parametrize("recipe", ["phq-w8", "phq-mixed"])
+def test_heads_in_parts_with_floats(recipe: str, attended: list[int]) -> None:
+    model, x = vitq.convert(build("Llama"), quick(recipe), [ids(4, 40)], dtype=torch.float32), ids(2, 12)
+    assert torch.equal(generated(model, x, cache_implementation="static"), generated(model, x)) and attended
+    model = vitq.convert(build("Llama"), quick(recipe, *INT4, "name:model.layers.0.*.other.bits=16"), [ids(4, 40)], dtype=torch.float32)
+    cache = vitq.quantized_cache(model, max_length=20, batch_size=2)
+    assert torch.equal(generated(model, x, past_key_values=cache), generated(model, x)) and cache.layers[0].codes == (None, None)
+
+
+def test_caches_of_other_models() -> None:
+    """What cannot hold a model's keys and values is refused with what to do; a cache that was made early and holds nothing is taken."""
+    floats, codes, x = converted("Llama"), converted("Llama", *INT4), ids(2, 6)
+    cache = StaticCache(config=floats.config, max_cache_len=20)
+    floats(x, **{CACHE: cache})
+    cache.reset()
+    with pytest.raises(ValueError, match="holds floats of another model"):
+        codes(x, **{CACHE: cache})
+    with pytest.raises(ValueError, match="of 2 sequences, and 1 came: give another StaticCache"):
+        floats(x[:1], **{CACHE: cache})
+    with pytest.raises(ValueError, match="of torch.float32, and torch.bfloat16 came"):
+        vitq.convert(build("Llama"), "w8a8-dynamic", dtype=torch.bfloat16)(x, **{CACHE: cache})
+    dynamic = vitq.quantized_cache(codes)
+    codes(x, **{CACHE: dynamic})
+    with pytest.raises(ValueError, match="keys and values are floats: give a cache of transformers"):
+        floats(x, **{CACHE: dynamic})
+
+
+@pytest.mark.parametrize("changes", [(), INT4])
+def test_chunks_of_a_prompt(changes: tuple, attended: list[int]) -> None:
+    model, x = converted("Llama", *changes), ids(2, 12)
+    assert torch.equal(generated(model, x, cache_implementation="static", prefill_chunk_size=5), generated(model, x))
+    assert attended[:6] == [5, 5, 5, 5, 2, 2]
 
 
 @pytest.mark.parametrize("recipe", ["phq-w8", "phq-mixed"])

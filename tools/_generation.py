@@ -26,9 +26,11 @@ def attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """The model with the attention above."""
+    """The model with the attention above. Raises ValueError for one with a sliding window, which it leaves out."""
     from transformers import AttentionInterface
 
+    if getattr(model.config, "use_sliding_window", True) and getattr(model.config, "sliding_window", None):
+        raise ValueError("a model with a sliding window is not timed here: set its config's sliding_window to None")
     AttentionInterface.register(ATTENTION, attention)
     model.config._attn_implementation = ATTENTION
     return model

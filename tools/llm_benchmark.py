@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    check_least(args, prompt=1, decode=1, repeats=1, layers=1)
+    check_least(args, prompt=1, decode=1, repeats=1, layers=1, kv_bits=2)
     if bool(args.random) == bool(args.model):
         raise ValueError("give --random with the names of shapes, or --model")
     if args.layers and args.model:
@@ -70,6 +71,10 @@ def run(args: argparse.Namespace) -> int:
         batches = [0]
     if min(batches) < 1:
         raise ValueError(f"--batch {args.batch}: give numbers of sequences, such as 1,16")
+    if args.device_map and importlib.util.find_spec("accelerate") is None:
+        raise ValueError("--device-map needs accelerate: pip install 'vitq[llm]'")
+    if args.output:
+        vitq.report.make_folder(args.output.parent)
     device, console = torch.device(vitq.pick_device(args.device)), Console(args.quiet, False)
     recipes = [(name, recipe_of(name, args.kv_bits)) for name in args.recipes.split(",")]
     names = args.random.split(",") if args.random else [args.model]

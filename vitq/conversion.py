@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -236,6 +235,8 @@ def build(prepared: Prepared, recipe: Recipe, layer_specs: dict[str, LayerSpec],
     for site in prepared.caches:
         caches.setdefault(site.name, []).append((site.heads, *(layer_specs[name].cached if name in layer_specs else None for name in (site.qk, site.pv))))
     for name, parts in caches.items():
+        if all(spec is None for _, *specs in parts for spec in specs):
+            parts = [(None, None, None)]
         replace(model, f"{name}.kv", QuantKeyValues(model.get_submodule(name).head_dim, parts, backend=backend))
     for site in prepared.mlps:
         replace(model, site.name, QuantMlp(model.get_submodule(site.name), site.activation, backend=backend))
@@ -392,7 +393,7 @@ def explain(model: nn.Module) -> list[Row]:
     """
     info = model_info(model)
     rows, counted = [], set()  # a tied weight counts where it comes first
-    device = next(itertools.chain(model.parameters(), model.buffers())).device
+    device = next(chain(model.parameters(), model.buffers())).device
     for name, module in model.named_modules():
         if isinstance(module, CodedLinear):
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))

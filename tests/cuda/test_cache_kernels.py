@@ -9,7 +9,7 @@ from helpers import sqnr
 from torch import Tensor
 
 import vitq.cuda  # noqa: F401  (registers)
-from vitq.cuda.cache_kernels import CudaCachedAttention
+from vitq.cuda.cache_kernels import CudaCachedAttention, whole
 from vitq.formats import Kronecker
 from vitq.ops.cached_attention import CachedAttention, CachedAttentionSpec, CachePart, RowCodes, codes_of, write
 
@@ -102,6 +102,15 @@ def test_prompts_attend_as_torch_does(name: str, how: str, masked: bool, dtype: 
     assert sqnr(*found) > (45 if dtype == torch.float16 else 30) and sqnr(found[0].roll(1, 1), found[1]) < 5
     for one, other in zip(*kept):  # rows of matrices may differ by a code
         assert (one != other).float().mean() < (0.02 if name == "transformed" else 0.002)
+
+
+def test_keys_are_turned_back_where_a_block_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both matrices of 128 do not fit a block of sm_86 and sm_89, those of 96 do."""
+    monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 101_376)
+    on = lambda dim: torch.empty(1, 2, 9, dim, dtype=torch.float16, device="meta")  # noqa: E731
+    assert whole(on(96)) and not whole(on(128)) and not whole(on(96)[:, :, :8]) and not whole(on(96)[..., 1:])
+    monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 232_448)
+    assert whole(on(128))
 
 
 @pytest.mark.gpu

@@ -31,13 +31,15 @@ def test_its_steps_are_those_of_generate() -> None:
     """What is timed writes the tokens that `generate` writes."""
     model = vitq.convert(llm_benchmark.random_model("tiny", torch.device("cpu")), llm_benchmark.recipe_of("flatquant-w4a4kv4", None), dtype=torch.float32)
     cache = vitq.quantized_cache(model, max_length=32, batch_size=2)
+    ids = torch.randint(model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
     case = _generation.Case(model, cache, model, 2, 12, 5, torch.device("cpu"))
+    assert torch.equal(case.ids, ids)
     case.prefill(case.ids)
     tokens = [case.token.clone()]
     for _ in range(5):
         case.step(case.token)
         tokens.append(case.token.clone())
-    wanted = model.generate(case.ids, attention_mask=torch.ones_like(case.ids), max_new_tokens=6, do_sample=False)
     assert torch.equal(torch.cat(tokens, 1), wanted[:, 12:])
 
 

@@ -109,8 +109,10 @@ class Appended:
 
 
 def whole(*tensors: Tensor | None) -> bool:
-    """Whether all lie so that 16 bytes can be read at once, as turning keys back takes."""
-    return tensors[0].shape[2] > MOST_TOKENS and tensors[0].shape[3] % 16 == 0 and all(
+    """Whether all lie so that 16 bytes can be read at once, and a block has the room, as turning keys back takes."""
+    dim, device = tensors[0].shape[3], tensors[0].device
+    shared = (128 + 2 * dim) * (dim + 8) * 2  # of a block of append_rows.cu that has both matrices
+    return tensors[0].shape[2] > MOST_TOKENS and dim % 16 == 0 and (device.type == "cpu" or shared <= most_shared(device.index)) and all(
         t is None or t.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in tensors)
 
 
@@ -146,3 +148,9 @@ def splits(units: int, room: int, row_bytes: int, device: torch.device) -> int:
 @functools.cache
 def processors(device: int | None) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.cache
+def most_shared(device: int | None) -> int:
+    """Bytes of shared memory that a block may have; sm_86 and sm_89, which have the least, 101,376."""
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 101_376)

@@ -99,7 +99,7 @@ class JoinedAttention(nn.Module):
         if rotary is not None:
             q, k = apply_rotary_pos_emb(q, k, *rotary)
         q, k, v = self.kv(q, k, v, cache, self.layer_idx, {} if cache is None else _cache_arguments(type(cache), given))
-        if attention_mask is not None and attention_mask.ndim == 4:  # of all that a static cache has room for, where new tokens may be all it holds
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 4:  # of all that a static cache has room for, where new tokens may be all it holds
             attention_mask = attention_mask[..., : k.shape[2]]
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         y, weights = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=scaling, **options, **given)

@@ -63,16 +63,15 @@ class QuantKeyValues(PackedModule):
         codes = self.codes
         if cache is None:
             return (q, *(x if of is None else of.fake(x) for x, of in zip((k, v), codes)))
-        if self.quantizes:
-            from vitq.nn.quantized_cache import take_codes
+        from vitq.nn.quantized_cache import static_layer, take_codes
 
-            take_codes(cache, layer, codes)
+        take_codes(cache, layer, codes) if self.quantizes else static_layer(cache, layer)
         return (q, *cache.update(k, v, layer, **arguments))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any, layer: int, scale: float,
                rotary: tuple[Tensor, Tensor] | None, window: int) -> Tensor | None:
         """As the canonical form's: to a static cache, whose rows a kernel writes and, for a few tokens, reads as they are."""
-        if cache is None or mask is not None and (mask.dtype != torch.bool or mask.ndim != 4) or self._forward_hooks:
+        if cache is None or mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4) or self._forward_hooks:
             return None
         from vitq.nn.quantized_cache import static_layer, take_codes
 
@@ -158,5 +157,5 @@ def quantized_cache(model: nn.Module, *, max_length: int | None = None, batch_si
         raise ValueError(f"max_length {max_length}, batch_size {batch_size}: give 1 or more")
     attentions = {module.layer_idx: module for module in model.modules() if hasattr(module, "kv") and hasattr(module, "layer_idx")}
     device, dtype = model.get_input_embeddings().weight.device, model.vitq.dtype
-    shapes = [(getattr(at.kv, "codes", (None, None)), (batch_size, at.widths[1] // at.head_dim, 0, at.head_dim)) for _, at in sorted(attentions.items())]
+    shapes = [(at.kv.codes, (batch_size, at.widths[1] // at.head_dim, 0, at.head_dim)) for _, at in sorted(attentions.items())]
     return StaticQuantizedCache([(codes, torch.empty(shape, dtype=dtype, device=device)) for codes, shape in shapes], max_length, float_prefill)

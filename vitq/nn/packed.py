@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from vitq.ops import dispatch
+
+PACKING = threading.RLock()  # of any module: outer ones pack what is inside
 
 
 @dataclass(frozen=True)
@@ -57,14 +60,16 @@ class PackedModule(nn.Module):
 
     def packed(self) -> dict[str, tuple[dispatch.Choice, Any]]:
         if self._packed is None:
-            self._pack()
+            if torch.compiler.is_compiling():
+                raise RuntimeError(f"this {type(self).__name__} was moved or loaded by itself and has not run since: call it once, "
+                                   "or move and load the whole model, before it is traced")
+            with PACKING:  # a kernel may take the place of a buffer
+                if self._packed is None:
+                    self._pack()
         return self._packed
 
     @torch.no_grad()
     def _pack(self) -> None:
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"this {type(self).__name__} was moved or loaded by itself and has not run since: call it once, "
-                               "or move and load the whole model, before it is traced")
         cases, packed = self.cases(), {}
         device = self.device() if cases else None
         for case, spec in cases.items():

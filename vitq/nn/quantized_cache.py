@@ -41,12 +41,13 @@ class StaticCodedLayer(StaticLayer):
     bytes], or floats where the recipe leaves them; N is max_cache_len or up to 15 more. state: int64 [2], how many tokens they hold, and a 0 that
     kernels count with.
 
-    seen: the same number, as far as the host knows it: nothing waits for a GPU to tell. A window is in the mask that transformers makes, not in the memory.
+    seen: the same number, as far as the host knows it: nothing waits for a GPU to tell. traced: tokens came since in code that `torch.compile` made, which counts
+    on the device alone. A window is in the mask that transformers makes, not in the memory.
     """
 
     codes: Codes
     state: Tensor | None = None
-    seen = 0
+    seen, traced = 0, False
     float_prefill = False
 
     def __init__(self, codes: Codes, max_cache_len: int, float_prefill: bool = False):
@@ -76,38 +77,54 @@ class StaticCodedLayer(StaticLayer):
         return tuple(rows if codes is None else codes.unpack(rows, x.shape[-1], x.dtype) for rows, x, codes in zip(kept, new, self.codes))
 
     def begin(self, key_states: Tensor, value_states: Tensor) -> bool:
-        """Count new tokens [B, heads, T, D], which are about to be written; whether they are the first. Raises ValueError where they do not fit."""
+        """Count new tokens [B, heads, T, D], which are about to be written; whether they are known to be the first. Raises ValueError where they do not fit."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        first = self.seen == 0
         batch, _, tokens, _ = key_states.shape
         if batch != self.batch_size:
-            raise ValueError(f"the cache is of {self.batch_size} sequences, and {batch} came: vitq.quantized_cache(model, max_length=…, batch_size={batch})")
+            other = "give another StaticCache" if self.codes == (None, None) else f"vitq.quantized_cache(model, max_length=…, batch_size={batch})"
+            raise ValueError(f"the cache is of {self.batch_size} sequences, and {batch} came: {other}")
+        for rows, new, codes in zip((self.keys, self.values), (key_states, value_states), self.codes):
+            if codes is None and rows.dtype != new.dtype:
+                raise ValueError(f"the cache is of {rows.dtype}, and {new.dtype} came: give one that no other model has filled")
+        if torch.compiler.is_compiling():
+            self.traced = True
+            return False
+        first = self.known() == 0
         self.count(tokens)
         return first
 
+    def known(self) -> int:
+        """How many tokens there are, asked of the device where only it knows."""
+        if self.traced:
+            self.seen, self.traced = int(self.state[0]), False
+        return self.seen
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As transformers': the first tokens attend to one another alone."""
-        return (self.max_cache_len if self.seen else query_length), 0
+        """As transformers', but that the first tokens attend to one another alone."""
+        first = not torch.compiler.is_compiling() and self.known() == 0
+        return (query_length if first else self.max_cache_len), 0
 
     def count(self, tokens: int) -> None:
         """Count tokens that are written by a graph, or are about to be. Raises ValueError where they do not fit."""
-        if self.seen + tokens > self.max_cache_len:
+        if self.known() + tokens > self.max_cache_len:
             raise ValueError(f"the cache has room for {self.max_cache_len} tokens, holds {self.seen}, and {tokens} came: give a larger max_length, or reset()")
-        if not torch.compiler.is_compiling():  # what is traced once would be counted once
-            self.seen += tokens
+        self.seen += tokens
 
     def crop(self, tokens_to_remove: int) -> None:
+        """As transformers'. Raises ValueError where there are not as many tokens."""
+        if abs(tokens_to_remove) > self.known():
+            raise ValueError(f"the cache holds {self.seen} tokens, of which {abs(tokens_to_remove)} are to be removed")
         super().crop(tokens_to_remove)
         self.seen -= abs(tokens_to_remove)
 
     def reset(self) -> None:
         self.cumulative_length.zero_()  # what lies behind it is not read
-        self.seen = 0
+        self.seen, self.traced = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for rows in (self.keys, self.values):
-            rows[:, :, : self.seen] = rows[beam_idx.to(rows.device), :, : self.seen]  # where graphs look for them
+            rows[:, :, : self.known()] = rows[beam_idx.to(rows.device), :, : self.seen]  # where graphs look for them
 
 
 _CODED = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: CodedSlidingWindowLayer, StaticLayer: StaticCodedLayer}
@@ -150,9 +167,6 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> Any:
     if isinstance(cache, DynamicCache):
         while len(cache.layers) <= index:  # one that was made without a config grows as it fills
             cache.layers.append(DynamicLayer())
-    layer = cache.layers[index]
-    if type(layer) is StaticLayer and layer.is_initialized and not int(layer.cumulative_length):
-        layer.is_initialized = False  # with prefill_chunk_size transformers makes it of floats before anything comes
     layer = _coded(cache, index, codes)
     if type(layer) in _CODED:
         raise ValueError("the cache holds floats of another model: this one quantizes its keys and values; give an empty one, "
@@ -164,7 +178,8 @@ def take_codes(cache: Cache, index: int, codes: Codes) -> Any:
         raise TypeError(f"a {type(cache).__name__} of {type(layer).__name__}s holds floats, or codes of its own: this model quantizes its keys and "
                         "values; leave cache_implementation= out, or give vitq.quantized_cache(model)")
     if layer.codes != codes:
-        raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are {codes}: give vitq.quantized_cache(model)")
+        holds = "floats of another model" if layer.codes == (None, None) else layer.codes
+        raise ValueError(f"the cache holds {holds}, and this model's keys and values are {codes}: give vitq.quantized_cache(model)")
     return layer
 
 
@@ -176,17 +191,21 @@ def static_layer(cache: Cache, index: int) -> StaticCodedLayer | None:
     layers = getattr(cache, "layers", ())
     if index >= len(layers):
         return None
-    layer = _coded(cache, index, (None, None)) if type(layers[index]) is StaticLayer else layers[index]
-    if not isinstance(layer, StaticCodedLayer):
-        return None
-    if layer.codes != (None, None):
-        raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are floats: give a StaticCache of transformers")
-    return layer
+    traced = torch.compiler.is_compiling()  # in which transformers' own, that counts on the device alone, stays as it is
+    layer = _coded(cache, index, (None, None)) if type(layers[index]) is StaticLayer and not traced else layers[index]
+    if isinstance(layer, (_Coded, StaticCodedLayer)) and layer.codes != (None, None):
+        raise ValueError(f"the cache holds {layer.codes}, and this model's keys and values are floats: give a cache of transformers, or none")
+    return layer if isinstance(layer, StaticCodedLayer) else None
 
 
 def _coded(cache: Cache, index: int, codes: Codes) -> Any:
     """Layer `index`, for these codes if it is empty and one of transformers'."""
     layer = cache.layers[index]
+    early = type(layer) is StaticLayer and layer.is_initialized and not getattr(layer, "filled", False)
+    if early and not (layer.cumulative_length.is_cuda and torch.cuda.is_current_stream_capturing()):
+        # With prefill_chunk_size transformers makes it of floats before anything comes. The question waits for a GPU, so it is asked once.
+        layer.filled = int(layer.cumulative_length) > 0
+        layer.is_initialized = layer.filled
     if type(layer) in _CODED and not layer.is_initialized:
         coded = object.__new__(_CODED[type(layer)])
         coded.__dict__.update(layer.__dict__, codes=codes)  # all that a window's layer knows of itself
