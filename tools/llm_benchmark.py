@@ -84,10 +84,10 @@ def run(args: argparse.Namespace) -> int:
     report: dict[str, Any] = {"vitq": vitq.__version__, "torch": torch.__version__, "device": device_name(device), "prompt": args.prompt, "decode": args.decode,
                               "rows": []}
     for name in names:
-        def source(name: str = name) -> nn.Module:
+        def source(where: torch.device = device, name: str = name) -> nn.Module:
             if args.random:
-                return random_model(name, device, args.layers)
-            return vitq.load_language_model(name, dtype=torch.float16).model.to(device).eval()
+                return random_model(name, where, args.layers)
+            return vitq.load_language_model(name, dtype=torch.float16).model.to(where).eval()
 
         rows = [*float_rows(args, name, source, batches, device, console)]
         for recipe_name, recipe in recipes:
@@ -140,7 +140,7 @@ def memory_of(device: torch.device) -> Iterator[None]:
 def float_rows(args, name: str, source: Callable, batches: list[int], device: torch.device, console: Console) -> Iterator[dict]:
     from transformers import StaticCache
 
-    model = source()
+    model = source(torch.device("cpu")).half() if args.device_map and device.type == "cuda" else source()  # it may not fit one GPU
     kinds = [("eager", lambda: model)] + ([] if args.no_compile else [("compiled", lambda: torch.compile(model, dynamic=False))])
     if args.device_map:
         from accelerate import dispatch_model, infer_auto_device_map
