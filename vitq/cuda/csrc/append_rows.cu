@@ -194,12 +194,37 @@ struct Place {
   }
 };
 
+// Where the numbers of a head's first token are, and how far from one token's to the next.
+template <class T>
+struct Source {
+  const T* from;
+  int64_t stride;
+
+  __device__ __forceinline__ Source(const VitqAppendRows& a, const Place& p) {
+    const int64_t* strides = p.kind == KEY ? a.k_strides : p.kind == VALUE ? a.v_strides : a.q_strides;
+    from = static_cast<const T*>(p.kind == KEY ? a.k : p.kind == VALUE ? a.v : a.q) + p.batch * strides[0] + p.head * strides[1];
+    stride = strides[2];
+  }
+};
+
+// Where a row of q_out, of k_out or v_out, and of the cache begins.
+template <class T>
+__device__ __forceinline__ T* query_place(const VitqAppendRows& a, const Place& p) {
+  return static_cast<T*>(a.q_out) + ((int64_t(p.batch) * a.tokens + p.token) * a.query_heads + p.head) * a.dim;
+}
+template <class T>
+__device__ __forceinline__ T* numbers_place(void* out, const VitqAppendRows& a, const Place& p) {
+  return static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim;
+}
+__device__ __forceinline__ uint8_t* cache_place(const VitqCacheRows& cache, const Place& p, int64_t start) {
+  return static_cast<uint8_t*>(cache.rows) + p.batch * cache.strides[0] + p.head * cache.strides[1] + (start + p.token) * cache.strides[2];
+}
+
 template <class T, int PAIRS>
 __device__ __forceinline__ void load_rotated(Lane<PAIRS>& row, const VitqAppendRows& a, const Place& p, int lane) {
-  const int64_t* strides = p.kind == KEY ? a.k_strides : p.kind == VALUE ? a.v_strides : a.q_strides;
-  const T* from = static_cast<const T*>(p.kind == KEY ? a.k : p.kind == VALUE ? a.v : a.q) + p.batch * strides[0] + p.head * strides[1] + p.token * strides[2];
+  const Source<T> source(a, p);
   row = {};
-  load(row, from, a.paired, a.dim, lane);
+  load(row, source.from + p.token * source.stride, a.paired, a.dim, lane);
   if (a.cos && p.kind != VALUE) {
     const int64_t at = p.batch * a.rotary_strides[0] + p.token * a.rotary_strides[1];
     rotate(row, static_cast<const T*>(a.cos) + at, static_cast<const T*>(a.sin) + at, a.paired, a.dim, lane);
@@ -209,26 +234,25 @@ __device__ __forceinline__ void load_rotated(Lane<PAIRS>& row, const VitqAppendR
 // The numbers of a row before matrices and codes, where they are asked for.
 template <class T, int PAIRS>
 __device__ __forceinline__ void write_before(Lane<PAIRS>& row, const VitqAppendRows& a, const Place& p, int lane) {
-  if (p.kind == KEY && a.k_out && a.out_before)
-    store(row, static_cast<T*>(a.k_out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim, a.dim, lane);
+  if (p.kind == KEY && a.k_out && a.out_before) store(row, numbers_place<T>(a.k_out, a, p), a.dim, lane);
 }
 
 // The row to its place. start: tokens that were there before.
 template <class T, int PAIRS>
 __device__ __forceinline__ void write_row(Lane<PAIRS>& row, const VitqAppendRows& a, const Place& p, int64_t start, int lane) {
   if (p.kind == QUERY) {
-    store(row, static_cast<T*>(a.q_out) + ((int64_t(p.batch) * a.tokens + p.token) * a.query_heads + p.head) * a.dim, a.dim, lane);
+    store(row, query_place<T>(a, p), a.dim, lane);
     return;
   }
   if (start + p.token >= a.room) return;
   const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
-  uint8_t* to = static_cast<uint8_t*>(cache.rows) + p.batch * cache.strides[0] + p.head * cache.strides[1] + (start + p.token) * cache.strides[2];
+  uint8_t* to = cache_place(cache, p, start);
   if (cache.bits > 8)
     store(row, reinterpret_cast<T*>(to), a.dim, lane);
   else
     write_codes(row, to, cache, p.kind == KEY ? a.key_clip : a.value_clip, a.dim, lane);
   void* const out = p.kind == VALUE ? a.v_out : a.out_before ? nullptr : a.k_out;
-  if (out) store(row, static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim, a.dim, lane);
+  if (out) store(row, numbers_place<T>(out, a, p), a.dim, lane);
 }
 
 // The last block counts the tokens: all others have read how many there were.
@@ -369,13 +393,12 @@ __device__ __forceinline__ Eight<__half> in_half(const Eight<T>& x) {
 template <class T>
 __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, const Place& p, int64_t start, const Spot& spot, bool there) {
   if (p.kind == QUERY) {
-    T* to = static_cast<T*>(a.q_out) + ((int64_t(p.batch) * a.tokens + p.token) * a.query_heads + p.head) * a.dim + 8 * spot.at;
-    if (there) *reinterpret_cast<Eight<T>*>(to) = x;
+    if (there) *reinterpret_cast<Eight<T>*>(query_place<T>(a, p) + 8 * spot.at) = x;
     return;
   }
   there = there && start + p.token < a.room;
   const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
-  uint8_t* to = static_cast<uint8_t*>(cache.rows) + p.batch * cache.strides[0] + p.head * cache.strides[1] + (start + p.token) * cache.strides[2];
+  uint8_t* to = cache_place(cache, p, start);
   if (cache.bits > 8) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(to + 16 * spot.at);
     if (there)
@@ -413,8 +436,7 @@ __device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, 
     }
   }
   void* const out = p.kind == VALUE ? a.v_out : a.out_before || a.out_turned ? nullptr : a.k_out;
-  if (out && there)
-    *reinterpret_cast<Eight<T>*>(static_cast<T*>(out) + ((int64_t(p.batch) * a.heads + p.head) * a.tokens + p.token) * a.dim + 8 * spot.at) = x;
+  if (out && there) *reinterpret_cast<Eight<T>*>(numbers_place<T>(out, a, p) + 8 * spot.at) = x;
 }
 
 // A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding; or
@@ -452,9 +474,8 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
   }
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
-  const int64_t* strides = place.kind == KEY ? a.k_strides : place.kind == VALUE ? a.v_strides : a.q_strides;
-  const T* const from = static_cast<const T*>(place.kind == KEY ? a.k : place.kind == VALUE ? a.v : a.q) + place.batch * strides[0] + place.head * strides[1] +
-                        8 * spot.at;
+  const Source<T> source(a, place);
+  const T* const from = source.from + 8 * spot.at;
   const bool rotary = a.cos && place.kind != VALUE;
   const T* const cos = static_cast<const T*>(a.cos) + place.batch * a.rotary_strides[0] + 8 * spot.at;
   const T* const sin = static_cast<const T*>(a.sin) + place.batch * a.rotary_strides[0] + 8 * spot.at;
@@ -465,7 +486,7 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
 #pragma unroll
       for (int j = 0; j < BATCH; ++j) {  // lanes without a row read the last one's
         const int64_t token = row + min(i + j * per_warp + min(spot.row, per_warp - 1), rows - 1);
-        x[j] = load_eight(from + token * strides[2]);
+        x[j] = load_eight(from + token * source.stride);
         if (rotary) c[j] = load_eight(cos + token * a.rotary_strides[1]), s[j] = load_eight(sin + token * a.rotary_strides[1]);
       }
 #pragma unroll
@@ -475,8 +496,7 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
         place.token = row + own;
         if (rotary) rotate(x[j], c[j], s[j], spot);
         if (place.kind == KEY && a.k_out && a.out_before && there)
-          *reinterpret_cast<Eight<T>*>(static_cast<T*>(a.k_out) + ((int64_t(place.batch) * a.heads + place.head) * a.tokens + place.token) * a.dim +
-                                       8 * spot.at) = x[j];
+          *reinterpret_cast<Eight<T>*>(numbers_place<T>(a.k_out, a, place) + 8 * spot.at) = x[j];
         if (!mixed)
           write_row(x[j], a, place, start, spot, there);
         else if (there && place.kind == KEY)
@@ -504,9 +524,10 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
     __syncwarp();
     if (!turned) continue;
     multiply_rows<T, T, true>(tile, back, a.dim, pitch, lane);
-    for (int own = spot.row; own < rows && spot.row < per_warp; own += per_warp)
-      *reinterpret_cast<Eight<T>*>(static_cast<T*>(a.k_out) + ((int64_t(place.batch) * a.heads + place.head) * a.tokens + row + own) * a.dim + 8 * spot.at) =
-          load_eight(tile + own * pitch + 8 * spot.at);
+    for (int own = spot.row; own < rows && spot.row < per_warp; own += per_warp) {
+      place.token = row + own;
+      *reinterpret_cast<Eight<T>*>(numbers_place<T>(a.k_out, a, place) + 8 * spot.at) = load_eight(tile + own * pitch + 8 * spot.at);
+    }
     __syncwarp();
   }
   count_tokens(a, start);

@@ -13,6 +13,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "async_copy.cuh"
 #include "launch.cuh"
 
 namespace vitq {
@@ -55,9 +56,6 @@ __device__ __forceinline__ void copy(uint32_t to, const void* from, bool there) 
   if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
 }
-__device__ __forceinline__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATER>
-__device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory"); }
 
 __device__ __forceinline__ uint32_t read32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
 __device__ __forceinline__ uint32_t read16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
@@ -291,7 +289,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
       K::fetch(to, keys, a.keys, token, a.room, lane);
       V::fetch(to + TOKENS * K::MOST_PITCH, values, a.values, token, a.room, lane);
     }
-    end_copies();
+    commit_copies();
   };
   int token = begin + warp * TOKENS;
 #pragma unroll
