@@ -18,8 +18,9 @@ from torch import nn  # noqa: E402
 
 import vitq  # noqa: E402
 from vitq.calib import descent  # noqa: E402
-from vitq.calib.block_gradient import Equal, Matrix, equals, fake_rows, fake_weight  # noqa: E402
+from vitq.calib.block_gradient import fake_rows, fake_weight  # noqa: E402
 from vitq.calib.blocks import quantize_blocks  # noqa: E402
+from vitq.calib.matrices import Equal, Matrix, equals  # noqa: E402
 from vitq.formats import ActivationFormat  # noqa: E402
 from vitq.models import prepare  # noqa: E402
 from vitq.quantizers.activation import fake_activation  # noqa: E402
