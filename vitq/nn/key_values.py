@@ -60,12 +60,9 @@ class QuantKeyValues(PackedModule):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, cache: Any, layer: int, arguments: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """As the canonical form's. Raises TypeError or ValueError for a cache that does not keep these codes."""
         q, k = transformed(self._parts(), q, k)
-        codes = self.codes
         if cache is None:
-            return (q, *(x if of is None else of.fake(x) for x, of in zip((k, v), codes)))
-        from vitq.nn.quantized_cache import static_layer, take_codes
-
-        take_codes(cache, layer, codes) if self.quantizes else static_layer(cache, layer)
+            return (q, *(x if of is None else of.fake(x) for x, of in zip((k, v), self.codes)))
+        self._layer_of(cache, layer)
         return (q, *cache.update(k, v, layer, **arguments))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cache: Any, layer: int, scale: float,
@@ -73,14 +70,18 @@ class QuantKeyValues(PackedModule):
         """As the canonical form's: to a static cache, whose rows a kernel writes and, for a few tokens, reads as they are."""
         if cache is None or mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.ndim == 4) or self._forward_hooks:
             return None
-        from vitq.nn.quantized_cache import static_layer, take_codes
-
-        kept = take_codes(cache, layer, self.codes) if self.quantizes else static_layer(cache, layer)
+        kept = self._layer_of(cache, layer)
         if not hasattr(kept, "begin") or cache.offloading:
             return None
         first = kept.begin(k, v)
         choice, packed = self._choice(q.device)
         return choice.kernel.run(packed, q, k, v, kept.keys, kept.values, kept.state, mask, scale, rotary, window, first, kept.float_prefill)
+
+    def _layer_of(self, cache: Any, layer: int) -> Any:
+        """The cache's layer, for these codes; without codes that of a static cache, or None. Raises TypeError or ValueError for one that keeps others."""
+        from vitq.nn.quantized_cache import static_layer, take_codes
+
+        return take_codes(cache, layer, self.codes) if self.quantizes else static_layer(cache, layer)
 
     def invalidate(self) -> None:
         super().invalidate()

@@ -123,8 +123,9 @@ class StaticCodedLayer(StaticLayer):
         self.seen, self.traced = 0, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
+        there = self.known()
         for rows in (self.keys, self.values):
-            rows[:, :, : self.known()] = rows[beam_idx.to(rows.device), :, : self.seen]  # where graphs look for them
+            rows[:, :, :there] = rows[beam_idx.to(rows.device), :, :there]  # where graphs look for them
 
 
 _CODED = {DynamicLayer: CodedLayer, DynamicSlidingWindowLayer: CodedSlidingWindowLayer, StaticLayer: StaticCodedLayer}
