@@ -6,7 +6,6 @@ or transformers, recipe, float dtype) and to trust them (schema, a SHA-256 over 
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 from pathlib import Path
@@ -25,7 +24,7 @@ from vitq.models.adapter import replace
 from vitq.models.heads import part_heads
 from vitq.nn.model import QuantizedDecoder
 from vitq.nn.packed import pack_all
-from vitq.ops.dispatch import check_backend, pick_device
+from vitq.ops.dispatch import check_backend, device_of, pick_device
 from vitq.recipe import Recipe
 
 __all__ = ["CheckpointError", "load", "save"]
@@ -59,7 +58,7 @@ def save(model: nn.Module, folder: str | os.PathLike, *, source: dict[str, Any] 
     tensors = {name: t for name, t in model.state_dict(destination=_OnCpu()).items() if name not in ties}
     header = {
         "schema": SCHEMA, "vitq_version": vitq.__version__, "library": library, **architecture, "source": source,
-        "recipe": info.recipe.to_dict(), "dtype": str(info.dtype)[6:], "device": _device(model).type,
+        "recipe": info.recipe.to_dict(), "dtype": str(info.dtype)[6:], "device": device_of(model).type,
         "backend": info.backend, "calibration": info.calibration, "notes": info.notes,
     }
     _check_rebuilds(header, tensors, model)
@@ -202,7 +201,7 @@ def _check_rebuilds(header: dict[str, Any], tensors: dict[str, Tensor], model: n
 
     Shapes alone do not tell: the number of heads, an epsilon or an activation changes none of them.
     """
-    builder, device = BUILDERS[header["library"]], _device(model)
+    builder, device = BUILDERS[header["library"]], device_of(model)
     rebuilt = skeleton(header, _DTYPES[header["dtype"]], header["backend"])
     try:
         _check_same(Path("this model"), header, rebuilt, tensors)
@@ -228,7 +227,3 @@ def _check_same(where: Path, header: dict[str, Any], model: nn.Module, found: di
         if tensor.shape != found[name].shape or not same_kind:
             raise CheckpointError(f"{where}: tensor {name!r} is {list(found[name].shape)} {found[name].dtype}, "
                                   f"{header['architecture']!r} needs {list(tensor.shape)} {tensor.dtype}")
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(itertools.chain(model.parameters(), model.buffers())).device

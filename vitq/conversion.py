@@ -36,7 +36,7 @@ from vitq.nn.norm import FloatLayerNorm, QuantLayerNorm
 from vitq.nn.packed import PackedModule, Row, pack_all
 from vitq.nn.weight_only import WeightOnlyLinear
 from vitq.ops import dispatch
-from vitq.ops.dispatch import check_backend, default_dtype
+from vitq.ops.dispatch import check_backend, default_dtype, device_of
 from vitq.plan import CacheParams, InputParams, LinearParams, Plan
 from vitq.recipe import LayerSpec, Recipe
 
@@ -393,7 +393,7 @@ def explain(model: nn.Module) -> list[Row]:
     """
     info = model_info(model)
     rows, counted = [], set()  # a tied weight counts where it comes first
-    device = next(chain(model.parameters(), model.buffers())).device
+    device = device_of(model)
     for name, module in model.named_modules():
         if isinstance(module, CodedLinear):
             rows.append(module.row(name, info.roles[name], info.notes.get(name, "")))

@@ -8,12 +8,14 @@ logged once per reason.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
 log = logging.getLogger("vitq")
 
@@ -139,6 +141,11 @@ def default_dtype(device_type: str) -> torch.dtype:
     if device_type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
         return torch.bfloat16
     return torch.float32
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's tensors are."""
+    return next(itertools.chain(model.parameters(), model.buffers())).device
 
 
 def pick_device(name: str | None = None) -> torch.device:
