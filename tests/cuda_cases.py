@@ -432,6 +432,13 @@ for m in (0, 300, 3001):  # blocks that have several tokens at once, and one aft
     for left, right, k in ((64, 64, 4096), (86, 128, 11008), (24, 24, 576), (32, 0, 4096), (0, 64, 448)):
         case(f"transformed_rows {m} of {left}x{right}", "transformed_rows",
              lambda m=m, l=left, r=right, k=k: transformed_rows(m, k, l, r, clip=(0.9, 0.95)), 5e-3, 1e-3)
+# Of many rows Hopper has another kernel: all that may come before, one to four warpgroups a token, rows of X that eights do not divide, what pads each size.
+for i, (left, right) in enumerate(((112, 128), (128, 148), (64, 64), (3, 200), (17, 256), (33, 44), (90, 100), (50, 12), (9, 9))):
+    for j, options in enumerate(BEFORE):
+        if i < 3 or (i + j) % 4 == 0:
+            dtype = (torch.float16, torch.bfloat16)[(i + j) % 2]
+            case(f"transformed_rows 300 of {left}x{right} {dtype} {options}", "transformed_rows",
+                 lambda l=left, r=right, d=dtype, o=options: transformed_rows(300, l * r, l, r, dtype=d, **o), 5e-3, 1e-3)
 for k in (384, 11008, 77, 32768, 5003, 1):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for options in ({}, {"shift": True}, {"clip": (0.5, 0.75)}, {"clip": (0.5, 0.75), "shift": True, "bits": 4}):

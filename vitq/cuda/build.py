@@ -31,7 +31,7 @@ ROOT = FOLDER.parent.parent
 LIBRARY = "_vitq_cuda.so"
 DEFAULT_ARCHS = "80+PTX;86;89;90a"
 CUTLASS = "nvidia-cutlass==4.2.0.0"
-HOPPER_ONLY = "gemm_sm90"  # sources of this prefix use instructions of sm_90a
+HOPPER_ONLY = "_sm90"  # sources with this in their names use instructions of sm_90a
 
 
 class BuildError(Exception):
@@ -111,12 +111,12 @@ def jobs() -> int:
 def sources(archs: Sequence[Arch]) -> list[Path]:
     """Every .cu file, without the Hopper ones where nothing is compiled for sm_90a."""
     hopper = any(arch.number == "90a" for arch in archs)
-    return [path for path in sorted((FOLDER / "csrc").glob("*.cu")) if hopper or not path.name.startswith(HOPPER_ONLY)]
+    return [path for path in sorted((FOLDER / "csrc").glob("*.cu")) if hopper or HOPPER_ONLY not in path.name]
 
 
 def compile_command(nvcc: str, cutlass: Path, source: Path, target: Path, archs: Sequence[Arch], threads: int = 1) -> list[str]:
     """One object, for all architectures that the source serves. No fast math: results must round as the reference's do."""
-    chosen = [a for a in archs if a.number == "90a"] if source.name.startswith(HOPPER_ONLY) else list(archs)
+    chosen = [a for a in archs if a.number == "90a"] if HOPPER_ONLY in source.name else list(archs)
     facts = []
     if source.name == "info.cu":
         facts = [f'-DVITQ_ARCHS="{" ".join(a.words() for a in archs)}"']

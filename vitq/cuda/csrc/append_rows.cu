@@ -16,7 +16,7 @@ constexpr int WARPS = 4, MOST_DIM = 256;
 constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
 constexpr int FEW_TOKENS = 8;  // more are a prompt's
 constexpr int TILE_WARPS = 8, TILE_ROWS = 16;  // of a prompt: a warp's rows that are multiplied at once
-constexpr int CHUNK = 128, MIXED_CHUNK = 256;             // a block's tokens; there are few of them, since each counts itself at one place
+constexpr int CHUNK = 128, MIXED_CHUNK = 256;  // a block's tokens; of MIXED ones fewer, where there are fewer keys than processors
 
 template <class T>
 struct Pair;
@@ -143,8 +143,8 @@ struct RowCodes {
   float shift, low, high;
   bool symmetric;
 
-  __device__ __forceinline__ RowCodes(const VitqCacheRows& rows, const float* clip, float lo, float hi) : shift(0.0f), symmetric(rows.symmetric) {
-    const float qmax = float((1 << (rows.bits - 1)) - 1), qmin = -qmax - 1.0f;
+  __device__ __forceinline__ RowCodes(int bits, bool symmetric, const float* clip, float lo, float hi) : shift(0.0f), symmetric(symmetric) {
+    const float qmax = float((1 << (bits - 1)) - 1), qmin = -qmax - 1.0f;
     if (symmetric) {
       const float most = clip ? fmaxf(-lo * clip[0], hi * clip[1]) : fmaxf(-lo, hi);
       scale = make_scale(__fdiv_rn(fmaxf(most, RANGE_MIN), qmax));
@@ -155,11 +155,15 @@ struct RowCodes {
     }
   }
 
-  // The code, in the low byte, of a number that becomes what it stands for.
-  __device__ __forceinline__ uint32_t code(float& value) const {
-    const float c = symmetric ? symmetric_code(fminf(fmaxf(value, low), high), scale) : ranged_code(value, range);
+  // The code, in the low byte of a float's bits, of a number that becomes what it stands for.
+  template <bool SYMMETRIC>
+  __device__ __forceinline__ float code(float& value) const {
+    const float c = SYMMETRIC ? symmetric_code(fminf(fmaxf(value, low), high), scale) : ranged_code(value, range);
     value = __fadd_rn(__fmul_rn(__fsub_rn(c, MAGIC), scale.scale), shift);
-    return __float_as_uint(c) & 0xFF;
+    return c;
+  }
+  __device__ __forceinline__ uint32_t code(float& value) const {
+    return __float_as_uint(symmetric ? code<true>(value) : code<false>(value)) & 0xFF;
   }
 };
 
@@ -168,7 +172,7 @@ template <int PAIRS>
 __device__ __forceinline__ void write_codes(Lane<PAIRS>& row, uint8_t* to, const VitqCacheRows& rows, const float* clip, int dim, int lane) {
   float lo = INFINITY, hi = -INFINITY;
   each(row, dim, lane, [&](float (&x)[2], int) { lo = fminf(lo, fminf(x[0], x[1])), hi = fmaxf(hi, fmaxf(x[0], x[1])); });
-  const RowCodes codes(rows, clip, -largest(-lo), largest(hi));
+  const RowCodes codes(rows.bits, rows.symmetric, clip, -largest(-lo), largest(hi));
   if (lane == 0) reinterpret_cast<float*>(to)[0] = codes.scale.scale;
   if (lane == 1 && !rows.symmetric) reinterpret_cast<float*>(to)[1] = codes.shift;
   to += rows.symmetric ? 4 : 8;
@@ -334,20 +338,28 @@ __device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim,
     if (16 * k < dim) ldmatrix(a[k], rows + lane % 16 * pitch + 16 * k + lane / 16 * 8);
   __syncwarp();
   T* const out = reinterpret_cast<T*>(rows) + lane / 4 * pitch + lane % 4 * 2;
-  for (int n = 0; n < dim; n += 16) {
-    float sums[2][4] = {};
+  constexpr int BOTH = 2;  // steps of 16 columns at once, so that four sums grow side by side
+  for (int n = 0; n < dim; n += 16 * BOTH) {
+    float sums[BOTH][2][4] = {};
 #pragma unroll
     for (int k = 0; k < MOST; ++k)
       if (16 * k < dim) {
-        uint32_t b[4];
-        if (TURNED) ldmatrix(b, matrix + (n + lane % 8 + lane / 16 * 8) * pitch + 16 * k + lane / 8 % 2 * 8);
-        else ldmatrix_transposed(b, matrix + (16 * k + lane % 16) * pitch + n + lane / 16 * 8);
-        mma(sums[0], a[k], b[0], b[1], E()), mma(sums[1], a[k], b[2], b[3], E());
+#pragma unroll
+        for (int i = 0; i < BOTH; ++i) {
+          const int column = min(n + 16 * i, dim - 16);
+          uint32_t b[4];
+          if (TURNED) ldmatrix(b, matrix + (column + lane % 8 + lane / 16 * 8) * pitch + 16 * k + lane / 8 % 2 * 8);
+          else ldmatrix_transposed(b, matrix + (16 * k + lane % 16) * pitch + column + lane / 16 * 8);
+          mma(sums[i][0], a[k], b[0], b[1], E()), mma(sums[i][1], a[k], b[2], b[3], E());
+        }
       }
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
+    for (int i = 0; i < BOTH; ++i)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) write_two(out + 8 * half * pitch + n + 8 * j, sums[j][2 * half], sums[j][2 * half + 1]);
+      for (int j = 0; j < 2; ++j)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          write_two(out + 8 * half * pitch + min(n + 16 * i, dim - 16) + 8 * j, sums[i][j][2 * half], sums[i][j][2 * half + 1]);
   }
   __syncwarp();
 }
@@ -358,23 +370,33 @@ struct alignas(16) Eight {
   typename Pair<T>::Two two[4];
 };
 
+// At once: the compiler copies pairs one by one.
 template <class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from) { return *reinterpret_cast<const Eight<T>*>(from); }
+__device__ __forceinline__ Eight<T> load_eight(const T* from) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(from);
+  return *reinterpret_cast<const Eight<T>*>(&raw);
+}
+template <class T>
+__device__ __forceinline__ void store_eight(T* to, const Eight<T>& x) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&x); }
 
 // Where a lane is in a warp's rows: `lanes` of them have a row.
 struct Spot {
   int lanes, row, at;  // at: which eight numbers
+  int half, near[4];   // the lanes that have those half a row behind, around its end, and 1, 2, 4 and 8
 
-  __device__ Spot(int dim, int lane) : lanes(dim / 8), row(lane / lanes), at(lane % lanes) {}
-  __device__ int lane(int other) const { return row * lanes + (at + other) % lanes; }  // that has the eight numbers `other` behind, around the row's end
+  __device__ __forceinline__ Spot(int dim, int lane) : lanes(dim / 8), row(lane / lanes), at(lane % lanes) {
+    const auto behind = [&](int count) { return row * lanes + (at + count) % lanes; };
+    half = behind(lanes / 2);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) near[i] = behind(1 << i);
+  }
 };
 
 template <class T>
 __device__ __forceinline__ void rotate(Eight<T>& x, const Eight<T>& cos, const Eight<T>& sin, const Spot& spot) {
-  const int from = spot.lane(spot.lanes / 2);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const uint32_t raw = __shfl_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&x.two[i]), from);
+    const uint32_t raw = __shfl_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&x.two[i]), spot.half);
     auto other = *reinterpret_cast<const typename Pair<T>::Two*>(&raw);
     if (spot.at < spot.lanes / 2) other = __hneg2(other);
     x.two[i] = __hadd2_rn(__hmul2_rn(x.two[i], cos.two[i]), __hmul2_rn(other, sin.two[i]));
@@ -389,54 +411,86 @@ __device__ __forceinline__ Eight<__half> in_half(const Eight<T>& x) {
   return y;
 }
 
-// As write_row, by all lanes of a warp; there: those that have a row. Numbers that are to be turned back are not written.
+// Where the rows of a head's first token go: to the cache, and as numbers. start: tokens that were there before.
 template <class T>
-__device__ __forceinline__ void write_row(Eight<T>& x, const VitqAppendRows& a, const Place& p, int64_t start, const Spot& spot, bool there) {
-  if (p.kind == QUERY) {
-    if (there) *reinterpret_cast<Eight<T>*>(query_place<T>(a, p) + 8 * spot.at) = x;
-    return;
+struct Target {
+  uint8_t* rows;
+  T* numbers;  // or null, if they are to be turned back
+  int64_t row_bytes, stride;
+  int bits, room;  // room: of these tokens
+  bool query, symmetric;
+  const float* clip;
+
+  __device__ __forceinline__ Target(const VitqAppendRows& a, Place p, int64_t start) {
+    p.token = 0;
+    const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
+    bits = cache.bits, symmetric = cache.symmetric, clip = p.kind == KEY ? a.key_clip : a.value_clip;
+    rows = cache_place(cache, p, start), row_bytes = cache.strides[2];
+    query = p.kind == QUERY;
+    room = query ? a.tokens : int(max(min(a.room - start, int64_t(a.tokens)), int64_t(0)));
+    void* const out = p.kind == VALUE ? a.v_out : a.out_before || a.out_turned ? nullptr : a.k_out;
+    numbers = query ? query_place<T>(a, p) : out ? numbers_place<T>(out, a, p) : nullptr;
+    stride = query ? int64_t(a.query_heads) * a.dim : a.dim;
   }
-  there = there && start + p.token < a.room;
-  const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
-  uint8_t* to = cache_place(cache, p, start);
-  if (cache.bits > 8) {
+};
+
+// The codes of a token's row, of keys or values, by the lanes that have it. x becomes what they stand for.
+template <class T>
+__device__ __forceinline__ void write_codes(Eight<T>& x, const Target<T>& target, int token, const Spot& spot, bool there) {
+  uint8_t* to = target.rows + token * target.row_bytes;
+  if (target.bits > 8) {
     uint32_t* const words = reinterpret_cast<uint32_t*>(to + 16 * spot.at);
     if (there)
 #pragma unroll
       for (int i = 0; i < 4; ++i) words[i] = *reinterpret_cast<const uint32_t*>(&x.two[i]);
   } else {
-    float y[8], lo = INFINITY, hi = -INFINITY;
+    using Two = typename Pair<T>::Two;
+    Two least = __hmin2(__hmin2(x.two[0], x.two[1]), __hmin2(x.two[2], x.two[3])), most = __hmax2(__hmax2(x.two[0], x.two[1]), __hmax2(x.two[2], x.two[3]));
+    Two both;  // the least, and the largest with another sign
+    both.x = __hmin(least.x, least.y), both.y = __hneg(__hmax(most.x, most.y));
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      y[i] = float(i % 2 ? x.two[i / 2].y : x.two[i / 2].x);
-      lo = fminf(lo, y[i]), hi = fmaxf(hi, y[i]);
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t other = __shfl_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&both), spot.near[i]);
+      both = __hmin2(both, *reinterpret_cast<const Two*>(&other));
     }
-    for (int other = 1; other < spot.lanes; other *= 2) {
-      const int from = spot.lane(other);
-      lo = fminf(lo, __shfl_sync(0xFFFFFFFFu, lo, from)), hi = fmaxf(hi, __shfl_sync(0xFFFFFFFFu, hi, from));
-    }
-    const RowCodes codes(cache, p.kind == KEY ? a.key_clip : a.value_clip, lo, hi);
-    uint32_t bytes[2] = {}, halves = 0;
+    const RowCodes codes(target.bits, target.symmetric, target.clip, float(both.x), -float(both.y));
+    uint32_t bytes[2];
+    const auto convert = [&](auto symmetric) {
+      constexpr bool SYMMETRIC = decltype(symmetric)::value;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint32_t code = codes.code(y[i]);
-      bytes[i / 4] |= code << 8 * (i % 4), halves |= (code & 15) << 4 * i;
-    }
+      for (int half = 0; half < 2; ++half) {
+        float c[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x.two[i].x = T(y[2 * i]), x.two[i].y = T(y[2 * i + 1]);
+        for (int i = 0; i < 4; ++i) {
+          Two& two = x.two[2 * half + i / 2];
+          float y = float(i % 2 ? two.y : two.x);
+          c[i] = codes.template code<SYMMETRIC>(y);
+          (i % 2 ? two.y : two.x) = T(y);
+        }
+        bytes[half] = pack_codes(c[0], c[1], c[2], c[3]);
+      }
+    };
+    if (target.symmetric) convert(std::true_type());
+    else convert(std::false_type());
     if (there) {
       float* const constants = reinterpret_cast<float*>(to);
       if (spot.at == 0) constants[0] = codes.scale.scale;
-      if (spot.at == 1 && !codes.symmetric) constants[1] = codes.shift;
-      uint32_t* const words = reinterpret_cast<uint32_t*>(to + (codes.symmetric ? 4 : 8));
-      if (cache.bits > 4)
+      if (spot.at == 1 && !target.symmetric) constants[1] = codes.shift;
+      uint32_t* const words = reinterpret_cast<uint32_t*>(to + (target.symmetric ? 4 : 8));
+      if (target.bits > 4)
         words[2 * spot.at] = bytes[0], words[2 * spot.at + 1] = bytes[1];
       else
-        words[spot.at] = halves;
+        words[spot.at] = __byte_perm(nibbles(bytes[0]), nibbles(bytes[1]), 0x6420);
     }
   }
-  void* const out = p.kind == VALUE ? a.v_out : a.out_before || a.out_turned ? nullptr : a.k_out;
-  if (out && there) *reinterpret_cast<Eight<T>*>(numbers_place<T>(out, a, p) + 8 * spot.at) = x;
+}
+
+// As write_row, by all lanes of a warp; there: those that have a row.
+template <class T>
+__device__ __forceinline__ void write_row(Eight<T>& x, const Target<T>& target, int token, const Spot& spot, bool there) {
+  there = there && token < target.room;
+  if (!target.query) write_codes(x, target, token, spot, there);
+  if (target.numbers && there) store_eight(target.numbers + token * target.stride + 8 * spot.at, x);
 }
 
 // A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding; or
@@ -447,13 +501,13 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
   const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
   const int first = blockIdx.x % chunks * chunk, end = min(first + chunk, a.tokens);
-  Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
+  const Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
   const Spot spot(a.dim, lane);
   const int per_warp = 32 / spot.lanes;
   T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
   T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
   __half* const matrix_half = reinterpret_cast<__half*>(matrix);
-  constexpr int BATCH = MIXED ? 4 : 2;  // how often a lane reads before it writes
+  constexpr int BATCH = 2;  // how often a lane reads before it writes
   T* const back = matrix + a.dim * pitch;
   const bool turned = MIXED && a.out_turned && place.kind == KEY;
   const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr && !a.out_turned);
@@ -475,7 +529,10 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
   const Source<T> source(a, place);
+  const Target<T> target(a, place, start);
   const T* const from = source.from + 8 * spot.at;
+  T* const before = place.kind == KEY && a.out_before && a.k_out ? numbers_place<T>(a.k_out, a, place) : nullptr;  // where keys go before the rest
+  T* const back_to = turned ? numbers_place<T>(a.k_out, a, place) : nullptr;
   const bool rotary = a.cos && place.kind != VALUE;
   const T* const cos = static_cast<const T*>(a.cos) + place.batch * a.rotary_strides[0] + 8 * spot.at;
   const T* const sin = static_cast<const T*>(a.sin) + place.batch * a.rotary_strides[0] + 8 * spot.at;
@@ -493,16 +550,12 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
       for (int j = 0; j < BATCH; ++j) {
         const int own = i + j * per_warp + spot.row;
         const bool there = spot.row < per_warp && own < rows;
-        place.token = row + own;
+        const int token = row + own;
         if (rotary) rotate(x[j], c[j], s[j], spot);
-        if (place.kind == KEY && a.k_out && a.out_before && there)
-          *reinterpret_cast<Eight<T>*>(numbers_place<T>(a.k_out, a, place) + 8 * spot.at) = x[j];
-        if (!mixed)
-          write_row(x[j], a, place, start, spot, there);
-        else if (there && place.kind == KEY)
-          *reinterpret_cast<Eight<__half>*>(tile + own * pitch + 8 * spot.at) = in_half(x[j]);
-        else if (there)
-          *reinterpret_cast<Eight<T>*>(tile + own * pitch + 8 * spot.at) = x[j];
+        if (before && there) store_eight(before + int64_t(token) * a.dim + 8 * spot.at, x[j]);
+        if (!mixed) write_row(x[j], target, token, spot, there);
+        else if (there && place.kind == KEY) store_eight(reinterpret_cast<__half*>(tile) + own * pitch + 8 * spot.at, in_half(x[j]));
+        else if (there) store_eight(tile + own * pitch + 8 * spot.at, x[j]);
       }
     }
     if (!mixed) continue;
@@ -515,19 +568,16 @@ __global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(
     for (int i = 0; i < rows; i += per_warp) {
       const int own = i + spot.row;
       const bool there = spot.row < per_warp && own < rows;
-      Eight<T>* const at = reinterpret_cast<Eight<T>*>(tile + min(own, TILE_ROWS - 1) * pitch + 8 * spot.at);
-      Eight<T> x = *at;
-      place.token = row + own;
-      write_row(x, a, place, start, spot, there);
-      if (turned && there) *at = x;
+      T* const at = tile + min(own, TILE_ROWS - 1) * pitch + 8 * spot.at;
+      Eight<T> x = load_eight(at);
+      write_row(x, target, row + own, spot, there);
+      if (turned && there) store_eight(at, x);
     }
     __syncwarp();
     if (!turned) continue;
     multiply_rows<T, T, true>(tile, back, a.dim, pitch, lane);
-    for (int own = spot.row; own < rows && spot.row < per_warp; own += per_warp) {
-      place.token = row + own;
-      *reinterpret_cast<Eight<T>*>(numbers_place<T>(a.k_out, a, place) + 8 * spot.at) = load_eight(tile + own * pitch + 8 * spot.at);
-    }
+    for (int own = spot.row; own < rows && spot.row < per_warp; own += per_warp)
+      store_eight(back_to + (row + own) * target.stride + 8 * spot.at, load_eight(tile + own * pitch + 8 * spot.at));
     __syncwarp();
   }
   count_tokens(a, start);
@@ -547,8 +597,11 @@ bool aligned(const VitqAppendRows& a, int count) {
 
 template <class T>
 int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
+  Gpu gpu;
+  if (const int error = gpu_of_now(gpu)) return error;
   const bool mixed = a.right || a.inverse;
-  const int chunk = mixed ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + (a.out_turned ? 2 : 1) * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
+  const bool many = int64_t(a.batch) * a.heads * (a.tokens / MIXED_CHUNK) >= gpu.processors;
+  const int chunk = mixed && many ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + (a.out_turned ? 2 : 1) * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
   const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
   if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
   const auto kernel = mixed ? prompt_kernel<T, true> : prompt_kernel<T, false>;

@@ -2,7 +2,8 @@
 #include <cuda_runtime.h>
 #include <cutlass/version.h>
 
-#include "vitq_cuda.h"
+#include "launch.cuh"
+#include "transformed_rows.cuh"
 
 #define VITQ_QUOTE(x) #x
 #define VITQ_TEXT(x) VITQ_QUOTE(x)
@@ -48,9 +49,13 @@ int vitq_runtime_version(void) {
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
 }
 
-#ifdef VITQ_NO_SM90  // built without sm_90a: gemm_sm90.cu is not among the sources
+#ifdef VITQ_NO_SM90  // built without sm_90a: sources named _sm90 are not among those compiled
 int vitq_linear_sm90(const VitqLinear*, void*) { return VITQ_UNSUPPORTED; }
 int vitq_linear_sm90_configs(void) { return 0; }
 #endif
 
 }  // extern "C"
+
+#ifdef VITQ_NO_SM90
+int vitq::launch_kronecker_sm90(TransformedLaunch, const Gpu&, cudaStream_t) { return VITQ_UNSUPPORTED; }
+#endif

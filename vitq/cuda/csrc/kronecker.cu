@@ -6,12 +6,9 @@
 // of the first product have the layout that the second reads its operand in. So results stay in registers until the warps of a token have
 // agreed on its range. Which columns a warp's fragments hold is chosen so that a thread has four neighbours, whose codes are one word.
 // While the products run, the token to come is copied to shared memory as it is; gates and norms are applied on its way to float16.
-#include <algorithm>
-
 #include <cuda_runtime.h>
 
-#include "launch.cuh"
-#include "transformed_rows.cuh"
+#include "kronecker.cuh"
 
 namespace vitq {
 namespace {
@@ -35,49 +32,6 @@ __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], 
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-// Two halves, clamped to float16's largest number.
-__device__ __forceinline__ uint32_t saturated(uint32_t both) {
-  const __half2 largest = __half2half2(__ushort_as_half(0x7BFF));
-  const __half2 x = __hmax2_nan(__hmin2_nan(*reinterpret_cast<const __half2*>(&both), largest), __hneg2(largest));
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
-__device__ __forceinline__ uint32_t halves(float a, float b) {
-  const __half2 both = __floats2half2_rn(a, b);
-  return saturated(*reinterpret_cast<const uint32_t*>(&both));
-}
-
-// The warps of one token.
-struct Team {
-  int thread, threads, barrier;
-  uint32_t* scratch;  // of 64 words
-  int turn;
-
-  __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
-
-  // Two places by turns, so that one barrier is enough: who writes a place again has passed the barrier of the other.
-  __device__ __forceinline__ uint32_t* place() { return scratch + 32 * (turn ^= 1); }
-
-  __device__ __forceinline__ float sum(float value) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
-    auto* const at = reinterpret_cast<float*>(place());
-    if (thread % 32 == 0) at[thread / 32] = value;
-    meet();
-    value = at[0];
-    for (int warp = 1; warp < threads / 32; ++warp) value += at[warp];
-    return value;
-  }
-
-  __device__ __forceinline__ void extremes(float& lo, float& hi) {
-    const int least = __reduce_min_sync(0xFFFFFFFFu, order_of(lo)), largest = __reduce_max_sync(0xFFFFFFFFu, order_of(hi));
-    auto* const at = reinterpret_cast<int*>(place());
-    if (thread % 32 == 0) at[thread / 32] = least, at[16 + thread / 32] = largest;
-    meet();
-    const int warp = min(thread % 32, threads / 32 - 1);
-    lo = of_order(__reduce_min_sync(0xFFFFFFFFu, at[warp])), hi = of_order(__reduce_max_sync(0xFFFFFFFFu, at[16 + warp]));
-  }
-};
 
 // What `prepare` needs of the arguments, in registers.
 struct Before {
@@ -199,7 +153,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   extern __shared__ __align__(16) uint8_t shared[];
   const VitqTransformedRows& a = p.a;
   const int lane = threadIdx.x % 32, group = threadIdx.x / 32 / p.warps, warp = threadIdx.x / 32 - group * p.warps;
-  Team team{int(threadIdx.x) - 32 * p.warps * group, 32 * p.warps, 1 + group, reinterpret_cast<uint32_t*>(shared + p.scratch) + 64 * group, 0};
+  Team team{int(threadIdx.x) - 32 * p.warps * group, 32 * p.warps, 1 + group, reinterpret_cast<uint32_t*>(shared + p.scratch + TEAM_BYTES * group), 0};
   uint8_t* const place = shared + p.tokens + group * p.token_bytes;
   auto* const rows = reinterpret_cast<__half*>(place);
   const int sizes = a.x_dtype == VITQ_F32 ? 4 : 2, row_bytes = (a.gate ? 2 : 1) * a.columns * sizes;
@@ -239,7 +193,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   const uint32_t step = 2 * p.pitch;  // bytes between rows
   const uint32_t by_rows = at + (8 * (lane / 16) + lane % 8) * step + 16 * (lane / 8 % 2);
   const bool once = p.items <= p.warps;  // results stay in registers
-  const int columns = a.columns / p.rows;
+  const int columns = p.columns;
 
   const Before before{a.columns, a.gate, a.norm, a.weight, a.bias, a.eps, p.inverse_columns, columns, p.pitch, a.right != nullptr, p.stages != 0, p.by_row};
   bool ready = false;  // whether the matrices are there for all
@@ -421,7 +375,7 @@ int plan_kronecker(TransformedLaunch& p, int processors, int shared) {
   const VitqTransformedRows& a = p.a;
   const auto up = [](int n, int multiple) { return (n + multiple - 1) / multiple; };
   const int columns = a.right_size ? a.right_size : a.columns / a.left_size, pairs = up(columns, 32);
-  p.rows = a.columns / columns;
+  p.rows = a.columns / columns, p.columns = columns;
   p.left_tiles = a.left_size ? up(p.rows, 16) : 0;
   p.right_tiles = a.right_size ? up(columns, 16) : 0;
   p.eights &= columns % 8 == 0;
@@ -433,27 +387,22 @@ int plan_kronecker(TransformedLaunch& p, int processors, int shared) {
   p.left = 1024 * pairs * p.right_tiles;
   p.tokens = p.left + 512 * p.left_tiles * p.left_tiles;
   const int64_t own = int64_t(2) * p.pitch * 16 * (a.left_size ? p.left_tiles : tiles * chunks);
-  const int64_t raw = (a.gate ? 2 : 1) * int64_t(a.columns) * (a.x_dtype == VITQ_F32 ? 4 : 2);
   p.warps = std::min({p.items, warps, 16});
-  const int wanted = std::min({warps / p.warps, up(a.m, processors), 15});
-  const auto fitting = [&](int stages) { return int(std::clamp<int64_t>((shared - p.tokens) / (own + stages * raw + 256), 0, wanted)); };
-  // Rows to come are worth as much as tokens at once: 2048 gates of 14336 with 112 x 128 took 152 us with one token and its next, 113 with two, on an H100.
-  p.stages = !p.eights || fitting(1) < wanted ? 0 : fitting(2) == wanted ? 2 : 1;
-  p.groups = fitting(p.stages);
-  if (!p.groups) return VITQ_UNSUPPORTED;
+  if (!place_tokens(p, own, warps, processors, shared)) return VITQ_UNSUPPORTED;
   // Fewer tokens than processors: more warps copy and convert.
   if (a.m <= processors) p.warps = std::max(p.warps, std::min(8, warps));
-  p.staged = int(own), p.stage_bytes = int(raw), p.token_bytes = int(own + p.stages * raw);
-  p.scratch = p.tokens + p.groups * p.token_bytes;
   return 0;
 }
 
 int launch_kronecker(TransformedLaunch& p, cudaStream_t stream) {
   Gpu gpu;
   if (const int error = gpu_of_now(gpu)) return error;
+  const bool eights = p.eights;
   if (const int error = plan_kronecker(p, gpu.processors, gpu.shared)) return error;
-  p.words = (p.a.columns / p.rows) % 4 == 0 && uintptr_t(p.a.out) % 4 == 0 && p.a.out_stride % 4 == 0;
-  const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors), shared = p.scratch + 256 * p.groups;
+  p.words = p.columns % 4 == 0 && uintptr_t(p.a.out) % 4 == 0 && p.a.out_stride % 4 == 0;
+  if (eights)
+    if (const int error = launch_kronecker_sm90(p, gpu, stream); error != VITQ_UNSUPPORTED) return error;
+  const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors), shared = p.scratch + TEAM_BYTES * p.groups;
   switch (tiles_of(p)) {
     case 1: return launch_tiles<1>(p, blocks, shared, stream);
     case 2: return launch_tiles<2>(p, blocks, shared, stream);

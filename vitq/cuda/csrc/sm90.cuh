@@ -51,6 +51,13 @@ __device__ __forceinline__ void load_box(const CUtensorMap* map, uint64_t* bar, 
       : "memory");
 }
 
+// Neighbouring bytes, a multiple of 16.
+__device__ __forceinline__ void load_bytes(uint64_t* bar, void* to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %3, [%2];" ::"r"(shared_address(to)), "l"(from),
+               "r"(shared_address(bar)), "r"(bytes)
+               : "memory");
+}
+
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -77,6 +84,11 @@ __device__ __forceinline__ void take_registers() {
 __device__ __forceinline__ uint64_t operand(const void* p) {
   uint64_t address = (shared_address(p) & 0x3FFFF) >> 4;
   return address | (uint64_t(1) << 16) | (uint64_t(1024 >> 4) << 32) | (uint64_t(1) << 62);
+}
+
+// The same of pieces without a swizzle: eight rows of 16 bytes, the rows after them behind them, and `stride` bytes to what follows in K.
+__device__ __forceinline__ uint64_t pieces(const void* p, int stride) {
+  return (shared_address(p) & 0x3FFFF) >> 4 | uint64_t(stride >> 4) << 16 | uint64_t(128 >> 4) << 32;
 }
 
 constexpr int STEP = 32 >> 4;  // what a k-step of 32 bytes adds to a descriptor

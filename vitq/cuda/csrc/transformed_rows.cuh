@@ -11,11 +11,12 @@ struct TransformedLaunch {
   float qmin, qmax, inverse_columns;
   bool eights;       // x can be read 16 bytes at a time, and rows of X hold whole groups of eight
   bool words;        // codes can be written four at a time
-  // kronecker.cu
+  // kronecker.cu and kronecker_sm90.cu
   Divisor by_row;    // vectors of a row of X
-  int32_t rows, right_tiles, left_tiles;  // rows of X; steps of 16 of the first and the second product's sums
+  bool fours;        // kronecker_sm90.cu: vectors are of four numbers, since rows of X hold an odd number of these
+  int32_t rows, columns, right_tiles, left_tiles;  // of X; steps of 16 of the first and the second product's sums
   int32_t items, warps, groups;  // pieces of a token that one warp works on; warps of a token and tokens of a block
-  int32_t pitch;     // halves of a row of X in shared memory
+  int32_t pitch;     // halves of a row of X in shared memory; kronecker_sm90.cu: of a piece of eight columns
   int32_t left, tokens, token_bytes, scratch;  // places in shared memory
   int32_t staged, stages, stage_bytes;  // rows to come, from a token's place on; 0 stages where there is no room
 };
@@ -23,6 +24,9 @@ struct TransformedLaunch {
 // kronecker.cu
 int launch_kronecker(TransformedLaunch& p, cudaStream_t stream);
 int plan_kronecker(TransformedLaunch& p, int processors, int shared);
+// kronecker_sm90.cu, of a launch that is planned; VITQ_UNSUPPORTED where kronecker.cu is for it
+struct Gpu;
+int launch_kronecker_sm90(TransformedLaunch p, const Gpu& gpu, cudaStream_t stream);
 
 // By the special-function unit, within a few units of float32's last place, which the rounding after it hides.
 __device__ __forceinline__ float sigmoid(float x) {

@@ -1,0 +1,72 @@
+// What the kernels that multiply rows with Kronecker products have in common (kronecker.cu, kronecker_sm90.cu): the warps of a token, and where shared memory
+// has what.
+#pragma once
+
+#include <algorithm>
+
+#include "launch.cuh"
+#include "transformed_rows.cuh"
+
+namespace vitq {
+
+// Two halves, clamped to float16's largest number.
+__device__ __forceinline__ uint32_t saturated(uint32_t both) {
+  const __half2 largest = __half2half2(__ushort_as_half(0x7BFF));
+  const __half2 x = __hmax2_nan(__hmin2_nan(*reinterpret_cast<const __half2*>(&both), largest), __hneg2(largest));
+  return *reinterpret_cast<const uint32_t*>(&x);
+}
+__device__ __forceinline__ uint32_t halves(float a, float b) {
+  uint32_t both;
+  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+  return both;
+}
+
+// The warps of one token.
+struct Team {
+  int thread, threads, barrier;
+  uint32_t* scratch;  // of 64 words
+  int turn;
+
+  __device__ __forceinline__ void meet() { asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory"); }
+
+  // Two places by turns, so that one barrier is enough: who writes a place again has passed the barrier of the other.
+  __device__ __forceinline__ uint32_t* place() { return scratch + 32 * (turn ^= 1); }
+
+  __device__ __forceinline__ float sum(float value) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) value += __shfl_xor_sync(0xFFFFFFFFu, value, offset);
+    auto* const at = reinterpret_cast<float*>(place());
+    if (thread % 32 == 0) at[thread / 32] = value;
+    meet();
+    value = at[0];
+    for (int warp = 1; warp < threads / 32; ++warp) value += at[warp];
+    return value;
+  }
+
+  __device__ __forceinline__ void extremes(float& lo, float& hi) {
+    const int least = __reduce_min_sync(0xFFFFFFFFu, order_of(lo)), largest = __reduce_max_sync(0xFFFFFFFFu, order_of(hi));
+    auto* const at = reinterpret_cast<int*>(place());
+    if (thread % 32 == 0) at[thread / 32] = least, at[16 + thread / 32] = largest;
+    meet();
+    const int warp = min(thread % 32, threads / 32 - 1);
+    lo = of_order(__reduce_min_sync(0xFFFFFFFFu, at[warp])), hi = of_order(__reduce_max_sync(0xFFFFFFFFu, at[16 + warp]));
+  }
+};
+
+constexpr int TEAM_BYTES = 256 + 16;  // of shared memory: a team's scratch, and two barriers
+
+// Tokens of a block, and rows to come, as far as there is room behind `p.tokens`. own: bytes of a token's X; warps: of a block. Whether there is room for one.
+// Rows to come are worth as much as tokens at once: 2048 gates of 14336 with 112 x 128 took 152 us with one token and its next, 113 with two, on an H100.
+inline bool place_tokens(TransformedLaunch& p, int64_t own, int warps, int processors, int shared) {
+  const VitqTransformedRows& a = p.a;
+  const int64_t raw = (a.gate ? 2 : 1) * int64_t(a.columns) * (a.x_dtype == VITQ_F32 ? 4 : 2);
+  const int wanted = std::min({warps / p.warps, (a.m + processors - 1) / processors, 15});
+  const auto fitting = [&](int stages) { return int(std::clamp<int64_t>((shared - p.tokens) / (own + stages * raw + TEAM_BYTES), 0, wanted)); };
+  p.stages = !p.eights || fitting(1) < wanted ? 0 : fitting(2) == wanted ? 2 : 1;
+  p.groups = fitting(p.stages);
+  p.staged = int(own), p.stage_bytes = int(raw), p.token_bytes = int(own + p.stages * raw);
+  p.scratch = p.tokens + p.groups * p.token_bytes;
+  return p.groups > 0;
+}
+
+}  // namespace vitq
