@@ -1,4 +1,4 @@
-// The rows of a prompt multiplied with a Kronecker product on Hopper: as kronecker.cu does it, with the MMAs of warpgroups, which read X and the matrices from
+// Rows multiplied with a Kronecker product on Hopper: as kronecker.cu does it, with the MMAs of warpgroups, which read X and the matrices from
 // shared memory themselves. Accumulators are half of what they are there, so that twice as many warps share a multiprocessor and one token's gates and codes
 // fill the time of another's products.
 //
@@ -45,14 +45,23 @@ __device__ __forceinline__ void multiply(const uint32_t (&a)[4], uint64_t b, flo
 // A matrix in fragments (`pack_transform`) to pieces, `stride` bytes from eight inputs to the next. row: of output 16 n + 8 h + g.
 template <class F>
 __device__ __forceinline__ void spread(const void* from, int outputs, int inputs, uint8_t* to, int stride, F row) {
-  for (int i = threadIdx.x; i < 32 * outputs * inputs; i += blockDim.x) {
-    const int tile = i / 32, n = tile / inputs, k = tile - n * inputs, g = i % 32 / 4;
-    const uint4 q = __ldg(static_cast<const uint4*>(from) + i);
-    uint8_t* const at = to + 2 * k * stride + 4 * (i % 4);
-    *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 0)) = q.x;
-    *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 1)) = q.y;
-    *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 0) + stride) = q.z;
-    *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 1) + stride) = q.w;
+  constexpr int BATCH = 8;  // loads under way
+  const int all = 32 * outputs * inputs, g = threadIdx.x % 32 / 4;
+  for (int first = threadIdx.x; first < all; first += BATCH * blockDim.x) {
+    uint4 q[BATCH];
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j)
+      if (const int i = first + j * blockDim.x; i < all) q[j] = __ldg(static_cast<const uint4*>(from) + i);
+#pragma unroll
+    for (int j = 0; j < BATCH; ++j)
+      if (const int i = first + j * blockDim.x; i < all) {
+        const int tile = i / 32, n = tile / inputs, k = tile - n * inputs;
+        uint8_t* const at = to + 2 * k * stride + 4 * (i % 4);
+        *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 0)) = q[j].x;
+        *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 1)) = q[j].y;
+        *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 0) + stride) = q[j].z;
+        *reinterpret_cast<uint32_t*>(at + 16 * row(n, g, 1) + stride) = q[j].w;
+      }
   }
 }
 
@@ -254,7 +263,7 @@ int launch_tiles(TransformedLaunch& p, const Gpu& gpu, int64_t own, cudaStream_t
 }  // namespace
 
 int launch_kronecker_sm90(TransformedLaunch p, const Gpu& gpu, cudaStream_t stream) {
-  if (gpu.major != 9 || p.a.m <= gpu.processors || p.a.x_dtype == VITQ_F32 || !p.a.left || !p.a.right || p.left_tiles > 8 || !p.words) return VITQ_UNSUPPORTED;
+  if (gpu.major != 9 || p.a.x_dtype == VITQ_F32 || !p.a.left || !p.a.right || p.left_tiles > 8 || !p.words) return VITQ_UNSUPPORTED;
   p.eights = true;
   p.fours = p.columns % 8 != 0;
   p.by_row = divisor(p.columns / (p.fours ? 4 : 8));
