@@ -286,6 +286,8 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
       copy_async(uint32_t(__cvta_generic_to_shared(shared)) + i, static_cast<const uint8_t*>(matrix) + i, true);
     commit_copies();
   }
+  if (lane == 0 && a.key_clip) prefetch(a.key_clip);
+  if (lane == 0 && a.value_clip) prefetch(a.value_clip);
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
   if (place.batch < a.batch) {

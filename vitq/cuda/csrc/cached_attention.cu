@@ -18,15 +18,23 @@ __global__ void combine_kernel(const __grid_constant__ VitqCachedAttention a, in
   const int step = QUERIES * pitch;
   wait_for_kernels_before();
   for (int s = threadIdx.x; s < a.splits; s += blockDim.x) tops[s] = from[s * step + a.dim], totals[s] = from[s * step + a.dim + 1];
+  constexpr int EARLY = 20;  // numbers that are read at once with these
+  float early[EARLY];
+#pragma unroll
+  for (int s = 0; s < EARLY; ++s) early[s] = from[min(s, a.splits - 1) * step + threadIdx.x];
   __syncthreads();
   float top = -INFINITY, total = 0.0f, y = 0.0f;
   for (int s = 0; s < a.splits; ++s) top = fmaxf(top, tops[s]);
+  const auto add = [&](int s, float number) {
+    if (tops[s] == -INFINITY) return;  // nothing was written
+    const float factor = power_of_two(tops[s] - top);
+    total = fmaf(factor, totals[s], total), y = fmaf(factor, number, y);
+  };
+#pragma unroll
+  for (int s = 0; s < EARLY; ++s)
+    if (s < a.splits) add(s, early[s]);
 #pragma unroll 8
-  for (int s = 0; s < a.splits; ++s) {
-    const bool there = tops[s] != -INFINITY;  // else nothing was written; the first part has at least one token
-    const float factor = there ? power_of_two(tops[s] - top) : 0.0f, number = from[(there ? s : 0) * step + threadIdx.x];
-    total = fmaf(factor, there ? totals[s] : 0.0f, total), y = fmaf(factor, number, y);
-  }
+  for (int s = EARLY; s < a.splits; ++s) add(s, from[s * step + threadIdx.x]);
   store_float(a.out, batch * a.out_strides[0] + t * a.out_strides[1] + h * a.out_strides[2] + threadIdx.x, total > 0.0f ? y / total : 0.0f, a.dtype);
 }
 

@@ -260,6 +260,15 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   const int split = blockIdx.x % a.splits, unit = blockIdx.x / a.splits, tile = unit % tiles, head = unit / tiles % a.heads, batch = unit / tiles / a.heads;
   const int group = a.query_heads / a.heads, queries = group * a.tokens;  // of the key and value head
   start_dependents();
+  {  // rows that were there a token ago, or more: those of two turns of all warps
+    const Parts old(a, tokens_there(a));
+    const int begin = old.first + split * old.each, there = min(min(old.each, 2 * BLOCK_TOKENS), old.length - begin);
+    const auto ahead = [&](const VitqCacheRows& rows) {
+      if (rows.strides[2] <= 2 * D + 8)  // else those of all heads lie side by side
+        prefetch(static_cast<const uint8_t*>(rows.rows) + batch * rows.strides[0] + head * rows.strides[1] + begin * rows.strides[2], there * rows.strides[2]);
+    };
+    ahead(a.keys), ahead(a.values);
+  }
   wait_for_kernels_before();
   constexpr int LANE = (D + 31) / 32;
   float numbers[QUERIES / WARPS][LANE];  // of the queries warp and warp + WARPS, on their way while the length is

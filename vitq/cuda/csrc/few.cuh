@@ -60,10 +60,10 @@ struct Traits {
   static constexpr int PITCH = 32 + 4;             // of partial sums: no two lanes meet a bank
   using Sum = std::conditional_t<FLOATS, float, int>;
 
-  // Shared memory: partial sums; results; bias and scale; partial sums of the float16 columns.
+  // Shared memory: partial sums; results; bias, scale and column sums; partial sums of the float16 columns.
   __host__ __device__ static int partial_bytes(int warps) { return warps * 8 * TILES * PITCH * 4; }
   __host__ __device__ static int constants_at(int warps) { return partial_bytes(warps) + 8 * TILES * 32 * 4; }
-  __host__ __device__ static int floats_at(int warps) { return constants_at(warps) + 2 * 32 * 4; }
+  __host__ __device__ static int floats_at(int warps) { return constants_at(warps) + 3 * 32 * 4; }
   static int shared_bytes(int warps, bool fp) { return floats_at(warps) + (fp ? partial_bytes(warps) : 0); }
 };
 
@@ -391,7 +391,7 @@ __device__ __forceinline__ void float_columns(const VitqLinear& p, int row0, int
   leave<T>(partial, acc, p.m, warp, lane);
 }
 
-// Four of the block's bias or scale, zeros where there is none.
+// Four of the block's constants, zeros where there are none.
 __device__ __forceinline__ void copy_constants(uint32_t to, const float* from, int column, const Operands& o) {
   const bool exists = from != nullptr && column < o.rows;
   copy16(to, exists ? static_cast<const void*>(from + column) : o.weight, exists ? 16 : 0);
@@ -492,24 +492,36 @@ __global__ void __launch_bounds__(THREADS)
   const int row0 = blockIdx.x * 32, warps = blockDim.x / 32;
   float* const constants = reinterpret_cast<float*>(shared + T::constants_at(warps));
   float* const floats = reinterpret_cast<float*>(shared + T::floats_at(warps));
+  // A thread that finishes eight outputs reads what else that takes while the products run.
+  static_assert(8 * T::TILES * 32 / COLUMNS <= 4 * 32, "a block of 4 warps has a thread for each");
+  const int row = threadIdx.x / (32 / COLUMNS), column = threadIdx.x % (32 / COLUMNS) * COLUMNS;
+  RowAt at;
+  float shift = 0.0f;
+  uint4 residual;
+  const bool early = vectors && p.residual.data != nullptr && p.residual.dtype != VITQ_F32;
   const int* result = accumulate<T>(o, shared, row0, [&](int warp, int lane) {
-    if (threadIdx.x < 32 / 2) {
-      const bool second = threadIdx.x >= 32 / 4;
-      copy_constants(shared_address(constants + threadIdx.x * 4), second ? p.scale : p.bias, row0 + threadIdx.x % (32 / 4) * 4, o);
+    if (threadIdx.x < 3 * 32 / 4) {
+      const int which = threadIdx.x / (32 / 4);
+      copy_constants(shared_address(constants + threadIdx.x * 4), which == 0 ? p.bias : which == 1 ? p.scale : p.column_sums,
+                     row0 + threadIdx.x % (32 / 4) * 4, o);
+    }
+    if (row < p.m) {
+      at = row_at(p, row);
+      if (p.column_sums != nullptr) shift = p.row_shift[row];
+      if (early && row0 + column < p.n) residual = prefetch_residual(at, row0 + column);
     }
     if (p.a_fp != nullptr) float_columns<T>(p, row0, o.rows, floats, warp, lane);
   });
-  for (int i = threadIdx.x; i < p.m * 32 / COLUMNS; i += blockDim.x) {
-    const int row = i / (32 / COLUMNS), column = i % (32 / COLUMNS) * COLUMNS;
-    const RowAt at = row_at(p, row);
+  if (row < p.m) {
     int whole[COLUMNS];
     float scale[COLUMNS], y[COLUMNS];
 #pragma unroll
     for (int e = 0; e < COLUMNS; ++e) whole[e] = result[row * 32 + column + e], y[e] = constants[column + e], scale[e] = constants[32 + column + e];
     if (p.column_sums != nullptr) {
       float sums[COLUMNS];
-      load8(p.column_sums + row0 + column, sums);
-      shift8(p.row_shift[row], sums, y);
+#pragma unroll
+      for (int e = 0; e < COLUMNS; ++e) sums[e] = constants[2 * 32 + column + e];
+      shift8(shift, sums, y);
     }
     accumulate8(whole, at.scale, p.row_scale != nullptr, scale, y);
     if (p.a_fp != nullptr) {
@@ -521,7 +533,7 @@ __global__ void __launch_bounds__(THREADS)
         y[e] += sum;
       }
     }
-    if (p.out.dtype != VITQ_S8) finish8<ACT_FLOAT_OUT>(p, at, row0 + column, vectors, y);
+    if (p.out.dtype != VITQ_S8) finish8<ACT_FLOAT_OUT>(p, at, row0 + column, vectors, y, residual, early);
     else if (p.activation == VITQ_NO_ACTIVATION) finish8<CODES_OUT>(p, at, row0 + column, vectors, y);
     else finish8<ACT_CODES_OUT>(p, at, row0 + column, vectors, y);
   }

@@ -170,6 +170,8 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   if (a.right) copy_all(a.right, 0, 1024 * pairs * p.right_tiles);
   if (a.left) copy_all(a.left, p.left, 512 * p.left_tiles * p.left_tiles);
   commit_copies();
+  if (a.norm) prefetch(a.weight, 4 * a.columns), prefetch(a.bias, 4 * a.columns);
+  const float2 clip = clip_of(a);
   wait_for_kernels_before();
   unsigned token = blockIdx.x + gridDim.x * group;
   const unsigned stride = gridDim.x * p.groups;
@@ -185,7 +187,6 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
   fetch(token, 0);
   if (p.stages == 2) fetch(token + stride, 1);
   else commit_copies();
-  const float2 clip = clip_of(a);
 
   const auto* right = reinterpret_cast<const uint4*>(shared) + lane;
   const auto* left = reinterpret_cast<const uint4*>(shared + p.left) + lane;

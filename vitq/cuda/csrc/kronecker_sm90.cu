@@ -155,6 +155,8 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_sm90_kern
     *reinterpret_cast<uint4*>(shared + i / pad * right_stride + 16 * (16 * strips + i % pad)) = make_uint4(0, 0, 0, 0);
   if (team.thread < p.stages) barrier_init(arrived + team.thread, 1);
   barrier_init_done();
+  if constexpr (MADE == NORMED) prefetch(a.weight, 4 * a.columns), prefetch(a.bias, 4 * a.columns);
+  const float2 clip = clip_of(a);
   written_for_mma();
   __syncthreads();
   wait_for_kernels_before();
@@ -167,7 +169,6 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_sm90_kern
     load_bytes(arrived + stage, place + p.staged + stage * p.stage_bytes, static_cast<const T*>(a.x) + int64_t(token) * a.x_stride, p.stage_bytes);
   };
   for (int stage = 0; stage < p.stages; ++stage) fetch(token + stage * stride, stage);
-  const float2 clip = clip_of(a);
   const uint64_t right = pieces(shared + 1024 * (strip / 4), right_stride), left = pieces(shared + p.left, 16 * N), x_at = pieces(place, 2 * p.pitch);
   const int x_step = p.pitch / 4, right_step = right_stride / 8;
   constexpr int LEFT_STEP = 2 * N;

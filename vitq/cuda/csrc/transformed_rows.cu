@@ -12,6 +12,7 @@ namespace {
 
 constexpr int MOST_COLUMNS = 32768;
 constexpr int MOST_THREADS = 1024;
+constexpr unsigned FEW = 64;  // rows: they are spread over more threads
 
 // The sum of a value over a block, in the same order whatever the run. meeting: one of two places, by turns.
 __device__ __forceinline__ float block_sum(float value, float (&meeting)[32]) {
@@ -31,11 +32,13 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
   __shared__ float sums[2][32];
   __shared__ int least[32], largest[32];
   start_dependents();
-  wait_for_kernels_before();
   const VitqTransformedRows& a = p.a;
+  if constexpr (NORM)
+    if (gridDim.x <= FEW) prefetch(a.weight, 4 * a.columns), prefetch(a.bias, 4 * a.columns);
+  const float2 clip = clip_of(a);
+  wait_for_kernels_before();
   const unsigned row = blockIdx.x;
   const T* x = static_cast<const T*>(a.x) + int64_t(row) * a.x_stride;
-  const float2 clip = clip_of(a);
   const auto column = [&](int v) { return 8 * int(threadIdx.x + v * blockDim.x); };
   const auto used = [&](int v) { return column(v) < a.columns; };
   const auto there = [&](int v, int w) { return EIGHTS ? used(v) : column(v) + w < a.columns; };
@@ -136,12 +139,11 @@ int launch_rows(const TransformedLaunch& p, cudaStream_t stream) {
   return launch_early(kernel, unsigned(p.a.m), threads, 0, stream, p);
 }
 
-// Few rows are spread over more threads.
 template <class T>
 int launch_type(const TransformedLaunch& p, cudaStream_t stream) {
   const int groups = (p.a.columns + 7) / 8;
-  if (groups <= (p.a.m <= 64 ? MOST_THREADS : 256)) return launch_rows<T, 1>(p, stream);
-  return groups <= (p.a.m <= 64 ? 2 * MOST_THREADS : 1024) ? launch_rows<T, 2>(p, stream) : launch_rows<T, 4>(p, stream);
+  if (groups <= (p.a.m <= int(FEW) ? MOST_THREADS : 256)) return launch_rows<T, 1>(p, stream);
+  return groups <= (p.a.m <= int(FEW) ? 2 * MOST_THREADS : 1024) ? launch_rows<T, 2>(p, stream) : launch_rows<T, 4>(p, stream);
 }
 
 int check(const VitqTransformedRows& a) {
