@@ -227,6 +227,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+def random_tokens(vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+    """For what a recipe measures where its results are no matter: a batch of 8 sequences of 64."""
+    return [torch.randint(2, vocabulary, (8, 64), device=device)]
+
+
 def random_model(name: str, device: torch.device, layers: int | None = None) -> nn.Module:
     """A float16 model (bfloat16 on a CPU) in one of SHAPES with random weights, made on the device."""
     import transformers

@@ -18,10 +18,10 @@ import torch
 
 import vitq
 from _cli import check_least, exit_code
+from _language import random_tokens
 
 HEADERS = ("cache", "ms a token", "ms of the prompt and the first tokens", "bytes of the cache, part of 16-bit floats")
 SHORT = 8  # tokens
-CALIBRATION = 8, 64  # sequences, tokens of random ids, where a recipe measures something
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -79,7 +79,7 @@ def check(args: argparse.Namespace) -> None:
 def recipe_of(args: argparse.Namespace) -> vitq.Recipe:
     """A recipe that runs in the time of the named one. Codes are rounded to nearest, whatever the solver: that changes no time. Raises ValueError for one
     that nothing executes."""
-    recipe = vitq.profiling.quick_recipe(args.recipe, CALIBRATION[0]).with_overrides(["solver=rtn", "transforms=[]", *changes(args)])
+    recipe = vitq.profiling.quick_recipe(args.recipe).with_overrides(["solver=rtn", "transforms=[]", *changes(args)])
     if recipe.execution == "simulated":
         raise ValueError(f"--recipe {args.recipe} is for simulation, and nothing executes all that it holds: give another")
     return recipe
@@ -105,7 +105,7 @@ def converted(args: argparse.Namespace, recipe: vitq.Recipe, device: torch.devic
             model = transformers.LlamaForCausalLM(config).eval()
     finally:
         torch.set_default_dtype(before)
-    return vitq.convert(model, recipe, [torch.randint(2, args.vocab, CALIBRATION, device=device)] if recipe.needs_data else None)
+    return vitq.convert(model, recipe, random_tokens(args.vocab, device) if recipe.needs_data else None)
 
 
 def least(call: Callable[[], None], repeats: int, device: torch.device) -> float:

@@ -6,7 +6,8 @@
 
 Every case has a static cache and runs as CUDA graphs where it can be captured: a prompt of --prompt tokens, then --decode tokens, each chosen on the GPU and fed
 back, without a word from the host. The baseline of a row is the faster of float16 eager and torch.compile with SDPA. A recipe runs whole: norms, rotary
-positions, cache and head are in its time. What a recipe would measure or learn is replaced by what costs the same time (`vitq.profiling.quick_recipe`).
+positions, cache and head are in its time. What a recipe would search or learn is replaced by what costs the same time (`vitq.profiling.quick_recipe`), what it
+measures it measures on random tokens.
 """
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ import vitq
 from _cli import check_least, exit_code
 from _console import Console
 from _generation import Case, measure
-from _language import SHAPES, random_model
+from _language import SHAPES, random_model, random_tokens
 
 FLOAT = "float16"
 PUBLISHED = """FlatQuant's real-quantized kernels, published, Llama-2-7B on an RTX 3090, times faster than its float16: prefill of 2048 tokens, batch 1,
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         def source(where: torch.device = device, name: str = name) -> nn.Module:
             if args.random:
                 return random_model(name, where, args.layers)
-            return vitq.load_language_model(name, dtype=torch.float16).model.to(where).eval()
+            return vitq.load_language_model(name, dtype=torch.float16, tokenizer=False).model.to(where)
 
         rows = [*float_rows(args, name, source, batches, device, console)]
         for recipe_name, recipe in recipes:
@@ -119,8 +120,8 @@ def recipe_of(name: str, kv_bits: int | None) -> vitq.Recipe:
     if recipe.needs_data:  # a solver, outliers: which of them is no matter here
         changes = ["solver=rtn", "transforms=[]"]
         recipe = recipe.with_overrides(changes)
-    if recipe.needs_data or recipe.execution == "simulated":
-        raise ValueError(f"--recipes {name}: it chooses something by data, or is for simulation, so it does not run on a model that was just made")
+    if recipe.execution == "simulated":
+        raise ValueError(f"--recipes {name} is for simulation, and nothing executes all that it holds: give another")
     if kv_bits and not recipe.resolve("qk").cached:
         recipe = recipe.with_overrides([f"kv.bits={kv_bits}"])
     return recipe
@@ -163,7 +164,9 @@ def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vit
     console.step(f"{name}, {recipe_name}: converting")
     torch._dynamo.reset()  # what was compiled before holds its model
     with memory_of(device):
-        model = vitq.convert(source(), recipe, dtype=torch.float16 if device.type == "cuda" else None)
+        model = source()
+        calib = random_tokens(model.config.vocab_size, device) if recipe.needs_data else None
+        model = vitq.convert(model, recipe, calib, dtype=torch.float16 if device.type == "cuda" else None)
     for batch in batches:
         console.step(f"{name}, {recipe_name}, batch {batch}")
         with memory_of(device):

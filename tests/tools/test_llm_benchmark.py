@@ -26,6 +26,14 @@ def test_a_table(tmp_path) -> None:
     assert all(r["decode_ratio"] == 1 for r in report["rows"][:2]) and "flatquant-w4a4kv4" in out and report["prompt"] == 12
 
 
+def test_a_folder_needs_no_tokenizer_and_a_recipe_that_measures_no_text(tmp_path) -> None:
+    llm_benchmark.random_model("tiny", torch.device("cpu")).save_pretrained(tmp_path / "model")
+    code, out, err = run_tool(llm_benchmark, "--model", tmp_path / "model", *TINY[2:], "--recipes", "quik-w4a4,w8a8", "--output", tmp_path / "r.json")
+    assert code == 0, err
+    assert [r["case"] for r in json.loads((tmp_path / "r.json").read_text())["rows"]] == ["float16 eager", "quik-w4a4", "w8a8"]
+    assert vitq.load_language_model(tmp_path / "model", tokenizer=False).tokenizer is None
+
+
 @torch.no_grad()
 def test_its_steps_are_those_of_generate() -> None:
     """What is timed writes the tokens that `generate` writes."""
@@ -47,7 +55,7 @@ def test_its_steps_are_those_of_generate() -> None:
     ([], "give --random with the names of shapes, or --model"), (["--random", "tiny", "--model", "x"], "give --random"),
     (["--random", "llama-9"], "--random llama-9: known are llama-2-7b"), ([*TINY, "--batch", "0"], "--batch 0: give numbers"),
     ([*TINY, "--batch", "a"], "--batch a: give numbers"), ([*TINY, "--recipes", "w9"], "neither a file nor a shipped recipe"),
-    ([*TINY, "--prompt", "0"], "--prompt"),
+    ([*TINY, "--prompt", "0"], "--prompt"), ([*TINY, "--recipes", "erq-w3a3-paper"], "erq-w3a3-paper is for simulation"),
 ])
 def test_mistakes(arguments: list[str], message: str) -> None:
     code, _, err = run_tool(llm_benchmark, *arguments)

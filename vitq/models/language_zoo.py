@@ -18,18 +18,19 @@ _HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?\Z")
 
 @dataclass(frozen=True)
 class LoadedLanguageModel:
-    """A float model in eval mode, its tokenizer, and the name it was asked for by."""
+    """A float model in eval mode, its tokenizer if that was wanted, and the name it was asked for by."""
 
     model: nn.Module
-    tokenizer: Any
+    tokenizer: Any | None
     name: str
 
 
-def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto") -> LoadedLanguageModel:
+def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto", tokenizer: bool = True) -> LoadedLanguageModel:
     """A causal language model of transformers, and its tokenizer.
 
     name: a folder that `save_pretrained` wrote, a name on the Hugging Face hub, or a .gguf file, whose weights are dequantized.
     dtype: of the weights; "auto" is the one they are stored in (float32 for GGUF).
+    tokenizer: whether one is loaded; a folder need not hold one otherwise.
 
     Raises FileNotFoundError (no such folder or file), UnsupportedModelError (a class that vitq has no adapter for; said before weights are
     read), ValueError (a quantized model), ConnectionError (neither the hub answers within 10 seconds nor its cache has the model), OSError
@@ -53,9 +54,9 @@ def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto") ->
         cls = type(config)
     if cls not in known.values():
         raise UnsupportedModelError(f"{name} is a {cls.__name__}, which vitq has no adapter for; known: {', '.join(sorted(known))}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where, **options)
+    words = transformers.AutoTokenizer.from_pretrained(where, **options) if tokenizer else None
     model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).eval()
-    return LoadedLanguageModel(model, tokenizer, name)
+    return LoadedLanguageModel(model, words, name)
 
 
 def _find(name: str) -> tuple[str, dict[str, Any]]:
