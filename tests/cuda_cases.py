@@ -395,14 +395,15 @@ for shape in ((2, 14, 14, 96), (1, 6, 4, 40), (3, 7, 5, 8), (2, 2, 2, 384)):
 
 
 def transformed_rows(m: int, k: int, left: int = 0, right: int = 0, *, dtype: torch.dtype = torch.float16, bits: int = 8, shift: bool = False,
-                     clip: tuple[float, float] | None = None, gate: str = "", norm: str = "", affine: bool = True, pad: bool = True) -> dict[str, Any]:
+                     clip: tuple[float, float] | None = None, gate: str = "", norm: str = "", affine: bool = True, pad: bool = True,
+                     fragments: bool = False) -> dict[str, Any]:
     """Matrices near Hadamard's size, which leave a row as large as it was; rows of codes at multiples of 16 bytes where `pad`."""
     x = awkward(m, 2 * k if gate else k).to(dtype)
     if m and dtype != torch.float16 and (left or right) and not gate and not norm:
         x[m - 1, k - 1] = 1e9  # beyond float16, where it ends at its largest number
     result: dict[str, Any] = dict(
         out=torch.zeros(m, round_up(k, 16), dtype=torch.int8)[:, :k] if pad else torch.zeros(m, k, dtype=torch.int8), x=x, row_scale=torch.zeros(m), bits=bits,
-        gate=gate, norm=norm, eps=1e-6)
+        gate=gate, norm=norm, eps=1e-6, fragments=fragments)
     for name, size, seed in (("left", left, 8), ("right", right, 9)):
         if size:
             result |= {name: pack_transform((randn(size, size, seed=seed) * size**-0.5).half(), name == "right"), f"{name}_size": size}
@@ -432,13 +433,22 @@ for m in (0, 300, 3001):  # blocks that have several tokens at once, and one aft
     for left, right, k in ((64, 64, 4096), (86, 128, 11008), (24, 24, 576), (32, 0, 4096), (0, 64, 448)):
         case(f"transformed_rows {m} of {left}x{right}", "transformed_rows",
              lambda m=m, l=left, r=right, k=k: transformed_rows(m, k, l, r, clip=(0.9, 0.95)), 5e-3, 1e-3)
-# Of many rows Hopper has another kernel: all that may come before, one to four warpgroups a token, rows of X that eights do not divide, what pads each size.
+# Hopper has another kernel: all that may come before, one to four warpgroups a token, rows of X that eights do not divide, what pads each size.
 for i, (left, right) in enumerate(((112, 128), (128, 148), (64, 64), (3, 200), (17, 256), (33, 44), (90, 100), (50, 12), (9, 9))):
     for j, options in enumerate(BEFORE):
         if i < 3 or (i + j) % 4 == 0:
             dtype = (torch.float16, torch.bfloat16)[(i + j) % 2]
             case(f"transformed_rows 300 of {left}x{right} {dtype} {options}", "transformed_rows",
                  lambda l=left, r=right, d=dtype, o=options: transformed_rows(300, l * r, l, r, dtype=d, **o), 5e-3, 1e-3)
+# The kernel of all chips where it would not be chosen: rows to come and several tokens of a block, and few rows.
+for i, (left, right) in enumerate(((64, 64), (86, 128), (112, 128), (24, 24))):
+    for j, options in enumerate(BEFORE):
+        for m in (3, 300):
+            case(f"transformed_rows {m} of {left}x{right} by fragments {options}", "transformed_rows",
+                 lambda l=left, r=right, d=(torch.float16, torch.bfloat16)[(i + j) % 2], o=options, m=m: transformed_rows(
+                     m, l * r, l, r, dtype=d, fragments=True, **o), 5e-3, 1e-3)
+for options in ({"gate": "silu"}, {"norm": "rms_norm"}, {"shift": True, "bits": 4}):  # a block holds one token and its next, or one of some width
+    case(f"transformed_rows 300 of 128x128 {options}", "transformed_rows", lambda o=options: transformed_rows(300, 16384, 128, 128, **o), 5e-3, 1e-3)
 for k in (384, 11008, 77, 32768, 5003, 1):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         for options in ({}, {"shift": True}, {"clip": (0.5, 0.75)}, {"clip": (0.5, 0.75), "shift": True, "bits": 4}):

@@ -163,7 +163,8 @@ def read_header(folder: Path) -> dict[str, Any]:
             header["dtype"] = config["dtype"]
     else:
         other = f"; {folder / FLATQUANT} is there, of a model that FlatQuant quantized: {_READ_FLATQUANT}" if _of_flatquant(folder) else ""
-        raise FileNotFoundError(f"no vitq checkpoint in {folder}: {HEADER} is missing, and {CONFIG} of a language model{other}")
+        missing = f"{HEADER} is missing, and {CONFIG} of a language model{other}" if folder.is_dir() else "there is no such folder"
+        raise FileNotFoundError(f"no vitq checkpoint in {folder}: {missing}")
     check_schema(where, header)
     return header
 

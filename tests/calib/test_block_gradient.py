@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import statistics
 import time
@@ -123,6 +124,16 @@ def test_what_is_moved_leaves_the_float_output() -> None:
     assert plan.layers["model.layers.1.self_attn.kv"].v.transform is None and plan.layers["model.layers.1.self_attn.kv"].v.clip is not None
 
 
+@functools.cache
+@torch.no_grad()
+def rounded() -> float:
+    """What nothing but rounding to nearest leaves of the model of `test_ways_to_learn`, in dB."""
+    model, x = outlying(), ids(4, 24, seed=50)
+    none = [f"{operand}.{change}" for operand in ("input", "qk.other") for change in ("transform=none", "observer=minmax")]
+    made = vitq.Recipe.from_yaml("flatquant-w4a4kv4").with_overrides(["block_gradient={}", "transforms=[]", *none, "weight.observer=minmax", "pv.other.observer=minmax"])
+    return sqnr(model(x).logits, vitq.simulate(model, made)(x).logits)
+
+
 @pytest.mark.parametrize("changes", [(), ("block_gradient.matrices=direct", "block_gradient.learning_rate=0.002"), ("block_gradient.warmup=4",),
                                      ("block_gradient.mixed_precision=true",), ("solver=gptq",), ("input.symmetric=false",),
                                      ("weight.granularity=per_group", "weight.group_size=32", "weight.observer=minmax"),
@@ -133,7 +144,7 @@ def test_ways_to_learn(changes: tuple) -> None:
     made = recipe("flatquant-w4a4kv4", *changes, epochs=4)
     simulated = vitq.simulate(model, made, CALIB)(x).logits
     executed = vitq.convert(model, made, CALIB, dtype=torch.float32)
-    assert sqnr(model(x).logits, simulated) > 7 and sqnr(simulated, executed(x).logits) > 12
+    assert sqnr(model(x).logits, simulated) > rounded() + 3 and sqnr(simulated, executed(x).logits) > 12
     again = vitq.convert(model, made, CALIB, dtype=torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(executed.state_dict().values(), again.state_dict().values()))
 

@@ -35,6 +35,15 @@ def test_a_folder(folder) -> None:
     assert all(torch.equal(a, b.to(torch.bfloat16)) for a, b in zip(loaded.model.parameters(), again.model.parameters(), strict=True))
 
 
+def test_a_folder_without_a_tokenizer(tmp_path) -> None:
+    build().save_pretrained(tmp_path)
+    assert vitq.load_language_model(tmp_path, tokenizer=False).tokenizer is None
+    with pytest.raises(FileNotFoundError, match="has no tokenizer: save it there"):
+        vitq.load_language_model(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        vitq.load(tmp_path / "none")
+
+
 @pytest.fixture
 def from_pretrained(folder, monkeypatch):
     """transformers finds `someone/tiny` in `folder`; whether each call asked for local files alone."""

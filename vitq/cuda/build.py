@@ -78,7 +78,7 @@ def find_nvcc() -> str:
             raise BuildError(f"{variable}={home} holds no bin/nvcc; set it to the CUDA toolkit's folder, or unset it")
     if nvcc := shutil.which("nvcc"):
         return nvcc
-    raise BuildError("nvcc was not found: install the CUDA toolkit (12.0 or newer; no GPU is needed) and put nvcc on PATH or set "
+    raise BuildError("nvcc was not found: install the CUDA toolkit (12.1 or newer; no GPU is needed) and put nvcc on PATH or set "
                      "CUDA_HOME")
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 9  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
+ABI_VERSION = 10  # VITQ_ABI_VERSION in csrc/vitq_cuda.h
 MAX_SEGMENTS = 4
 MOST_HEADS = 64  # VITQ_MOST_HEADS
 FEW_ROWS = 16  # VITQ_FEW_ROWS
@@ -30,7 +30,7 @@ TRANSFORM_SIZE = 256  # VITQ_TRANSFORM_SIZE
 NORMS = {"": 0, "layer_norm": 1, "rms_norm": 2}  # VitqNorm
 
 BUILD = "VITQ_BUILD_CUDA=1 pip install --no-build-isolation .   (in a checkout: `make cuda`)"
-NEEDS = "it needs nvcc (CUDA 12 or newer) and `pip install nvidia-cutlass==4.2.0.0`; no GPU is needed to build it"
+NEEDS = "it needs nvcc (CUDA 12.1 or newer) and `pip install nvidia-cutlass==4.2.0.0`; no GPU is needed to build it"
 
 
 class Matrix(Structure):
@@ -228,6 +228,7 @@ class TransformedRows(Structure):
         ("out_stride", c_int64),
         ("row_scale", c_void_p),
         ("row_shift", c_void_p),
+        ("fragments", c_int32),
     ]
 
 

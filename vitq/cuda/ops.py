@@ -60,10 +60,10 @@ SCHEMAS = {
     # act(gate)·up or a norm, or neither -> leftᵀ·X·right of each row as a matrix X [A, B] -> dynamic codes, as `Kronecker.apply` and
     # `quantize_per_token` with `clip` have it. x float [M, K], with a gate [M, 2 K]; out int8 [M, K]; row_scale float32 [M]; with row_shift float32 [M]
     # asymmetric; weight, bias float32 [K]; left and right as layout.pack_transform makes them of A = left_size and B = right_size numbers, up to
-    # TRANSFORM_SIZE; clip float32 [2].
+    # TRANSFORM_SIZE; clip float32 [2]. fragments: by the kernel of all chips, where this one has another.
     "transformed_rows": "(Tensor(a!) out, Tensor x, Tensor(b!) row_scale, *, Tensor(c!)? row_shift=None, str gate='', str norm='', "
                         "Tensor? weight=None, Tensor? bias=None, float eps=0.0, Tensor? left=None, Tensor? right=None, int left_size=0, "
-                        "int right_size=0, Tensor? clip=None, int bits=8) -> ()",
+                        "int right_size=0, Tensor? clip=None, int bits=8, bool fragments=False) -> ()",
     # images float [B, C, H, W], contiguous -> int8 [B·(H/ph)·(W/pw), C·ph·pw], features as a convolution's weight has them.
     "patches": "(Tensor(a!) out, Tensor images, int patch_h, int patch_w, float scale, int zero_point, int bits) -> ()",
     # uint8 [N', K/2] -> int8 [N', K], in the same row order. multiplier and zero int8 [G, N'] (even_first) and group uint8 [K], below
@@ -232,7 +232,8 @@ def _rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor
 
 def _transformed_rows(out: Tensor, x: Tensor, row_scale: Tensor, *, row_shift: Tensor | None = None, gate: str = "", norm: str = "",
                       weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, left: Tensor | None = None,
-                      right: Tensor | None = None, left_size: int = 0, right_size: int = 0, clip: Tensor | None = None, bits: int = 8) -> None:
+                      right: Tensor | None = None, left_size: int = 0, right_size: int = 0, clip: Tensor | None = None, bits: int = 8,
+                      fragments: bool = False) -> None:
     m, columns = checks.transformed_rows(out, x, row_scale, row_shift, gate, norm, weight, bias, left, right, left_size, right_size, clip, bits)
     if not m:
         return
@@ -241,7 +242,7 @@ def _transformed_rows(out: Tensor, x: Tensor, row_scale: Tensor, *, row_shift: T
         x=x.data_ptr(), x_stride=x.stride(0) if m > 1 else 0, x_dtype=loader.DTYPES[x.dtype], m=m, columns=columns, gate=loader.GATES[gate],
         norm=loader.NORMS[norm], weight=_pointer(weight), bias=_pointer(bias), eps=eps, left=_pointer(left), right=_pointer(right),
         left_size=left_size, right_size=right_size, clip=_pointer(clip), qmin=qmin, qmax=qmax, out=out.data_ptr(),
-        out_stride=out.stride(0) if m > 1 else 0, row_scale=row_scale.data_ptr(), row_shift=_pointer(row_shift))
+        out_stride=out.stride(0) if m > 1 else 0, row_scale=row_scale.data_ptr(), row_shift=_pointer(row_shift), fragments=fragments)
     if code := _launch(loader.library().vitq_transformed_rows, arguments, out.device):
         loader.check("transformed_rows", code, f"{m} rows of {columns} {x.dtype}, gate {gate or 'none'}, norm {norm or 'none'}, "
                                                f"matrices of {left_size or 'no'} and {right_size or 'no'} numbers")

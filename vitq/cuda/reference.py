@@ -194,7 +194,8 @@ def rows(out: Tensor, x: Tensor, *, residual: Tensor | None = None, sum: Tensor 
 
 def transformed_rows(out: Tensor, x: Tensor, row_scale: Tensor, *, row_shift: Tensor | None = None, gate: str = "", norm: str = "",
                      weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 0.0, left: Tensor | None = None,
-                     right: Tensor | None = None, left_size: int = 0, right_size: int = 0, clip: Tensor | None = None, bits: int = 8) -> None:
+                     right: Tensor | None = None, left_size: int = 0, right_size: int = 0, clip: Tensor | None = None, bits: int = 8,
+                     fragments: bool = False) -> None:
     m, columns = checks.transformed_rows(out, x, row_scale, row_shift, gate, norm, weight, bias, left, right, left_size, right_size, clip, bits)
     if not m:
         return

@@ -32,7 +32,7 @@ def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto", to
     dtype: of the weights; "auto" is the one they are stored in (float32 for GGUF).
     tokenizer: whether one is loaded; a folder need not hold one otherwise.
 
-    Raises FileNotFoundError (no such folder or file), UnsupportedModelError (a class that vitq has no adapter for; said before weights are
+    Raises FileNotFoundError (no such folder or file, or no tokenizer in it), UnsupportedModelError (a class that vitq has no adapter for; said before weights are
     read), ValueError (a quantized model), ConnectionError (neither the hub answers within 10 seconds nor its cache has the model), OSError
     (transformers cannot read it), ImportError (without transformers; for GGUF, without gguf and accelerate).
     """
@@ -54,9 +54,20 @@ def load_language_model(name: str | os.PathLike[str], *, dtype: Any = "auto", to
         cls = type(config)
     if cls not in known.values():
         raise UnsupportedModelError(f"{name} is a {cls.__name__}, which vitq has no adapter for; known: {', '.join(sorted(known))}")
-    words = transformers.AutoTokenizer.from_pretrained(where, **options) if tokenizer else None
+    words = _tokenizer(name, where, options) if tokenizer else None
     model = transformers.AutoModelForCausalLM.from_pretrained(where, dtype=dtype, **options).eval()
     return LoadedLanguageModel(model, words, name)
+
+
+def _tokenizer(name: str, where: str, options: dict[str, Any]) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(where, **options)
+    except (OSError, ValueError) as error:
+        if options or not Path(where).is_dir() or any(any(Path(where).glob(f"{stem}*")) for stem in ("tokenizer", "vocab", "spiece", "merges")):
+            raise
+        raise FileNotFoundError(f"{name} has no tokenizer: save it there, tokenizer.save_pretrained({str(where)!r}), or leave it out with tokenizer=False") from error
 
 
 def _find(name: str) -> tuple[str, dict[str, Any]]:

@@ -263,11 +263,11 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   {  // rows that were there a token ago, or more: those of two turns of all warps
     const Parts old(a, tokens_there(a));
     const int begin = old.first + split * old.each, there = min(min(old.each, 2 * BLOCK_TOKENS), old.length - begin);
-    const auto ahead = [&](const VitqCacheRows& rows) {
-      if (rows.strides[2] <= 2 * D + 8)  // else those of all heads lie side by side
+    const auto ahead = [&](const VitqCacheRows& rows, int bytes) {
+      if (rows.strides[2] == bytes)  // else those of several heads lie side by side
         prefetch(static_cast<const uint8_t*>(rows.rows) + batch * rows.strides[0] + head * rows.strides[1] + begin * rows.strides[2], there * rows.strides[2]);
     };
-    ahead(a.keys), ahead(a.values);
+    ahead(a.keys, K::CODES + (K::FLOATS ? 0 : a.keys.symmetric ? 4 : 8)), ahead(a.values, V::CODES + (V::FLOATS ? 0 : a.values.symmetric ? 4 : 8));
   }
   wait_for_kernels_before();
   constexpr int LANE = (D + 31) / 32;

@@ -398,7 +398,7 @@ int plan_kronecker(TransformedLaunch& p, int processors, int shared) {
   p.tokens = p.left + 512 * p.left_tiles * p.left_tiles;
   const int64_t own = int64_t(2) * p.pitch * 16 * (a.left_size ? p.left_tiles : tiles * chunks);
   p.warps = std::min({p.items, warps, 16});
-  if (!place_tokens(p, own, warps, processors, shared)) return VITQ_UNSUPPORTED;
+  if (!place_tokens(p, own, warps, processors, shared, false)) return VITQ_UNSUPPORTED;
   // Fewer tokens than processors: more warps copy and convert.
   if (a.m <= processors) p.warps = std::max(p.warps, std::min(8, warps));
   return 0;
@@ -410,7 +410,7 @@ int launch_kronecker(TransformedLaunch& p, cudaStream_t stream) {
   const bool eights = p.eights;
   if (const int error = plan_kronecker(p, gpu.processors, gpu.shared)) return error;
   p.words = p.columns % 4 == 0 && uintptr_t(p.a.out) % 4 == 0 && p.a.out_stride % 4 == 0;
-  if (eights)
+  if (eights && !p.a.fragments)
     if (const int error = launch_kronecker_sm90(p, gpu, stream); error != VITQ_UNSUPPORTED) return error;
   const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors), shared = p.scratch + TEAM_BYTES * p.groups;
   switch (tiles_of(p)) {

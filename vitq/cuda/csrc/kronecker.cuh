@@ -56,19 +56,27 @@ struct Team {
 // Whether a team works on what its shared memory happens to hold, and writes nothing, before it waits for the kernels before. Of few rows each is on a multiprocessor
 // that has not seen this kernel's instructions for long, and weights have driven them from the L2: for a token of Llama-2-7B norms with 64 x 64 took 5.0 us after
 // what was before them and take 4.2, the input of o_proj 6.3 and 4.8 (H200). A gate comes after the largest product, whose blocks leave no room to start early:
-// it took 6.7 us, and 9.8 with a rehearsal.
-__device__ __forceinline__ bool rehearses(const TransformedLaunch& p) { return p.stages && !p.a.gate && p.a.m <= int(gridDim.x); }
+// it took 6.7 us, and 9.8 with a rehearsal. Where kernels do not start early there is no time for one.
+__device__ __forceinline__ bool rehearses(const TransformedLaunch& p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return p.stages && !p.a.gate && p.a.m <= VITQ_FEW_ROWS;  // a row a block
+#else
+  return false;
+#endif
+}
 
 constexpr int TEAM_BYTES = 256 + 16;  // of shared memory: a team's scratch, and two barriers
 
-// Tokens of a block, and rows to come, as far as there is room behind `p.tokens`. own: bytes of a token's X; warps: of a block. Whether there is room for one.
-// Rows to come are worth as much as tokens at once: 2048 gates of 14336 with 112 x 128 took 152 us with one token and its next, 113 with two, on an H100.
-inline bool place_tokens(TransformedLaunch& p, int64_t own, int warps, int processors, int shared) {
+// Tokens of a block, and rows to come, as far as there is room behind `p.tokens`. own: bytes of a token's X; warps: of a block; staged: no token is without its row
+// to come. Whether there is room for one token.
+inline bool place_tokens(TransformedLaunch& p, int64_t own, int warps, int processors, int shared, bool staged) {
   const VitqTransformedRows& a = p.a;
   const int64_t raw = (a.gate ? 2 : 1) * int64_t(a.columns) * (a.x_dtype == VITQ_F32 ? 4 : 2);
   const int wanted = std::min({warps / p.warps, (a.m + processors - 1) / processors, 15});
   const auto fitting = [&](int stages) { return int(std::clamp<int64_t>((shared - p.tokens) / (own + stages * raw + TEAM_BYTES), 0, wanted)); };
-  p.stages = !p.eights || fitting(1) < wanted ? 0 : fitting(2) == wanted ? 2 : 1;
+  // Else two tokens at once are worth more than one and its next: 2048 gates of 14336 with 112 x 128 took 113 us in place of 152, by fragments on an H100.
+  const int with_next = staged ? fitting(1) : wanted;
+  p.stages = !p.eights || fitting(1) < with_next ? 0 : fitting(2) >= with_next ? 2 : 1;
   p.groups = fitting(p.stages);
   p.staged = int(own), p.stage_bytes = int(raw), p.token_bytes = int(own + p.stages * raw);
   p.scratch = p.tokens + p.groups * p.token_bytes;

@@ -265,7 +265,7 @@ int launch_type(const TransformedLaunch& p, const Gpu& gpu, cudaStream_t stream)
 
 template <int TILES>
 int launch_tiles(TransformedLaunch& p, const Gpu& gpu, int64_t own, cudaStream_t stream) {
-  if (!place_tokens(p, own, most_warps(TILES), gpu.processors, gpu.shared) || !p.stages) return VITQ_UNSUPPORTED;
+  if (!place_tokens(p, own, most_warps(TILES), gpu.processors, gpu.shared, true)) return VITQ_UNSUPPORTED;
   return p.a.x_dtype == VITQ_F16 ? launch_type<TILES, __half>(p, gpu, stream) : launch_type<TILES, __nv_bfloat16>(p, gpu, stream);
 }
 

@@ -10,6 +10,8 @@
 
 namespace vitq {
 
+constexpr int FEW_BLOCK_ROWS = 64;  // so few long rows have a block each, and more threads
+
 // What the host adds to the arguments.
 struct RowsLaunch {
   VitqRows a;

@@ -12,7 +12,6 @@ namespace {
 
 constexpr int MOST_COLUMNS = 32768;
 constexpr int MOST_THREADS = 1024;
-constexpr unsigned FEW = 64;  // rows: they are spread over more threads
 
 // The sum of a value over a block, in the same order whatever the run. meeting: one of two places, by turns.
 __device__ __forceinline__ float block_sum(float value, float (&meeting)[32]) {
@@ -34,7 +33,7 @@ __global__ void __launch_bounds__(MOST_THREADS) transformed_rows_kernel(const __
   start_dependents();
   const VitqTransformedRows& a = p.a;
   if constexpr (NORM)
-    if (gridDim.x <= FEW) prefetch(a.weight, 4 * a.columns), prefetch(a.bias, 4 * a.columns);
+    if (gridDim.x <= FEW_BLOCK_ROWS) prefetch(a.weight, 4 * a.columns), prefetch(a.bias, 4 * a.columns);
   const float2 clip = clip_of(a);
   wait_for_kernels_before();
   const unsigned row = blockIdx.x;
@@ -142,8 +141,8 @@ int launch_rows(const TransformedLaunch& p, cudaStream_t stream) {
 template <class T>
 int launch_type(const TransformedLaunch& p, cudaStream_t stream) {
   const int groups = (p.a.columns + 7) / 8;
-  if (groups <= (p.a.m <= int(FEW) ? MOST_THREADS : 256)) return launch_rows<T, 1>(p, stream);
-  return groups <= (p.a.m <= int(FEW) ? 2 * MOST_THREADS : 1024) ? launch_rows<T, 2>(p, stream) : launch_rows<T, 4>(p, stream);
+  if (groups <= (p.a.m <= FEW_BLOCK_ROWS ? MOST_THREADS : 256)) return launch_rows<T, 1>(p, stream);
+  return groups <= (p.a.m <= FEW_BLOCK_ROWS ? 2 * MOST_THREADS : 1024) ? launch_rows<T, 2>(p, stream) : launch_rows<T, 4>(p, stream);
 }
 
 int check(const VitqTransformedRows& a) {

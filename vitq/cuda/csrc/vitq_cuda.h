@@ -10,7 +10,7 @@
 extern "C" {
 #endif
 
-#define VITQ_ABI_VERSION 9  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
+#define VITQ_ABI_VERSION 10  // ABI_VERSION in vitq/cuda/loader.py; raise both when a struct or function changes
 #define VITQ_MAX_SEGMENTS 4
 
 enum { VITQ_BAD_ARGUMENT = -1, VITQ_UNSUPPORTED = -2, VITQ_NO_DRIVER_SYMBOL = -3 };
@@ -197,6 +197,7 @@ typedef struct {
   int8_t* out;           // [m, columns]
   int64_t out_stride;
   float *row_scale, *row_shift;  // [m], as in VitqRows; row_shift may be null
+  int32_t fragments;     // by the kernel of all chips, where this one has another (for tests)
 } VitqTransformedRows;
 
 #define VITQ_TRANSFORM_SIZE 256
