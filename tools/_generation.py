@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vitq
+from _language import cache_name
 
 ATTENTION = "as_masked"  # transformers knows no masks for this name, so it leaves a mask as it is, and none where none is given
 
@@ -43,7 +44,7 @@ class Case:
         self.model, self.cache, self.call, self.decode_tokens = prepare(model), cache, call, decode
         vocabulary = model.get_input_embeddings().num_embeddings
         self.ids = torch.randint(vocabulary, (batch, prompt), generator=torch.Generator().manual_seed(0)).to(device)
-        self.length = cache.layers[0].max_cache_len
+        self.length, self.kept = cache.layers[0].max_cache_len, {cache_name(model): cache}
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=device)
         self.position = torch.zeros(1, dtype=torch.int64, device=device)
         self.places = torch.arange(self.length, device=device)
@@ -53,14 +54,13 @@ class Case:
     def prefill(self, ids: torch.Tensor) -> None:
         self.cache.reset()
         positions = self.places[None, : ids.shape[1]].expand(len(ids), -1)
-        logits = self.call(input_ids=ids, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        logits = self.call(input_ids=ids, position_ids=positions, **self.kept, use_cache=True, logits_to_keep=1).logits
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.position.fill_(ids.shape[1])
 
     def step(self, token: torch.Tensor) -> None:
         mask = (self.places <= self.position).expand(len(token), 1, 1, -1)
-        logits = self.call(input_ids=token, position_ids=self.position.expand(len(token), 1), attention_mask=mask, past_key_values=self.cache,
-                           use_cache=True).logits
+        logits = self.call(input_ids=token, position_ids=self.position.expand(len(token), 1), attention_mask=mask, **self.kept, use_cache=True).logits
         self.token.copy_(logits[:, -1].argmax(-1, keepdim=True))
         self.position += 1
 

@@ -118,6 +118,11 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: list[str | dict], batch_s
             for task, of in found["results"].items()}
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache: transformers before 5.24 had another name."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def prefill_and_decode(models: Mapping[str, nn.Module], tokens: torch.Tensor, repeats: int = 10) -> dict[str, dict[str, Any]]:
     """Timings of each model on token ids [1, T]: `prefill` of all of them, `decode` of one more when their keys and values are cached."""
     from transformers import DynamicCache
@@ -126,8 +131,7 @@ def prefill_and_decode(models: Mapping[str, nn.Module], tokens: torch.Tensor, re
     decode: dict[str, Any] = {}
     for name, model in models.items():
         cache = DynamicCache()  # of all positions, in models with a sliding window too: those can be cut back
-        # transformers from 5.24 on calls it so
-        kept = {"cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values": cache}
+        kept = {cache_name(model): cache}
         with torch.inference_mode():
             model(tokens, **kept, use_cache=True, logits_to_keep=1)
 

@@ -18,7 +18,7 @@ import torch
 
 import vitq
 from _cli import check_least, exit_code
-from _language import random_tokens
+from _language import cache_name, random_tokens
 
 HEADERS = ("cache", "ms a token", "ms of the prompt and the first tokens", "bytes of the cache, part of 16-bit floats")
 SHORT = 8  # tokens
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     ids = torch.randint(2, args.vocab, (args.batch, args.prompt), device=device)
     cache = vitq.quantized_cache(model, max_length=args.prompt + args.new, batch_size=args.batch)
     part = cache.nbytes / (4 * args.layers * args.kv_heads * args.hidden // args.heads * (args.prompt + args.new) * args.batch)
-    cases = {"dynamic": {}, "static, disable_compile=True": {"past_key_values": cache, "disable_compile": True}, "static": {"past_key_values": cache}}
+    cases = {"dynamic": {}, "static, disable_compile=True": {cache_name(model): cache, "disable_compile": True}, "static": {cache_name(model): cache}}
     rows = []
     for name, options in cases.items():
         def answer(tokens: int) -> None:

@@ -132,7 +132,7 @@ class QuantKeyValues(PackedModule):
 
 
 def quantized_cache(model: nn.Module, *, max_length: int | None = None, batch_size: int = 1, float_prefill: bool = False) -> Any:
-    """An empty cache for a converted model whose recipe quantizes keys and values: `model.generate(..., past_key_values=cache)`; `cache.nbytes`
+    """An empty cache for a converted model whose recipe quantizes keys and values: `model.generate(..., cache=cache)`; `cache.nbytes`
     says what it takes. Where it is given none, the model makes one by itself.
 
     max_length: one of that many tokens, prompt and answer, with all its memory now; on a GPU `generate` then runs each new token as a
