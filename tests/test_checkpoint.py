@@ -204,8 +204,11 @@ def test_shards(model, tmp_path) -> None:
 
 
 def test_missing_parts(saved, tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match="vitq.json is missing"):
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
         vitq.load(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="vitq.json is missing"):
+        vitq.load(tmp_path / "empty")
     (saved / "model.safetensors").unlink()
     with pytest.raises(vitq.CheckpointError, match="incomplete"):
         vitq.load(saved)
