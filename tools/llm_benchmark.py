@@ -29,7 +29,6 @@ from _console import Console
 from _generation import Case, measure
 from _language import SHAPES, random_model, random_tokens
 
-FLOAT = "float16"
 PUBLISHED = """FlatQuant's real-quantized kernels, published, Llama-2-7B on an RTX 3090, times faster than its float16: prefill of 2048 tokens, batch 1,
 1.98 to 2.06; decode, batch 1, 0.47 to 0.48 (int4 without transforms 0.67, QuaRot 0.59). That chip multiplies int4 at twice the rate of int8; sm_90 does not."""
 
@@ -77,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output:
         vitq.report.make_folder(args.output.parent)
     device, console = torch.device(vitq.pick_device(args.device)), Console(args.quiet, False)
-    recipes = [(name, recipe_of(name, args.kv_bits)) for name in args.recipes.split(",")]
+    recipes = [(name, recipe_of(name, args.kv_bits)) for name in map(str.strip, args.recipes.split(","))]
     names = args.random.split(",") if args.random else [args.model]
     for name in names:
         if args.random and name not in SHAPES:
@@ -149,12 +148,13 @@ def float_rows(args, name: str, source: Callable, batches: list[int], device: to
         dispatch_model(model, infer_auto_device_map(model, no_split_module_classes=model._no_split_modules))
     for batch in batches:
         for kind, make in kinds:
-            console.step(f"{name}, {FLOAT} {kind}, batch {batch}")
+            case = f"{str(model.dtype)[6:]} {kind}"
+            console.step(f"{name}, {case}, batch {batch}")
             with memory_of(device):
                 torch._dynamo.reset()
                 cache = StaticCache(config=model.config, max_cache_len=args.prompt + args.decode + 16)
-                yield row(name, f"{FLOAT} {kind}", batch, lambda cache=cache, make=make, batch=batch: Case(
-                    model, cache, make(), batch, args.prompt, args.decode, device), args, device, console)
+                yield {**row(name, case, batch, lambda cache=cache, make=make, batch=batch: Case(
+                    model, cache, make(), batch, args.prompt, args.decode, device), args, device, console), "float": True}
 
 
 def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vitq.Recipe, batches: list[int], device: torch.device,
@@ -194,7 +194,7 @@ def row(name: str, kind: str, batch: int, case: Callable[[], Case], args, device
 def compare(rows: list[dict]) -> None:
     """Ratios to the best float row of the same batch: of time, and to the least memory that one takes."""
     for found in rows:
-        floats = [r for r in rows if r["batch"] == found["batch"] and r["case"].startswith(FLOAT)]
+        floats = [r for r in rows if r["batch"] == found["batch"] and r.get("float")]
         for key in ("prefill_ms", "decode_ms"):
             best = min((r[key] for r in floats if key in r), default=None)
             if best is not None and key in found:

@@ -18,10 +18,10 @@ TINY = ["--random", "tiny", "--prompt", "12", "--decode", "3", "--repeats", "1",
 
 
 def test_a_table(tmp_path) -> None:
-    code, out, err = run_tool(llm_benchmark, *TINY, "--batch", "1,2", "--recipes", "w8a8-dynamic,flatquant-w4a4kv4", "--output", tmp_path / "r.json")
+    code, out, err = run_tool(llm_benchmark, *TINY, "--batch", "1,2", "--recipes", "w8a8-dynamic, flatquant-w4a4kv4", "--output", tmp_path / "r.json")
     report = json.loads((tmp_path / "r.json").read_text())
     assert code == 0, err
-    assert [(r["case"], r["batch"]) for r in report["rows"]] == [(case, batch) for case in ("float16 eager", "w8a8-dynamic", "flatquant-w4a4kv4") for batch in (1, 2)]
+    assert [(r["case"], r["batch"]) for r in report["rows"]] == [(case, batch) for case in ("bfloat16 eager", "w8a8-dynamic", "flatquant-w4a4kv4") for batch in (1, 2)]
     assert all(r["prefill_ms"] > 0 and r["decode_ms"] > 0 and r["prefill_ratio"] > 0 for r in report["rows"])
     assert all(r["decode_ratio"] == 1 for r in report["rows"][:2]) and "flatquant-w4a4kv4" in out and report["prompt"] == 12
 
