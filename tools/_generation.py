@@ -1,6 +1,7 @@
-"""A prompt and the tokens after it, as CUDA graphs with a static cache: what tools/llm_benchmark.py times."""
+"""A prompt and the tokens after it, as CUDA graphs with a static cache, and models with random weights: what tools/llm_benchmark.py times."""
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import vitq
-from _language import cache_name
 
 ATTENTION = "as_masked"  # transformers knows no masks for this name, so it leaves a mask as it is, and none where none is given
 
@@ -24,6 +24,11 @@ def attention(module: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tens
         q = q.reshape(batch, k.shape[1], -1, dim)
     y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scaling, enable_gqa=q.shape[1] > k.shape[1])
     return y.reshape(batch, heads, tokens, dim).transpose(1, 2), None
+
+
+def cache_name(model: nn.Module) -> str:
+    """What the model calls its cache: transformers before 5.24 had another name."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
 
 
 def prepare(model: nn.Module) -> nn.Module:
@@ -111,3 +116,36 @@ def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
     return found
+
+
+# Sizes of models whose weights are random: those that decide about time and memory.
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-2-7b": dict(family="Llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                       num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False),
+    "llama-3-8b": dict(family="Llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+                       num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False),
+    "qwen2.5-7b": dict(family="Qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                       num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1000000.0, tie_word_embeddings=False),
+    "tiny": dict(family="Llama", vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=4096, tie_word_embeddings=False),
+}
+
+
+def random_tokens(vocabulary: int, device: torch.device) -> list[torch.Tensor]:
+    """For what a recipe measures where its results are no matter: a batch of 8 sequences of 64."""
+    return [torch.randint(2, vocabulary, (8, 64), device=device)]
+
+
+def random_model(name: str, device: torch.device, layers: int | None = None) -> nn.Module:
+    """A float16 model (bfloat16 on a CPU) in one of SHAPES with random weights, made on the device."""
+    import transformers
+
+    sizes = dict(SHAPES[name])
+    family = sizes.pop("family")
+    if layers is not None:
+        sizes["num_hidden_layers"] = layers
+    config = getattr(transformers, f"{family}Config")(**sizes, bos_token_id=None, eos_token_id=None)
+    with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16,
+                                                             attn_implementation="sdpa").eval()

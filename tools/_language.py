@@ -4,7 +4,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
-import inspect
 import logging
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 
 import vitq
 from _console import Console
+from _generation import cache_name
 from _memory import measured
 
 
@@ -118,11 +118,6 @@ def zero_shot(model: nn.Module, tokenizer: Any, tasks: list[str | dict], batch_s
             for task, of in found["results"].items()}
 
 
-def cache_name(model: nn.Module) -> str:
-    """What the model calls its cache: transformers before 5.24 had another name."""
-    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
-
-
 def prefill_and_decode(models: Mapping[str, nn.Module], tokens: torch.Tensor, repeats: int = 10) -> dict[str, dict[str, Any]]:
     """Timings of each model on token ids [1, T]: `prefill` of all of them, `decode` of one more when their keys and values are cached."""
     from transformers import DynamicCache
@@ -216,36 +211,3 @@ def half_of(model: nn.Module) -> tuple[str, nn.Module]:
     """A 16-bit copy of a float model: float16 on a GPU, bfloat16 on a CPU."""
     dtype = torch.float16 if next(model.parameters()).is_cuda else torch.bfloat16
     return str(dtype)[6:], copy.deepcopy(model).to(dtype)
-
-
-# Sizes of models whose weights are random: those that decide about time and memory.
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-2-7b": dict(family="Llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                       num_key_value_heads=32, max_position_embeddings=4096, tie_word_embeddings=False),
-    "llama-3-8b": dict(family="Llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                       num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, tie_word_embeddings=False),
-    "qwen2.5-7b": dict(family="Qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                       num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1000000.0, tie_word_embeddings=False),
-    "tiny": dict(family="Llama", vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                 max_position_embeddings=4096, tie_word_embeddings=False),
-}
-
-
-def random_tokens(vocabulary: int, device: torch.device) -> list[torch.Tensor]:
-    """For what a recipe measures where its results are no matter: a batch of 8 sequences of 64."""
-    return [torch.randint(2, vocabulary, (8, 64), device=device)]
-
-
-def random_model(name: str, device: torch.device, layers: int | None = None) -> nn.Module:
-    """A float16 model (bfloat16 on a CPU) in one of SHAPES with random weights, made on the device."""
-    import transformers
-
-    sizes = dict(SHAPES[name])
-    family = sizes.pop("family")
-    if layers is not None:
-        sizes["num_hidden_layers"] = layers
-    config = getattr(transformers, f"{family}Config")(**sizes, bos_token_id=None, eos_token_id=None)
-    with torch.device(device), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float16 if device.type == "cuda" else torch.bfloat16,
-                                                             attn_implementation="sdpa").eval()

@@ -18,7 +18,7 @@ import torch
 
 import vitq
 from _cli import check_least, exit_code
-from _language import cache_name, random_tokens
+from _generation import cache_name, random_tokens
 
 HEADERS = ("cache", "ms a token", "ms of the prompt and the first tokens", "bytes of the cache, part of 16-bit floats")
 SHORT = 8  # tokens

@@ -26,8 +26,7 @@ from torch import nn
 import vitq
 from _cli import check_least, exit_code
 from _console import Console
-from _generation import Case, measure
-from _language import SHAPES, random_model, random_tokens
+from _generation import SHAPES, Case, measure, random_model, random_tokens
 
 PUBLISHED = """FlatQuant's real-quantized kernels, published, Llama-2-7B on an RTX 3090, times faster than its float16: prefill of 2048 tokens, batch 1,
 1.98 to 2.06; decode, batch 1, 0.47 to 0.48 (int4 without transforms 0.67, QuaRot 0.59). That chip multiplies int4 at twice the rate of int8; sm_90 does not."""
