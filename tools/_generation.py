@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -129,6 +129,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     "tiny": dict(family="Llama", vocab_size=256, hidden_size=64, intermediate_size=160, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                  max_position_embeddings=4096, tie_word_embeddings=False),
 }
+
+
+def executed_recipe(name: str, option: str, changes: Sequence[str] = ()) -> vitq.Recipe:
+    """A recipe that runs in the time of the named one. Codes are rounded to nearest and weights stay where they are, whatever solver and transforms: that changes
+    no time. Raises ValueError, which names the option, for one that nothing executes."""
+    recipe = vitq.profiling.quick_recipe(name).with_overrides(["solver=rtn", "transforms=[]", *changes])
+    if recipe.execution == "simulated":
+        raise ValueError(f"{option} {name} is for simulation, and nothing executes all that it holds: give another")
+    return recipe
 
 
 def random_tokens(vocabulary: int, device: torch.device) -> list[torch.Tensor]:

@@ -18,7 +18,7 @@ import torch
 
 import vitq
 from _cli import check_least, exit_code
-from _generation import cache_name, random_tokens
+from _generation import cache_name, executed_recipe, random_tokens
 
 HEADERS = ("cache", "ms a token", "ms of the prompt and the first tokens", "bytes of the cache, part of 16-bit floats")
 SHORT = 8  # tokens
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    device, recipe = vitq.pick_device(args.device), recipe_of(args)
+    device, recipe = vitq.pick_device(args.device), executed_recipe(args.recipe, "--recipe", changes(args))
     model = converted(args, recipe, device)
     ids = torch.randint(2, args.vocab, (args.batch, args.prompt), device=device)
     cache = vitq.quantized_cache(model, max_length=args.prompt + args.new, batch_size=args.batch)
@@ -74,15 +74,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--heads {args.heads} with --kv-heads {args.kv_heads}: give a divisor, since each head of keys and values serves as many of queries")
     if args.hidden % (2 * args.heads):
         raise ValueError(f"--hidden {args.hidden} with --heads {args.heads}: give a multiple of {2 * args.heads}, since each head has an even size")
-
-
-def recipe_of(args: argparse.Namespace) -> vitq.Recipe:
-    """A recipe that runs in the time of the named one. Codes are rounded to nearest, whatever the solver: that changes no time. Raises ValueError for one
-    that nothing executes."""
-    recipe = vitq.profiling.quick_recipe(args.recipe).with_overrides(["solver=rtn", "transforms=[]", *changes(args)])
-    if recipe.execution == "simulated":
-        raise ValueError(f"--recipe {args.recipe} is for simulation, and nothing executes all that it holds: give another")
-    return recipe
 
 
 def changes(args: argparse.Namespace) -> list[str]:

@@ -26,7 +26,7 @@ from torch import nn
 import vitq
 from _cli import check_least, exit_code
 from _console import Console
-from _generation import SHAPES, Case, measure, random_model, random_tokens
+from _generation import SHAPES, Case, executed_recipe, measure, random_model, random_tokens
 
 PUBLISHED = """FlatQuant's real-quantized kernels, published, Llama-2-7B on an RTX 3090, times faster than its float16: prefill of 2048 tokens, batch 1,
 1.98 to 2.06; decode, batch 1, 0.47 to 0.48 (int4 without transforms 0.67, QuaRot 0.59). That chip multiplies int4 at twice the rate of int8; sm_90 does not."""
@@ -114,12 +114,7 @@ def recipe_of(name: str, kv_bits: int | None) -> vitq.Recipe:
     elif name == "w4a4":
         recipe = vitq.Recipe.from_yaml("w8a8-dynamic").with_overrides([f"{role}.bits=4" for role in ("qkv", "proj", "fc1", "fc2")] + ["weight.observer=minmax"])
     else:
-        recipe = vitq.profiling.quick_recipe(name)
-    if recipe.needs_data:  # a solver, outliers: which of them is no matter here
-        changes = ["solver=rtn", "transforms=[]"]
-        recipe = recipe.with_overrides(changes)
-    if recipe.execution == "simulated":
-        raise ValueError(f"--recipes {name} is for simulation, and nothing executes all that it holds: give another")
+        recipe = executed_recipe(name, "--recipes")
     if kv_bits and not recipe.resolve("qk").cached:
         recipe = recipe.with_overrides([f"kv.bits={kv_bits}"])
     return recipe
