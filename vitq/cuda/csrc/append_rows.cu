@@ -16,7 +16,7 @@ constexpr int WARPS = 4, MOST_DIM = 256;
 constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
 constexpr int FEW_TOKENS = 8;  // more are a prompt's
 constexpr int TILE_WARPS = 8, TILE_ROWS = 16;  // of a prompt: a warp's rows that are multiplied at once
-constexpr int CHUNK = 128, MIXED_CHUNK = 256;  // a block's tokens; of MIXED ones fewer, where there are fewer keys than processors
+constexpr int CHUNK = 128, MIXED_CHUNK = 256;  // a block's tokens; the second where there are matrices, and keys for all processors
 
 template <class T>
 struct Pair;
@@ -286,8 +286,7 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
       copy_async(uint32_t(__cvta_generic_to_shared(shared)) + i, static_cast<const uint8_t*>(matrix) + i, true);
     commit_copies();
   }
-  if (lane == 0 && a.key_clip) prefetch(a.key_clip);
-  if (lane == 0 && a.value_clip) prefetch(a.value_clip);
+  prefetch(a.key_clip, 8), prefetch(a.value_clip, 8);
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
   if (place.batch < a.batch) {

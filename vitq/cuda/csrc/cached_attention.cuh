@@ -105,6 +105,10 @@ struct Rows {
   static constexpr int STEPS = D / 16, WORDS = FORMAT == S4 ? D / 32 : 0;        // WORDS: of a lane, of two steps each, as K
   static constexpr int MOST_PITCH = FLOATS ? CODES + 16 : CODES + 8;             // floats: rows start at different banks
 
+  // Bytes of a row before its numbers, and of all of it.
+  __device__ __forceinline__ static int head(const VitqCacheRows& a) { return FLOATS ? 0 : a.symmetric ? 4 : 8; }
+  __device__ __forceinline__ static int bytes(const VitqCacheRows& a) { return CODES + head(a); }
+
   // Which numbers a lane has in step s of K: j = 0, 1 are in the first register of the n8 operand, 2, 3 in the second.
   __device__ __forceinline__ static int place(int s, int c, int j) {
     if (FORMAT != S4) return 16 * s + 4 * c + j;
@@ -213,7 +217,7 @@ struct Rows {
   __device__ __forceinline__ static void fetch(uint8_t* to, const uint8_t* rows, const VitqCacheRows& a, int token, int room, int lane) {
     const uint8_t* from = rows + token * a.strides[2];
     const uint32_t at = shared_at(to);
-    const int bytes = FLOATS ? CODES : CODES + (a.symmetric ? 4 : 8), there = min(max(room - token, 0), TOKENS) * bytes;
+    const int bytes = Rows::bytes(a), there = min(max(room - token, 0), TOKENS) * bytes;
     if (!FLOATS && a.strides[2] == bytes && a.aligned) {
       for (int i = 16 * lane; i < TOKENS * bytes; i += 16 * 32) copy<16>(at + i, i < there ? from + i : rows, i < there);
     } else if (FLOATS && a.aligned) {
@@ -259,15 +263,15 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
   const int split = blockIdx.x % a.splits, unit = blockIdx.x / a.splits, tile = unit % tiles, head = unit / tiles % a.heads, batch = unit / tiles / a.heads;
   const int group = a.query_heads / a.heads, queries = group * a.tokens;  // of the key and value head
+  const uint8_t* const keys = static_cast<const uint8_t*>(a.keys.rows) + batch * a.keys.strides[0] + head * a.keys.strides[1];
+  const uint8_t* const values = static_cast<const uint8_t*>(a.values.rows) + batch * a.values.strides[0] + head * a.values.strides[1];
   start_dependents();
   {  // rows that were there a token ago, or more: those of two turns of all warps
     const Parts old(a, tokens_there(a));
     const int begin = old.first + split * old.each, there = min(min(old.each, 2 * BLOCK_TOKENS), old.length - begin);
-    const auto ahead = [&](const VitqCacheRows& rows, int bytes) {
-      if (rows.strides[2] == bytes)  // else those of several heads lie side by side
-        prefetch(static_cast<const uint8_t*>(rows.rows) + batch * rows.strides[0] + head * rows.strides[1] + begin * rows.strides[2], there * rows.strides[2]);
-    };
-    ahead(a.keys, K::CODES + (K::FLOATS ? 0 : a.keys.symmetric ? 4 : 8)), ahead(a.values, V::CODES + (V::FLOATS ? 0 : a.values.symmetric ? 4 : 8));
+    // Else those of several heads lie side by side.
+    if (a.keys.strides[2] == K::bytes(a.keys)) prefetch(keys + begin * a.keys.strides[2], there * a.keys.strides[2]);
+    if (a.values.strides[2] == V::bytes(a.values)) prefetch(values + begin * a.values.strides[2], there * a.values.strides[2]);
   }
   wait_for_kernels_before();
   constexpr int LANE = (D + 31) / 32;
@@ -289,8 +293,6 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   }
   const int begin = parts.first + split * parts.each, end = min(begin + parts.each, length);
 
-  const uint8_t* const keys = static_cast<const uint8_t*>(a.keys.rows) + batch * a.keys.strides[0] + head * a.keys.strides[1];
-  const uint8_t* const values = static_cast<const uint8_t*>(a.values.rows) + batch * a.values.strides[0] + head * a.values.strides[1];
   uint8_t* const mine = ring + warp * S::STAGES * S::STAGE;
   const auto fetch = [&](int token, int stage) {
     uint8_t* const to = mine + stage * S::STAGE;
@@ -364,8 +366,8 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   float sums[2], scales[2];
 #pragma unroll
   for (int j = 0; j < 2; ++j) sums[j] = q_sum[2 * c + j], scales[j] = q_scale[2 * c + j];
-  const int k_head = K::FLOATS ? 0 : a.keys.symmetric ? 4 : 8, k_pitch = K::FLOATS ? K::MOST_PITCH : K::CODES + k_head;
-  const int v_head = V::FLOATS ? 0 : a.values.symmetric ? 4 : 8, v_pitch = V::FLOATS ? V::MOST_PITCH : V::CODES + v_head;
+  const int k_head = K::head(a.keys), k_pitch = K::FLOATS ? K::MOST_PITCH : K::CODES + k_head;
+  const int v_head = V::head(a.values), v_pitch = V::FLOATS ? V::MOST_PITCH : V::CODES + v_head;
 
   float o[V::STEPS][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {}, shifts[2] = {};
   int stage = 0;

@@ -200,11 +200,10 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
 
   const Before before{a.columns, a.gate, a.norm, a.weight, a.bias, a.eps, p.inverse_columns, columns, p.pitch, a.right != nullptr, p.stages != 0, p.by_row};
   bool ready = false;  // whether the matrices are there for all
-  bool real = !rehearses(p);
+  bool real = !(p.rehearses && p.stages);
   if (real) begin();
   for (int stage = 0; token < unsigned(a.m);) {
-    if (!real) wait_copies<0>();
-    else if (p.stages == 2 || !ready) wait_copies<1>();
+    if (real && (p.stages == 2 || !ready)) wait_copies<1>();
     else wait_copies<0>();
     team.meet();
     const auto of_type = [&](auto type) {
@@ -371,13 +370,6 @@ int tiles_of(const TransformedLaunch& p) {
   return (all + chunks - 1) / chunks;
 }
 
-template <int TILES>
-int launch_tiles(const TransformedLaunch& p, int blocks, int shared, cudaStream_t stream) {
-  const auto kernel = kronecker_kernel<TILES>;
-  if (cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
-  return launch_early(kernel, unsigned(blocks), 32 * p.warps * p.groups, shared, stream, p);
-}
-
 }  // namespace
 
 // How many tokens and warps a block has, and what lies where in its shared memory; VITQ_UNSUPPORTED where it cannot hold one token.
@@ -408,22 +400,14 @@ int launch_kronecker(TransformedLaunch& p, cudaStream_t stream) {
   Gpu gpu;
   if (const int error = gpu_of_now(gpu)) return error;
   const bool eights = p.eights;
+  p.rehearses = starts_early(gpu) && !p.a.gate && p.a.m <= VITQ_FEW_ROWS;
   if (const int error = plan_kronecker(p, gpu.processors, gpu.shared)) return error;
   p.words = p.columns % 4 == 0 && uintptr_t(p.a.out) % 4 == 0 && p.a.out_stride % 4 == 0;
   if (eights && !p.a.fragments)
     if (const int error = launch_kronecker_sm90(p, gpu, stream); error != VITQ_UNSUPPORTED) return error;
-  const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors), shared = p.scratch + TEAM_BYTES * p.groups;
-  switch (tiles_of(p)) {
-    case 1: return launch_tiles<1>(p, blocks, shared, stream);
-    case 2: return launch_tiles<2>(p, blocks, shared, stream);
-    case 3: return launch_tiles<3>(p, blocks, shared, stream);
-    case 4: return launch_tiles<4>(p, blocks, shared, stream);
-    case 5: return launch_tiles<5>(p, blocks, shared, stream);
-    case 6: return launch_tiles<6>(p, blocks, shared, stream);
-    case 7: return launch_tiles<7>(p, blocks, shared, stream);
-    case 8: return launch_tiles<8>(p, blocks, shared, stream);
-    default: return launch_tiles<16>(p, blocks, shared, stream);
-  }
+  const int tiles = tiles_of(p);
+  if (tiles > 8) return start_teams(kronecker_kernel<16>, p, gpu, stream);
+  return with_tiles(tiles, [&](auto count) { return start_teams(kronecker_kernel<decltype(count)::value>, p, gpu, stream); });
 }
 
 }  // namespace vitq

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "launch.cuh"
 #include "transformed_rows.cuh"
@@ -53,18 +54,6 @@ struct Team {
   }
 };
 
-// Whether a team works on what its shared memory happens to hold, and writes nothing, before it waits for the kernels before. Of few rows each is on a multiprocessor
-// that has not seen this kernel's instructions for long, and weights have driven them from the L2: for a token of Llama-2-7B norms with 64 x 64 took 5.0 us after
-// what was before them and take 4.2, the input of o_proj 6.3 and 4.8 (H200). A gate comes after the largest product, whose blocks leave no room to start early:
-// it took 6.7 us, and 9.8 with a rehearsal. Where kernels do not start early there is no time for one.
-__device__ __forceinline__ bool rehearses(const TransformedLaunch& p) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  return p.stages && !p.a.gate && p.a.m <= VITQ_FEW_ROWS;  // a row a block
-#else
-  return false;
-#endif
-}
-
 constexpr int TEAM_BYTES = 256 + 16;  // of shared memory: a team's scratch, and two barriers
 
 // Tokens of a block, and rows to come, as far as there is room behind `p.tokens`. own: bytes of a token's X; warps: of a block; staged: no token is without its row
@@ -81,6 +70,28 @@ inline bool place_tokens(TransformedLaunch& p, int64_t own, int warps, int proce
   p.staged = int(own), p.stage_bytes = int(raw), p.token_bytes = int(own + p.stages * raw);
   p.scratch = p.tokens + p.groups * p.token_bytes;
   return p.groups > 0;
+}
+
+// A kernel of such a plan.
+inline int start_teams(void (*kernel)(TransformedLaunch), const TransformedLaunch& p, const Gpu& gpu, cudaStream_t stream) {
+  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
+  const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors);
+  return launch_early(kernel, unsigned(blocks), 32 * p.warps * p.groups, p.scratch + TEAM_BYTES * p.groups, stream, p);
+}
+
+// Runs f(tiles, as a constant), of 1 to 8.
+template <class F>
+int with_tiles(int tiles, const F& f) {
+  switch (tiles) {
+    case 1: return f(std::integral_constant<int, 1>{});
+    case 2: return f(std::integral_constant<int, 2>{});
+    case 3: return f(std::integral_constant<int, 3>{});
+    case 4: return f(std::integral_constant<int, 4>{});
+    case 5: return f(std::integral_constant<int, 5>{});
+    case 6: return f(std::integral_constant<int, 6>{});
+    case 7: return f(std::integral_constant<int, 7>{});
+    default: return f(std::integral_constant<int, 8>{});
+  }
 }
 
 }  // namespace vitq

@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_sm90_kern
   using Second = typename Products<N>::Second;
 
   uint32_t parity = 0;
-  bool real = !rehearses(p);
+  bool real = !p.rehearses;
   if (real) begin();
   for (int stage = 0; token < unsigned(a.m);) {
     if (real) barrier_wait(arrived + stage, parity);
@@ -255,18 +255,10 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_sm90_kern
 
 template <int TILES, class T>
 int launch_type(const TransformedLaunch& p, const Gpu& gpu, cudaStream_t stream) {
-  const auto kernel = p.a.gate   ? kronecker_sm90_kernel<TILES, T, GATED>
-                      : p.a.norm ? kronecker_sm90_kernel<TILES, T, NORMED>
-                                 : kronecker_sm90_kernel<TILES, T, AS_IT_IS>;
-  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
-  const int blocks = std::min((p.a.m + p.groups - 1) / p.groups, gpu.processors);
-  return launch_early(kernel, unsigned(blocks), 32 * p.warps * p.groups, p.scratch + TEAM_BYTES * p.groups, stream, p);
-}
-
-template <int TILES>
-int launch_tiles(TransformedLaunch& p, const Gpu& gpu, int64_t own, cudaStream_t stream) {
-  if (!place_tokens(p, own, most_warps(TILES), gpu.processors, gpu.shared, true)) return VITQ_UNSUPPORTED;
-  return p.a.x_dtype == VITQ_F16 ? launch_type<TILES, __half>(p, gpu, stream) : launch_type<TILES, __nv_bfloat16>(p, gpu, stream);
+  return start_teams(p.a.gate   ? kronecker_sm90_kernel<TILES, T, GATED>
+                     : p.a.norm ? kronecker_sm90_kernel<TILES, T, NORMED>
+                                : kronecker_sm90_kernel<TILES, T, AS_IT_IS>,
+                     p, gpu, stream);
 }
 
 }  // namespace
@@ -281,16 +273,11 @@ int launch_kronecker_sm90(TransformedLaunch p, const Gpu& gpu, cudaStream_t stre
   p.tokens = p.left + 512 * p.left_tiles * p.left_tiles;
   p.pitch = 8 * (16 * p.left_tiles + 1);  // an odd number of 16 bytes: neighbouring columns lie in other banks
   const int64_t own = int64_t(2) * p.right_tiles * 2 * p.pitch;
-  switch (p.left_tiles) {
-    case 1: return launch_tiles<1>(p, gpu, own, stream);
-    case 2: return launch_tiles<2>(p, gpu, own, stream);
-    case 3: return launch_tiles<3>(p, gpu, own, stream);
-    case 4: return launch_tiles<4>(p, gpu, own, stream);
-    case 5: return launch_tiles<5>(p, gpu, own, stream);
-    case 6: return launch_tiles<6>(p, gpu, own, stream);
-    case 7: return launch_tiles<7>(p, gpu, own, stream);
-    default: return launch_tiles<8>(p, gpu, own, stream);
-  }
+  return with_tiles(p.left_tiles, [&](auto count) -> int {
+    constexpr int TILES = decltype(count)::value;
+    if (!place_tokens(p, own, most_warps(TILES), gpu.processors, gpu.shared, true)) return VITQ_UNSUPPORTED;
+    return p.a.x_dtype == VITQ_F16 ? launch_type<TILES, __half>(p, gpu, stream) : launch_type<TILES, __nv_bfloat16>(p, gpu, stream);
+  });
 }
 
 }  // namespace vitq

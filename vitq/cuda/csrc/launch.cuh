@@ -90,13 +90,12 @@ __device__ __forceinline__ void wait_for_kernels_before() {
 #endif
 }
 
-// Before the wait: what no kernel writes, such as a layer's constants, is on its way from memory while one waits; or rows of which some may yet be written.
-__device__ __forceinline__ void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-// The same of `bytes` by all threads of a block; null: of nothing.
+// By all threads of a block, before the wait: what no kernel writes, such as a layer's constants, is on its way from memory while one waits; or rows of which some
+// may yet be written. null: nothing.
 __device__ __forceinline__ void prefetch(const void* p, int64_t bytes) {
   if (p == nullptr) return;
-  for (int64_t at = 128 * int64_t(threadIdx.x); at < bytes; at += 128 * int64_t(blockDim.x)) prefetch(static_cast<const uint8_t*>(p) + at);
+  for (int64_t at = 128 * int64_t(threadIdx.x); at < bytes; at += 128 * int64_t(blockDim.x))
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const uint8_t*>(p) + at));
 }
 
 // Whether the code for this GPU has these instructions: on sm_90 it is compiled for it, later chips run that of sm_80.

@@ -458,8 +458,8 @@ int check(const VitqRows& a) {
 
 // Norms of few rows with ranges of their own, which take less time with a block a row: transformed_rows.cu's.
 bool few_norms(const VitqRows& a) {
-  return a.norm && a.row_scale && a.out_dtype == VITQ_S8 && a.m <= FEW_BLOCK_ROWS && (a.rows_per_group <= 0 || a.m <= a.rows_per_group) && !a.order && !a.fp_out && !a.merge_width && !a.residual.data &&
-         !a.sum.data && a.qmax == -a.qmin - 1 && !(a.qmin & a.qmax);
+  return a.norm && a.row_scale && a.out_dtype == VITQ_S8 && a.m <= FEW_BLOCK_ROWS && (a.rows_per_group <= 0 || a.m <= a.rows_per_group) && !a.order &&
+         !a.fp_out && !a.merge_width && !a.residual.data && !a.sum.data && a.qmax == -a.qmin - 1 && !(a.qmin & a.qmax);
 }
 
 int launch_few_norms(const VitqRows& a, void* stream) {

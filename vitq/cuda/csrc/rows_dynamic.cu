@@ -213,11 +213,10 @@ int launch_rows(const VitqRows& a, cudaStream_t stream) {
   return launch_early(kernel, unsigned((a.m + rows - 1) / rows), threads, shared, stream, a, float(a.qmin), float(a.qmax));
 }
 
-// Few rows are spread over more threads.
 template <class T>
 int launch_type(const VitqRows& a, cudaStream_t stream) {
   const int pieces = a.columns / 8, threads = a.starts && a.m <= 512 ? 2 * THREADS : THREADS;
-  if (pieces <= (a.m <= 64 ? MOST_THREADS : threads)) return launch_rows<T, 1, 1>(a, stream);
+  if (pieces <= (a.m <= FEW_BLOCK_ROWS ? MOST_THREADS : threads)) return launch_rows<T, 1, 1>(a, stream);
   if (pieces <= 2 * threads) return launch_rows<T, 2, 1>(a, stream);
   if constexpr (sizeof(T) == 4) {
     return launch_rows<T, 4, 1>(a, stream);
