@@ -181,6 +181,26 @@ def test_a_failed_capture_says_what_to_do(fake, monkeypatch) -> None:
         fake(Rows().eval())(batch(2))
 
 
+@pytest.mark.gpu
+def test_after_a_refused_capture_all_is_as_it_was() -> None:
+    """torch.cuda.graph itself leaves its stream the current one, and its generator without random numbers."""
+    x = torch.ones(4, device="cuda")
+    current = torch.cuda.current_stream()
+    torch.cuda.manual_seed(0)
+    numbers = [torch.rand(4, device="cuda") for _ in range(2)]
+    torch.cuda.manual_seed(0)
+    assert torch.equal(torch.rand(4, device="cuda"), numbers[0])
+    with pytest.raises(RuntimeError):
+        graphs.Graph(lambda t: t * t.sum().item(), x)  # read on the host
+    assert torch.cuda.current_stream() == current and not torch.cuda.is_current_stream_capturing()
+    assert torch.equal(torch.rand(4, device="cuda"), numbers[1])
+    graph = graphs.Graph(lambda t: t + torch.rand_like(t), x)  # which draws numbers of its own at each replay
+    graph.replay()
+    first = graph.output.clone()
+    graph.replay()
+    assert not torch.equal(first, graph.output)
+
+
 def test_outputs_that_are_no_batch_are_refused(fake) -> None:
     class Pair(nn.Module):
         def forward(self, x):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import vitq
+from vitq.graphs import capturing
 
 ATTENTION = "as_masked"  # transformers knows no masks for this name, so it leaves a mask as it is, and none where none is given
 
@@ -79,7 +80,7 @@ class Case:
             try:
                 torch.cuda.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph):
+                with capturing(graph):
                     fn(static)
                 setattr(self, f"{name}_graph", graph.replay)
             except RuntimeError as error:

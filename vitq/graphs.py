@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -47,6 +48,27 @@ def compile(model: nn.Module, images: Tensor | None = None, *, clone: bool = Tru
     return graphed
 
 
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
+    """What runs inside is captured, as by torch.cuda.graph; RuntimeError where that is refused, after which all is as it was.
+
+    torch's own leaves its stream the current one then, and up to 2.11 at least its generator as if the capture went on: the next random number on the GPU,
+    such as a token that is sampled, fails. A capture that ends well ends that.
+    """
+    current = torch.cuda.current_stream()
+    try:
+        # thread_local: a data loader that pins memory meanwhile, or a backward pass in its own thread, does not spoil the capture
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            yield
+    except RuntimeError:
+        torch.cuda.set_stream(current)
+        torch.cuda.synchronize()
+        number = torch.zeros(1, device=current.device)
+        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            number.zero_()
+        raise
+
+
 class Graph:
     """One captured call fn(static) -> output, both tensors at fixed addresses. Raises RuntimeError where a capture is not
     possible: the call synchronizes, copies from the host, or runs out of memory."""
@@ -61,13 +83,8 @@ class Graph:
                     fn(static)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            try:
-                # thread_local: a data loader that pins memory meanwhile does not spoil the capture
-                with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
-                    self.output = fn(static)
-            except RuntimeError:
-                torch.cuda.synchronize()
-                raise
+            with capturing(self._graph, pool):
+                self.output = fn(static)
 
     def replay(self) -> None:
         self._graph.replay()

@@ -413,19 +413,17 @@ def test_the_source_model_is_not_changed(decoder: nn.Module, tokens: list[Tensor
     assert all(torch.equal(before[name], t) for name, t in decoder.state_dict().items())
 
 
-def peak_on_gpu(blocks: int, recipe: vitq.Recipe, data: list[Tensor], **options: object) -> tuple[int, int, nn.Module]:
-    """(bytes of the GPU at most, float32 bytes of a block, the model), of a Llama with so many blocks."""
+def peak_on_gpu(blocks: int, recipe: vitq.Recipe, data: list[Tensor], **options: object) -> tuple[int, int, int, nn.Module]:
+    """(bytes of the GPU at most, those that stay, float32 bytes of a block, the model), of a Llama with so many blocks."""
     model = language_models.build("Llama", num_hidden_layers=blocks, hidden_size=512, intermediate_size=1024, num_key_value_heads=4)
     gc.collect()  # what other tests left would be freed meanwhile
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     prepared, _ = quantize(model, recipe, data, device="cuda", **options)
-    peak = torch.cuda.max_memory_allocated() - before
+    peak, stays = torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before
     assert all(p.device.type == "cpu" for p in prepared.model.parameters())
-    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
-    assert torch.cuda.memory_allocated() - before < block / 10, "nothing stays"
-    return peak, block, model
+    return peak, stays, 4 * sum(p.numel() for p in model.model.layers[0].parameters()), model
 
 
 @pytest.mark.gpu
@@ -433,10 +431,11 @@ def peak_on_gpu(blocks: int, recipe: vitq.Recipe, data: list[Tensor], **options:
 @pytest.mark.parametrize("name", ["gptq-w4a16", "smoothquant-w8a8", "erq-w4a4"])
 def test_memory_of_the_device_does_not_grow_with_the_blocks(name: str, stream: str) -> None:
     data, recipe = [ids(2, 64, seed=1), ids(2, 64, seed=2)], quick(name)
-    peak_on_gpu(2, recipe, data, stream=stream)  # what libraries allocate once
-    few, block, _ = peak_on_gpu(2, recipe, data, stream=stream)
-    many, _, model = peak_on_gpu(8, recipe, data, stream=stream)
+    peak_on_gpu(2, recipe, data, stream=stream)  # what libraries allocate once and keep: cuBLAS, for each stream, 32 MiB
+    few, _, block, _ = peak_on_gpu(2, recipe, data, stream=stream)
+    many, stays, _, model = peak_on_gpu(8, recipe, data, stream=stream)
     assert few > block and many < few + block / 4, (few, many, block)
+    assert stays < block / 10, (stays, block)
     if name == "smoothquant-w8a8":  # no Gram matrices
         assert many < 4 * block, (many, block)
     if stream == "float":

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.chain import Given, moved
+from vitq.graphs import capturing
 
 CLIP_RATE = 10.0  # how much faster clips are learned than matrices, as in FlatQuant's code
 RATE_END = 1e-3  # the part of the learning rate that is left at the end of a cosine
@@ -127,11 +128,9 @@ class Steps:
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph in self.graphs.values()), None)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            # thread_local: the backward pass has a thread of its own, and a data loader's may pin memory meanwhile
-            with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            with capturing(graph, pool, torch.cuda.current_stream()):
                 self._launch(self.buffers[shape].batch)
         except RuntimeError as error:
-            torch.cuda.synchronize()
             self.optimizer.zero_grad(set_to_none=True)  # which nothing has been written to
             Steps.refused = True
             log.warning("a step of block_gradient cannot be captured as a CUDA graph (%s); from now on steps are launched one by one",
