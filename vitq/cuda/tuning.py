@@ -24,6 +24,7 @@ import torch
 from vitq.cache import cache_folder, replacing
 from vitq.cuda import loader
 from vitq.cuda.layout import round_up
+from vitq.graphs import capturing
 
 log = logging.getLogger("vitq")
 
@@ -339,7 +340,7 @@ def _time(arguments: dict[str, Any], config: str, repeats: int, calls: int = 20)
         return None
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with capturing(graph):
         for _ in range(calls):
             run()
     graph.replay()
