@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import vitq
-from vitq.graphs import capturing
 
 ATTENTION = "as_masked"  # transformers knows no masks for this name, so it leaves a mask as it is, and none where none is given
 
@@ -77,18 +77,15 @@ class Case:
             self.step(self.token)
         for name, fn, static in (("prefill", self.prefill, self.ids), ("step", self.step, self.token)):
             seen = [getattr(layer, "seen", None) for layer in self.cache.layers]
-            try:
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with capturing(graph):
-                    fn(static)
-                setattr(self, f"{name}_graph", graph.replay)
-            except RuntimeError as error:
-                self.notes.append(f"{name} without a graph: {str(error).splitlines()[0][:80]}")
-            finally:
-                for layer, count in zip(self.cache.layers, seen):
-                    if count is not None:
-                        layer.seen = count
+            torch.cuda.synchronize()
+            replay, reason = vitq.evaluate.cuda_graph(fn, static, warmup=0)
+            if reason:
+                self.notes.append(f"{name} without a graph: {reason[:80]}")
+            else:
+                setattr(self, f"{name}_graph", partial(replay, static))
+            for layer, count in zip(self.cache.layers, seen):
+                if count is not None:
+                    layer.seen = count
 
     def run_prefill(self, _: torch.Tensor) -> None:
         (self.prefill_graph or (lambda: self.prefill(self.ids)))()
