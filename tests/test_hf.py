@@ -359,6 +359,14 @@ def played(tmp_path, monkeypatch):
         def file_exists(self, repo_id, name):
             return (asked.root / repo_id / name).exists()
 
+        def list_repo_files(self, repo_id):
+            return [p.name for p in (asked.root / repo_id).iterdir()]
+
+        def hf_hub_download(self, repo_id, name):
+            there = tmp_path / "one" / name  # without the rest
+            there.parent.mkdir(exist_ok=True)
+            return shutil.copy(asked.root / repo_id / name, there)
+
         def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
             for file in matching(asked.root / repo_id, delete_patterns):
                 (asked.root / repo_id / file).unlink()
@@ -413,6 +421,17 @@ def test_an_image_model_to_the_hub_and_back(played) -> None:
     vitq.push_to_hub(model, "user/vit", source={"model_kwargs": {"depth": 2}})
     assert sorted(p.name for p in repository.iterdir()) == ["README.md", "model.safetensors", "vitq.json", "weights.bin"], "no shard is left"
     assert (repository / "README.md").read_text() == "My own words"
+
+
+@pytest.mark.parametrize("files", [{"config.json": "{}"}, {"config.json": "{}", "model.safetensors": ""}, {"model-00001-of-00002.safetensors": ""}])
+def test_a_repository_with_another_model_stays_as_it_is(model, played, files: dict[str, str]) -> None:
+    repository = played.root / "user/float"
+    repository.mkdir(parents=True)
+    for name, content in files.items():
+        (repository / name).write_text(content)
+    with pytest.raises(vitq.CheckpointError, match="user/float holds a model that vitq did not write .*give another repository"):
+        vitq.push_to_hub(model, "user/float")
+    assert not played.uploads and {p.name: p.read_text() for p in repository.iterdir()} == files
 
 
 def test_a_folder_of_that_name_comes_first(model, played) -> None:

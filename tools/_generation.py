@@ -33,9 +33,11 @@ def cache_name(model: nn.Module) -> str:
 
 
 def prepare(model: nn.Module) -> nn.Module:
-    """The model with the attention above. Raises ValueError for one with a sliding window, which it leaves out."""
+    """The model with the attention above. Raises ValueError for one with a sliding window, which it leaves out, and one whose attention is its own."""
     from transformers import AttentionInterface
 
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ValueError(f"a {type(model).__name__} is not timed here: its attention takes no other in its place")
     if getattr(model.config, "use_sliding_window", True) and getattr(model.config, "sliding_window", None):
         raise ValueError("a model with a sliding window is not timed here: set its config's sliding_window to None")
     AttentionInterface.register(ATTENTION, attention)
@@ -108,7 +110,7 @@ def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
         case.capture()
     case.run_prefill(case.ids)
     prefill = vitq.timing.time_model(case.run_prefill, case.ids, repeats=repeats, warmup=1)
-    decode = vitq.timing.time_model(case.run_decode, case.ids, repeats=max(1, repeats // 2), warmup=1)
+    decode = vitq.timing.time_model(case.run_decode, case.ids, repeats=repeats, warmup=1)
     found = {"prefill_ms": prefill.median_ms, "prefill_spread": prefill.spread, "decode_ms": decode.median_ms / case.decode_tokens, "decode_spread": decode.spread,
              "notes": case.notes}
     if device.type == "cuda":

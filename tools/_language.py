@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import copy
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,7 +27,7 @@ def kept_statistics(args: argparse.Namespace, recipes: list) -> Any:
         raise ValueError("--stats and --act-scales are both of what was measured before: give one of the two")
     given = "--stats" if args.stats else "--act-scales" if args.act_scales else ""
     if given and not any(recipe.is_static for recipe in recipes):
-        raise ValueError(f"{given}: {', '.join(recipe.name for recipe in recipes)} measure nothing before they run: leave out {given}")
+        raise ValueError(f"{given}: {', '.join(recipe.name for recipe in recipes)}: nothing is measured before that runs: leave out {given}")
     if not args.stats:
         return None
     return vitq.Statistics.load(args.stats) if args.stats.exists() else None
@@ -63,11 +64,11 @@ def collected(args: argparse.Namespace, recipes: list, loaded: Any, text: Any, c
     return stats
 
 
-def check_positions(seqlen: int, model: nn.Module, name: str) -> None:
-    """Raises ValueError for windows longer than the model's positions."""
+def check_positions(tokens: int, model: nn.Module, name: str, option: str = "--seqlen") -> None:
+    """Raises ValueError, which names the option, for more tokens than the model has positions."""
     most = getattr(model.config, "max_position_embeddings", None)
-    if most and seqlen > most:
-        raise ValueError(f"--seqlen {seqlen} is more than the {most} positions of {name}")
+    if most and tokens > most:
+        raise ValueError(f"{option} {tokens} is more than the {most} positions of {name}")
 
 
 def check_same(checkpoint: nn.Module, model: nn.Module, name: str) -> None:
@@ -150,6 +151,8 @@ def check_blocks(args: argparse.Namespace) -> None:
     """Raises ValueError for options that do not go together, and a device that cannot be used."""
     if args.stream is None and (args.calib_device or args.resume):
         raise ValueError("--calib-device and --resume are for calibration block by block: give --stream float or --stream quantized")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not (args.stream == "float" and args.resume):
+        raise ValueError("processes that torchrun started share the blocks of --stream float by the folder of --resume: give both, or start one process")
     if args.stream == "quantized" and (args.stats or args.act_scales):
         raise ValueError(f"--stream quantized measures what its quantized blocks give: leave out {'--stats' if args.stats else '--act-scales'}")
     if args.calib_device:

@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import gc
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,9 +28,10 @@ import vitq
 from _cli import check_least, exit_code
 from _console import Console
 from _generation import SHAPES, Case, executed_recipe, measure, random_model, random_tokens
+from _language import check_positions
 
-PUBLISHED = """FlatQuant's real-quantized kernels, published, Llama-2-7B on an RTX 3090, times faster than its float16: prefill of 2048 tokens, batch 1,
-1.98 to 2.06; decode, batch 1, 0.47 to 0.48 (int4 without transforms 0.67, QuaRot 0.59). That chip multiplies int4 at twice the rate of int8; sm_90 does not."""
+PUBLISHED = "Published of FlatQuant's own kernels, Llama-2-7B on an RTX 3090, batch 1, times as fast as its float16 (a chip that multiplies int4 at twice the rate of int8):\n" + \
+    vitq.report.table(["case", "prefill x", "a token x"], [["FlatQuant W4A4KV4", "1.98 to 2.06", "0.47 to 0.48"], ["QuaRot", None, "0.59"], ["int4, no transforms", None, "0.67"]])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -72,30 +74,38 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--batch {args.batch}: give numbers of sequences, such as 1,16")
     if args.device_map and importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs accelerate: pip install 'vitq[llm]'")
-    if args.output:
-        vitq.report.make_folder(args.output.parent)
     device, console = torch.device(vitq.pick_device(args.device)), Console(args.quiet, False)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams and events are used
     recipes = [(name, recipe_of(name, args.kv_bits)) for name in map(str.strip, args.recipes.split(","))]
-    names = args.random.split(",") if args.random else [args.model]
+    names = [name.strip() for name in args.random.split(",")] if args.random else [args.model]
     for name in names:
         if args.random and name not in SHAPES:
             raise ValueError(f"--random {name}: known are {', '.join(SHAPES)}")
+    if args.output:
+        vitq.report.make_folder(args.output.parent)
+        if args.output.is_dir():
+            raise ValueError(f"--output {args.output} is a folder: give the path of a file")
     report: dict[str, Any] = {"vitq": vitq.__version__, "torch": torch.__version__, "device": device_name(device), "prompt": args.prompt, "decode": args.decode,
                               "rows": []}
     for name in names:
         def source(where: torch.device = device, name: str = name) -> nn.Module:
-            if args.random:
-                return random_model(name, where, args.layers)
-            return vitq.load_language_model(name, dtype=torch.float16, tokenizer=False).model.to(where)
+            model = random_model(name, where, args.layers) if args.random else vitq.load_language_model(name, dtype=torch.float16, tokenizer=False).model.to(where)
+            check_positions(args.prompt + args.decode, model, name, "--prompt and --decode:")
+            return model
 
-        rows = [*float_rows(args, name, source, batches, device, console)]
-        for recipe_name, recipe in recipes:
-            rows += recipe_rows(args, name, source, recipe_name, recipe, batches, device, console)
-        compare(rows)
+        rows: list[dict] = []
+        try:
+            for found in itertools.chain(float_rows(args, name, source, batches, device, console), *(
+                    recipe_rows(args, name, source, recipe_name, recipe, batches, device, console) for recipe_name, recipe in recipes)):
+                rows.append(found)
+                compare(rows)
+                if args.output:
+                    vitq.report.write_json(args.output, {**report, "rows": report["rows"] + rows})
+        finally:  # what was measured is shown, whatever becomes of the next
+            if rows:
+                console.result("\n" + vitq.report.table(*table(rows)))
         report["rows"] += rows
-        console.result("\n" + vitq.report.table(*table(rows)))
-        if args.output:
-            vitq.report.write_json(args.output, report)
     console.result("\n" + PUBLISHED)
     return 0
 
@@ -157,10 +167,14 @@ def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vit
 
     console.step(f"{name}, {recipe_name}: converting")
     torch._dynamo.reset()  # what was compiled before holds its model
-    with memory_of(device):
-        model = source()
-        calib = random_tokens(model.config.vocab_size, device) if recipe.needs_data else None
-        model = vitq.convert(model, recipe, calib, dtype=torch.float16 if device.type == "cuda" else None)
+    try:
+        with memory_of(device):
+            model = source()
+            calib = random_tokens(model.config.vocab_size, device) if recipe.needs_data else None
+            model = vitq.convert(model, recipe, calib, dtype=torch.float16 if device.type == "cuda" else None)
+    except torch.OutOfMemoryError:
+        yield from ({"model": name, "case": recipe_name, "batch": batch, "notes": ["out of memory in conversion"]} for batch in batches)
+        return
     for batch in batches:
         console.step(f"{name}, {recipe_name}, batch {batch}")
         with memory_of(device):

@@ -76,9 +76,14 @@ def check_target(folder: Path) -> None:
     """Raises CheckpointError for a file, and for a folder with a model that vitq did not write."""
     if folder.exists() and not folder.is_dir():
         raise CheckpointError(f"{folder} is a file; give a folder")
-    if (files := _files(folder)) and not is_checkpoint(folder):
-        raise CheckpointError(f"{folder} holds a model that vitq did not write ({some([p.name for p in files])}), which a checkpoint would replace; "
-                              "give another folder")
+    if not is_checkpoint(folder):
+        check_free(str(folder), [p.name for p in _files(folder)], "folder")
+
+
+def check_free(place: str, files: list[str], kind: str) -> None:
+    """Raises CheckpointError where there are files of a model, which is not vitq's."""
+    if files:
+        raise CheckpointError(f"{place} holds a model that vitq did not write ({some(files)}), which a checkpoint would replace; give another {kind}")
 
 
 def _header_files(header: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.formats import QTensor
-from vitq.graphs import Graph
+from vitq.graphs import Graph, first_line
 from vitq.models import prepare
 from vitq.models.heads import part_heads
 from vitq.nn.attention import QuantAttention
@@ -322,7 +322,7 @@ def cuda_graph(fn: Callable[[Tensor], Any], images: Tensor, warmup: int = 3) -> 
     try:
         graph = Graph(fn, images, warmup=warmup)
     except RuntimeError as error:  # what a capture forbids is reported so: a synchronization, a copy to the host …
-        return fn, str(error).splitlines()[0]
+        return fn, first_line(error)
 
     def replay(_: Tensor) -> Any:
         graph.replay()

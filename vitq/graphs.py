@@ -6,7 +6,7 @@ import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -63,10 +63,16 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
     except RuntimeError:
         torch.cuda.set_stream(current)
         torch.cuda.synchronize()
-        number = torch.zeros(1, device=current.device)
-        with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
-            number.zero_()
+        with suppress(torch.OutOfMemoryError):  # of the first error is to be heard
+            number = torch.zeros(1, device=current.device)
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+                number.zero_()
         raise
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return str(error).partition("\n")[0]
 
 
 class Graph:
@@ -146,7 +152,7 @@ class GraphedModel(nn.Module):
             graph = self._capture(static)
         except RuntimeError as error:
             raise RuntimeError(f"{type(self.model).__name__} cannot be captured as a CUDA graph for images {list(images.shape)} "
-                               f"({str(error).splitlines()[0]}): call the model itself") from error
+                               f"({first_line(error)}): call the model itself") from error
         if not isinstance(graph.output, Tensor) or graph.output.shape[:1] != (count,):
             raise TypeError(f"{type(self.model).__name__} must return one tensor [batch, ...] to be compiled, got "
                             f"{type(graph.output).__name__}")
@@ -245,7 +251,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> Any:
             graphs[key] = _captured_step(model, inputs, cache, tensors)
         except RuntimeError as error:
             graphs[key] = "not captured"
-            log.warning("%s cannot be captured as a CUDA graph (%s); it generates without", type(model).__name__, str(error).splitlines()[0])
+            log.warning("%s cannot be captured as a CUDA graph (%s); it generates without", type(model).__name__, first_line(error))
             return model(**inputs)
     graphs[key] = graph, static = graphs.pop(key)  # the one that was not used for longest goes first
     for layer in cache.layers:

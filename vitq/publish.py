@@ -11,7 +11,7 @@ from torch import nn
 
 import vitq
 from vitq.checkpoint import save
-from vitq.checkpoint_files import PATTERNS, read_header
+from vitq.checkpoint_files import CONFIG, HEADER, PATTERNS, check_free, is_checkpoint, read_header
 from vitq.conversion import model_info
 from vitq.models import hub
 from vitq.report import bits_per_weight
@@ -28,7 +28,7 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
     max_shard_size, source: as `vitq.save` has them.
     One commit replaces the files of a checkpoint and leaves others there, such as a tokenizer's; a model card (README.md) with the recipe, the bits a
     weight and how to load it is added where the repository has none. Returns the address of the commit.
-    Raises as `vitq.save` does, before anything is uploaded, and ConnectionError within 10 seconds where the hub does not answer.
+    Raises as `vitq.save` does, before anything is uploaded, for a repository with a model that vitq did not write too, and ConnectionError within 10 seconds where the hub does not answer.
     """
     from huggingface_hub import HfApi
 
@@ -39,6 +39,7 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
         folder = save(model, Path(temporary) / "checkpoint", source=source, max_shard_size=max_shard_size)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name, if it had none
+        _check_repository(api, repo_id)
         if api.file_exists(repo_id, CARD):
             _logger.warning("%s of %s stays as it is: see that it says how this model is quantized", CARD, repo_id)
         else:
@@ -46,6 +47,16 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, delete_patterns=list(PATTERNS),
                                    commit_message=commit_message or f"Upload a model quantized with the recipe {model.vitq.recipe.name}")
     return str(commit.commit_url)
+
+
+def _check_repository(api: Any, repo_id: str) -> None:
+    """Raises CheckpointError for one with a model that vitq did not write."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = set(api.list_repo_files(repo_id))
+    if HEADER in files or CONFIG in files and is_checkpoint(Path(api.hf_hub_download(repo_id, CONFIG)).parent):
+        return
+    check_free(repo_id, sorted(filter_repo_objects(files, allow_patterns=list(PATTERNS))), "repository")
 
 
 def model_card(model: nn.Module, repo_id: str, header: dict[str, Any]) -> str:

@@ -123,10 +123,12 @@ def test_files_that_do_not_fit(tmp_path) -> None:
     assert torch.equal(half.max, scales[q]) and torch.equal(half.min, -scales[q]), "the largest of what is said of one input"
     with pytest.raises(FileNotFoundError, match="no such file"):
         vitq.import_act_scales(tmp_path / "none.pt", model)
+    with pytest.raises(FileNotFoundError, match="a folder; give the file"):
+        vitq.import_act_scales(tmp_path, model)
     torch.save(scales, tmp_path / "whole.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:1000])
     torch.save({"model": torch.nn.Linear(2, 2)}, tmp_path / "code.pt")
     torch.save([scales[q]], tmp_path / "list.pt")
-    for name, match in (("cut.pt", "torch.save wrote whole"), ("code.pt", "torch.save wrote whole"), ("list.pt", "not a mapping of layer names")):
+    for name, match in (("cut.pt", "torch.save wrote whole"), ("code.pt", "tensors, numbers, texts and containers of these alone$"), ("list.pt", "not a mapping of layer names")):
         with pytest.raises(ValueError, match=match):
             vitq.import_act_scales(tmp_path / name, model)

@@ -11,6 +11,7 @@ from helpers import run_tool
 pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 
 import _generation  # noqa: E402
+import language_models  # noqa: E402
 import llm_benchmark  # noqa: E402
 import vitq  # noqa: E402
 
@@ -34,6 +35,28 @@ def test_a_folder_needs_no_tokenizer_and_a_recipe_that_measures_no_text(tmp_path
     assert vitq.load_language_model(tmp_path / "model", tokenizer=False).tokenizer is None
 
 
+def test_what_was_measured_stays_when_a_later_recipe_fails(tmp_path, monkeypatch) -> None:
+    real, run = vitq.convert, [*TINY, "--recipes", "w8a8-dynamic,dgq-w4a8,w4a4", "--output", tmp_path / "r.json"]
+
+    def fails(error: Exception):
+        return lambda model, recipe, *args, **kwargs: real(model, recipe, *args, **kwargs) if recipe.name != "dgq-w4a8" else (_ for _ in ()).throw(error)
+
+    monkeypatch.setattr(vitq, "convert", fails(ValueError("no such layers")))
+    code, out, err = run_tool(llm_benchmark, *run)
+    assert code == 2 and "no such layers" in err and "w8a8-dynamic" in out and len(json.loads((tmp_path / "r.json").read_text())["rows"]) == 2
+    monkeypatch.setattr(vitq, "convert", fails(torch.OutOfMemoryError("CUDA out of memory")))
+    code, out, err = run_tool(llm_benchmark, *run)
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert code == 0 and [r.get("notes") for r in rows] == [[], [], ["out of memory in conversion"], []] and "out of memory in conversion" in out
+
+
+def test_models_that_are_not_timed(tmp_path) -> None:
+    for family, message in (("Falcon", "a FalconForCausalLM is not timed here"), ("OPT", "--prompt and --decode: 300 is more than the 256 positions of")):
+        language_models.build(family, **({"max_position_embeddings": 256} if family == "OPT" else {})).save_pretrained(tmp_path / family)
+        code, _, err = run_tool(llm_benchmark, "--model", tmp_path / family, "--prompt", "290", "--decode", "10", "--no-compile", "--device", "cpu")
+        assert code == 2 and message in err, err
+
+
 @torch.no_grad()
 def test_its_steps_are_those_of_generate() -> None:
     """What is timed writes the tokens that `generate` writes."""
@@ -55,7 +78,7 @@ def test_its_steps_are_those_of_generate() -> None:
     ([], "give --random with the names of shapes, or --model"), (["--random", "tiny", "--model", "x"], "give --random"),
     (["--random", "llama-9"], "--random llama-9: known are llama-2-7b"), ([*TINY, "--batch", "0"], "--batch 0: give numbers"),
     ([*TINY, "--batch", "a"], "--batch a: give numbers"), ([*TINY, "--recipes", "w9"], "neither a file nor a shipped recipe"),
-    ([*TINY, "--prompt", "0"], "--prompt"), ([*TINY, "--recipes", "erq-w3a3-paper"], "erq-w3a3-paper is for simulation"),
+    ([*TINY, "--prompt", "0"], "--prompt"), (["--random", "tiny, tiny,x"], "--random x: known"), ([*TINY, "--output", "."], "is a folder"), ([*TINY, "--recipes", "erq-w3a3-paper"], "erq-w3a3-paper is for simulation"),
 ])
 def test_mistakes(arguments: list[str], message: str) -> None:
     code, _, err = run_tool(llm_benchmark, *arguments)

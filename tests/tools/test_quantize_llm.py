@@ -227,7 +227,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
     (["--model", "no/such/folder"], "no such folder or file: no/such/folder"), (["--device", "nothing"], "device .nothing. cannot be used"),
     (["--backend", "cuda"], "--backend cuda cannot run on cpu"), (["--recipe", "erq-w4a4-paper"], "is for simulation"),
     (["--load", "somewhere", "--recipe", "w8a8"], "--load takes a checkpoint as it is"),
-    (["--recipe", "w8a8,w8a8"], "two of the recipes have one name"), (["--stats", "s.st"], "w8a8-dynamic measure nothing before they run"),
+    (["--recipe", "w8a8,w8a8"], "two of the recipes have one name"), (["--stats", "s.st"], "w8a8-dynamic: nothing is measured before that runs"),
     (["--stats", "short.txt/s.st", "--recipe", "w8a8"], "short.txt"), (["--simulate", "--eval", "none"], "leave out --eval none"),
     (["--recipe", "w8a8-dynamic,phq-w8", "--set", "heads.least=99"], "heads.least: 99;.*4 query heads: give that many at most")])
 def test_mistakes_are_one_line_and_leave_nothing(args, message, folder, text, tmp_path, monkeypatch) -> None:
@@ -360,6 +360,13 @@ def test_block_by_block_gives_the_same_and_goes_on(folder, text, tmp_path, monke
 def test_mistakes_of_block_options(args: list, message: str, folder, text) -> None:
     code, _, err = run(*SMALL, "--model", folder, "--data", text, *args)
     assert code == 2 and re.search(message, err), err
+
+
+@pytest.mark.parametrize("args", [[], ["--stream", "float"], ["--stream", "quantized", "--resume", "kept"]])
+def test_processes_that_share_nothing_are_refused(args: list, folder, text, monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, err = run(*SMALL, "--model", folder, "--data", text, "--recipe", "gptq-w4a16", *args)
+    assert code == 2 and "--stream float by the folder of --resume: give both" in err, err
 
 
 def test_what_is_learned_is_learned_once(folder, text, monkeypatch) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vitq.calib.chain import Given, moved
-from vitq.graphs import capturing
+from vitq.graphs import capturing, first_line
 
 CLIP_RATE = 10.0  # how much faster clips are learned than matrices, as in FlatQuant's code
 RATE_END = 1e-3  # the part of the learning rate that is left at the end of a cosine
@@ -134,7 +134,7 @@ class Steps:
             self.optimizer.zero_grad(set_to_none=True)  # which nothing has been written to
             Steps.refused = True
             log.warning("a step of block_gradient cannot be captured as a CUDA graph (%s); from now on steps are launched one by one",
-                        str(error.__context__ or error).partition("\n")[0])
+                        first_line(error.__context__ or error))
         else:
             self.graphs[shape] = graph
 
