@@ -42,7 +42,12 @@ def shallow(monkeypatch: pytest.MonkeyPatch):
 
 def tiny_language_model() -> types.SimpleNamespace:
     language_models = pytest.importorskip("language_models", reason="needs pip install vitq[llm]", exc_type=ImportError)
-    return types.SimpleNamespace(model=language_models.build(), tokenizer=None)
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, **{f"w{i}": i for i in range(1, 128)}}, unk_token="[UNK]"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", model_input_names=["input_ids", "attention_mask"])
+    return types.SimpleNamespace(model=language_models.build(), tokenizer=tokenizer)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=lambda p: p.name)

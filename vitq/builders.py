@@ -98,8 +98,9 @@ class TransformersBuilder:
                                                                   trust_remote_code=False)
             model.generation_config = transformers.GenerationConfig(**header["generation_config"])
         except Exception as error:  # a config that is wrong fails in as many ways as there are classes
-            raise ValueError(f"transformers {transformers.__version__} cannot build the {header['architecture']} of this checkpoint, which was "
-                             f"written with transformers {header.get('transformers_version')}: {error}") from error
+            version = header.get("transformers_version")  # FlatQuant's code does not say it
+            raise ValueError(f"transformers {transformers.__version__} cannot build the {header['architecture']} of this checkpoint"
+                             f"{f', which was written with transformers {version}' if version else ''}: {error}") from error
         if type(model).__name__ != header["architecture"]:
             raise ValueError(f"transformers {transformers.__version__} builds a {type(model).__name__} of the config, not a {header['architecture']}")
         return model
