@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     if args.device_map and importlib.util.find_spec("accelerate") is None:
         raise ValueError("--device-map needs accelerate: pip install 'vitq[llm]'")
     device, console = torch.device(vitq.pick_device(args.device)), Console(args.quiet, False)
-    if device.type == "cuda":
+    if device.index is not None:
         torch.cuda.set_device(device)  # whose streams and events are used
     recipes = [(name, recipe_of(name, args.kv_bits)) for name in map(str.strip, args.recipes.split(","))]
     names = [name.strip() for name in args.random.split(",")] if args.random else [args.model]
