@@ -63,7 +63,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
     except RuntimeError:
         torch.cuda.set_stream(current)
         torch.cuda.synchronize()
-        with suppress(torch.OutOfMemoryError):  # of the first error is to be heard
+        with suppress(torch.OutOfMemoryError):  # the first error is the one to be heard
             number = torch.zeros(1, device=current.device)
             with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
                 number.zero_()
@@ -72,7 +72,7 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
 
 def first_line(error: Exception) -> str:
     """What an error says, in one line."""
-    return str(error).partition("\n")[0]
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 class Graph:
