@@ -105,7 +105,7 @@ class Case:
 
 @torch.inference_mode()
 def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
-    """Milliseconds of a prefill and of a token after it, and the peak of memory in both."""
+    """Milliseconds of a prefill and of a token after it, and the peak of memory in both, of all GPUs together."""
     if device.type == "cuda":
         case.capture()
     case.run_prefill(case.ids)
@@ -114,7 +114,7 @@ def measure(case: Case, repeats: int, device: torch.device) -> dict[str, Any]:
     found = {"prefill_ms": prefill.median_ms, "prefill_spread": prefill.spread, "decode_ms": decode.median_ms / case.decode_tokens, "decode_spread": decode.spread,
              "notes": case.notes}
     if device.type == "cuda":
-        found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        found["peak_gb"] = sum(torch.cuda.max_memory_allocated(each) for each in range(torch.cuda.device_count())) / 1e9
     return found
 
 

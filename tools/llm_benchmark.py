@@ -137,7 +137,8 @@ def memory_of(device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        for each in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(each)
     yield
 
 
