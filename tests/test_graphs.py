@@ -201,6 +201,15 @@ def test_after_a_refused_capture_all_is_as_it_was() -> None:
     assert not torch.equal(first, graph.output)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_each_gpu_captures_its_own() -> None:
+    """torch.cuda.graph's own stream is of the device that captured first."""
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        model, x = vitq.compile(Rows().eval().to(device)), batch(4).to(device)
+        assert torch.equal(model(x), model.model(x)) and torch.equal(model(x + 1), model.model(x + 1))
+
+
 def test_outputs_that_are_no_batch_are_refused(fake) -> None:
     class Pair(nn.Module):
         def forward(self, x):

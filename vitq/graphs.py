@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import threading
@@ -54,8 +55,10 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
 
     torch's own leaves its stream the current one then, and up to 2.11 at least its generator as if the capture went on: the next random number on the GPU,
     such as a token that is sampled, fails. A capture that ends well ends that.
+    stream: of the current device, by default `side_stream`'s; captures that share a pool share it.
     """
     current = torch.cuda.current_stream()
+    stream = side_stream(current.device) if stream is None else stream
     try:
         # thread_local: a data loader that pins memory meanwhile, or a backward pass in its own thread, does not spoil the capture
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -65,9 +68,16 @@ def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.
         torch.cuda.synchronize()
         with suppress(torch.OutOfMemoryError):  # the first error is the one to be heard
             number = torch.zeros(1, device=current.device)
-            with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"):
                 number.zero_()
         raise
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The one of a device (with its index) on which work is captured: memory is kept by stream. torch.cuda.graph's own is of the device that came first, and what
+    runs on another is not captured there."""
+    return torch.cuda.Stream(device)
 
 
 def first_line(error: Exception) -> str:

@@ -8,14 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vitq.calib.chain import Given, moved
-from vitq.graphs import capturing, first_line
+from vitq.graphs import capturing, first_line, side_stream
 
 CLIP_RATE = 10.0  # how much faster clips are learned than matrices, as in FlatQuant's code
 RATE_END = 1e-3  # the part of the learning rate that is left at the end of a cosine
@@ -145,18 +144,14 @@ class Steps:
         self.buffers.clear()
 
 
-@cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # one for all blocks: memory is kept by stream
-
-
 @contextmanager
 def _aside(device: torch.device) -> Iterator[None]:
     """Inside, work on a GPU goes to a stream that can be captured."""
     if device.type != "cuda":
         yield
         return
-    side, current = _side(device), torch.cuda.current_stream(device)
+    current = torch.cuda.current_stream(device)
+    side = side_stream(current.device)
     side.wait_stream(current)
     try:
         with torch.cuda.stream(side):
