@@ -283,9 +283,10 @@ def test_vision_models(name: str) -> None:
     model = helpers.build(name, **small)
     calib, x = [helpers.images(model, 4, seed) for seed in (2, 3)], helpers.images(model, 3, 9)
     made = recipe("flatquant-w4a4", epochs=3)
-    simulated = vitq.simulate(model, made, calib)(x)
-    executed = vitq.convert(model, made, calib, dtype=torch.float32)
-    assert sqnr(model(x), simulated) > 6 and sqnr(simulated, executed(x)) > sqnr(model(x), simulated) + 5
+    simulated, executed = vitq.simulate(model, made, calib), vitq.convert(model, made, calib, dtype=torch.float32)
+    assert sqnr(model(x), simulated(x)) > 6
+    wanted, found, floats = (m.forward_features(x) for m in (simulated, executed, model))  # of all tokens: a 4-bit code that turns over in one is no matter
+    assert sqnr(wanted, found) > sqnr(floats, wanted) + 10
 
 
 def test_a_static_recipe_has_no_diagonal_to_learn() -> None:
