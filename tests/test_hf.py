@@ -423,6 +423,12 @@ def test_an_image_model_to_the_hub_and_back(played) -> None:
     assert (repository / "README.md").read_text() == "My own words"
 
 
+def test_what_is_no_name_of_a_repository(model, played) -> None:
+    with pytest.raises(ValueError, match="not a name!!"):
+        vitq.push_to_hub(model, "not a name!!")
+    assert not played.created
+
+
 @pytest.mark.parametrize("files", [{"config.json": "{}"}, {"config.json": "{}", "model.safetensors": ""}, {"model-00001-of-00002.safetensors": ""}])
 def test_a_repository_with_another_model_stays_as_it_is(model, played, files: dict[str, str]) -> None:
     repository = played.root / "user/float"

@@ -28,11 +28,14 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
     max_shard_size, source: as `vitq.save` has them.
     One commit replaces the files of a checkpoint and leaves others there, such as a tokenizer's; a model card (README.md) with the recipe, the bits a
     weight and how to load it is added where the repository has none. Returns the address of the commit.
-    Raises as `vitq.save` does, before anything is uploaded, for a repository with a model that vitq did not write too, and ConnectionError within 10 seconds where the hub does not answer.
+    Raises as `vitq.save` does, before anything is uploaded, for a repository with a model that vitq did not write too; ValueError for what is no name of one;
+    ConnectionError within 10 seconds where the hub does not answer.
     """
     from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
 
     model_info(model)
+    validate_repo_id(repo_id)
     if (reason := hub.unreachable()) is not None:
         raise ConnectionError(f"{repo_id} cannot be uploaded: {reason}")
     with tempfile.TemporaryDirectory() as temporary:
