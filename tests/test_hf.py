@@ -356,9 +356,6 @@ def played(tmp_path, monkeypatch):
             (asked.root / repo_id).mkdir(parents=True, exist_ok=True)
             return types.SimpleNamespace(repo_id=repo_id)
 
-        def file_exists(self, repo_id, name):
-            return (asked.root / repo_id / name).exists()
-
         def list_repo_files(self, repo_id):
             return [p.name for p in (asked.root / repo_id).iterdir()]
 

@@ -12,7 +12,6 @@ measures it measures on random tokens.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
 import importlib.util
 import itertools
@@ -30,8 +29,8 @@ from _console import Console
 from _generation import SHAPES, Case, executed_recipe, measure, random_model, random_tokens
 from _language import check_positions
 
-PUBLISHED = "Published of FlatQuant's own kernels, Llama-2-7B on an RTX 3090, batch 1, times as fast as its float16 (a chip that multiplies int4 at twice the rate of int8):\n" + \
-    vitq.report.table(["case", "prefill x", "a token x"], [["FlatQuant W4A4KV4", "1.98 to 2.06", "0.47 to 0.48"], ["QuaRot", None, "0.59"], ["int4, no transforms", None, "0.67"]])
+PUBLISHED = "Published of FlatQuant's own kernels, Llama-2-7B on an RTX 3090, batch 1, times as fast as its float16 (a chip that multiplies int4 at twice the rate of int8):"
+PUBLISHED_ROWS = [["FlatQuant W4A4KV4", "1.98 to 2.06", "0.47 to 0.48"], ["QuaRot", None, "0.59"], ["int4, no transforms", None, "0.67"]]
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -106,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
             if rows:
                 console.result("\n" + vitq.report.table(*table(rows)))
         report["rows"] += rows
-    console.result("\n" + PUBLISHED)
+    console.result(f"\n{PUBLISHED}\n" + vitq.report.table(["case", "prefill x", "a token x"], PUBLISHED_ROWS))
     return 0
 
 
@@ -130,8 +129,7 @@ def recipe_of(name: str, kv_bits: int | None) -> vitq.Recipe:
     return recipe
 
 
-@contextlib.contextmanager
-def memory_of(device: torch.device) -> Iterator[None]:
+def begin_memory(device: torch.device) -> None:
     """Whatever was there before is gone, and the peak of memory begins anew."""
     gc.collect()
     if device.type == "cuda":
@@ -139,7 +137,6 @@ def memory_of(device: torch.device) -> Iterator[None]:
         torch.cuda.empty_cache()
         for each in range(torch.cuda.device_count()):
             torch.cuda.reset_peak_memory_stats(each)
-    yield
 
 
 def float_rows(args, name: str, source: Callable, batches: list[int], device: torch.device, console: Console) -> Iterator[dict]:
@@ -155,11 +152,11 @@ def float_rows(args, name: str, source: Callable, batches: list[int], device: to
         for kind, make in kinds:
             case = f"{str(model.dtype)[6:]} {kind}"
             console.step(f"{name}, {case}, batch {batch}")
-            with memory_of(device):
-                torch._dynamo.reset()
-                cache = StaticCache(config=model.config, max_cache_len=args.prompt + args.decode + 16)
-                yield {**row(name, case, batch, lambda cache=cache, make=make, batch=batch: Case(
-                    model, cache, make(), batch, args.prompt, args.decode, device), args, device, console), "float": True}
+            begin_memory(device)
+            torch._dynamo.reset()
+            cache = StaticCache(config=model.config, max_cache_len=args.prompt + args.decode + 16)
+            yield {**row(name, case, batch, lambda cache=cache, make=make, batch=batch: Case(
+                model, cache, make(), batch, args.prompt, args.decode, device), args, device, console), "float": True}
 
 
 def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vitq.Recipe, batches: list[int], device: torch.device,
@@ -169,24 +166,24 @@ def recipe_rows(args, name: str, source: Callable, recipe_name: str, recipe: vit
     console.step(f"{name}, {recipe_name}: converting")
     torch._dynamo.reset()  # what was compiled before holds its model
     try:
-        with memory_of(device):
-            model = source()
-            calib = random_tokens(model.config.vocab_size, device) if recipe.needs_data else None
-            model = vitq.convert(model, recipe, calib, dtype=torch.float16 if device.type == "cuda" else None)
+        begin_memory(device)
+        model = source()
+        calib = random_tokens(model.config.vocab_size, device) if recipe.needs_data else None
+        model = vitq.convert(model, recipe, calib, dtype=torch.float16 if device.type == "cuda" else None)
     except torch.OutOfMemoryError:
         yield from ({"model": name, "case": recipe_name, "batch": batch, "notes": ["out of memory in conversion"]} for batch in batches)
         return
     for batch in batches:
         console.step(f"{name}, {recipe_name}, batch {batch}")
-        with memory_of(device):
-            length = args.prompt + args.decode + 16
-            cached = recipe.resolve("qk").cached or recipe.resolve("pv").cached
+        begin_memory(device)
+        length = args.prompt + args.decode + 16
+        cached = recipe.resolve("qk").cached or recipe.resolve("pv").cached
 
-            def case() -> Case:
-                cache = vitq.quantized_cache(model, max_length=length, batch_size=batch) if cached else StaticCache(config=model.config, max_cache_len=length)
-                return Case(model, cache, model, batch, args.prompt, args.decode, device)
+        def case() -> Case:
+            cache = vitq.quantized_cache(model, max_length=length, batch_size=batch) if cached else StaticCache(config=model.config, max_cache_len=length)
+            return Case(model, cache, model, batch, args.prompt, args.decode, device)
 
-            yield row(name, recipe_name, batch, case, args, device, console)
+        yield row(name, recipe_name, batch, case, args, device, console)
 
 
 def row(name: str, kind: str, batch: int, case: Callable[[], Case], args, device: torch.device, console: Console) -> dict:

@@ -50,15 +50,14 @@ def compile(model: nn.Module, images: Tensor | None = None, *, clone: bool = Tru
 
 
 @contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None) -> Iterator[None]:
-    """What runs inside is captured, as by torch.cuda.graph; RuntimeError where that is refused, after which all is as it was.
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """What runs inside is captured, as by torch.cuda.graph, on the current device's `side_stream`; RuntimeError where that is refused, after which all is as it was.
 
     torch's own leaves its stream the current one then, and up to 2.11 at least its generator as if the capture went on: the next random number on the GPU,
     such as a token that is sampled, fails. A capture that ends well ends that.
-    stream: of the current device, by default `side_stream`'s; captures that share a pool share it.
     """
     current = torch.cuda.current_stream()
-    stream = side_stream(current.device) if stream is None else stream
+    stream = side_stream(current.device)
     try:
         # thread_local: a data loader that pins memory meanwhile, or a backward pass in its own thread, does not spoil the capture
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):

@@ -42,8 +42,9 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
         folder = save(model, Path(temporary) / "checkpoint", source=source, max_shard_size=max_shard_size)
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id  # with the user's name, if it had none
-        _check_repository(api, repo_id)
-        if api.file_exists(repo_id, CARD):
+        there = set(api.list_repo_files(repo_id))
+        _check_repository(api, repo_id, there)
+        if CARD in there:
             _logger.warning("%s of %s stays as it is: see that it says how this model is quantized", CARD, repo_id)
         else:
             (folder / CARD).write_text(model_card(model, repo_id, read_header(folder)), encoding="utf-8")
@@ -52,11 +53,10 @@ def push_to_hub(model: nn.Module, repo_id: str, *, private: bool | None = None, 
     return str(commit.commit_url)
 
 
-def _check_repository(api: Any, repo_id: str) -> None:
-    """Raises CheckpointError for one with a model that vitq did not write."""
+def _check_repository(api: Any, repo_id: str, files: set[str]) -> None:
+    """Raises CheckpointError for one whose files are a model's that vitq did not write."""
     from huggingface_hub.utils import filter_repo_objects
 
-    files = set(api.list_repo_files(repo_id))
     if HEADER in files or CONFIG in files and is_checkpoint(Path(api.hf_hub_download(repo_id, CONFIG)).parent):
         return
     check_free(repo_id, sorted(filter_repo_objects(files, allow_patterns=list(PATTERNS))), "repository")

@@ -10,6 +10,7 @@ from helpers import sqnr
 
 transformers = pytest.importorskip("transformers", reason="needs pip install vitq[llm]")
 from language_models import build, ids, quick  # noqa: E402
+from llm_benchmark import recipe_of  # noqa: E402
 
 import vitq  # noqa: E402
 from vitq.nn.key_values import RowCodes  # noqa: E402
@@ -86,11 +87,7 @@ def test_tensors_of_more_than_two_to_the_31_elements(name: str) -> None:
         pytest.skip("needs 50 GB of GPU memory")
     model = build("Qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=1, num_attention_heads=28, num_key_value_heads=4, vocab_size=1024,
                   max_position_embeddings=2176)
-    changes = ["transform=none", "clip_ratio=1.0"] if name == "w4a4kv4" else []
-    recipe = vitq.profiling.quick_recipe("flatquant-w4a4kv4" if name == "w4a4kv4" else name).with_overrides(
-        [f"{role}.input.{change}" for role in ("qkv", "proj", "fc1", "fc2") for change in changes]
-        + [f"{role}.other.{change}" for role in ("qk", "pv") for change in changes])
-    converted = vitq.convert(model.cuda(), recipe, dtype=torch.float16)
+    converted = vitq.convert(model.cuda(), recipe_of(name, None), dtype=torch.float16)
     x = torch.randint(1024, (64, 2048), generator=torch.Generator().manual_seed(0)).cuda()
     caches = [transformers.DynamicCache(config=converted.config) for _ in range(2)]
     many, few = (converted(rows, past_key_values=cache, logits_to_keep=1).logits.float() for rows, cache in zip((x, x[-3:]), caches))

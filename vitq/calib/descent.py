@@ -127,7 +127,7 @@ class Steps:
         graph, pool = torch.cuda.CUDAGraph(), next((graph.pool() for graph in self.graphs.values()), None)
         self.optimizer.zero_grad(set_to_none=True)
         try:
-            with capturing(graph, pool, torch.cuda.current_stream()):
+            with capturing(graph, pool):
                 self._launch(self.buffers[shape].batch)
         except RuntimeError as error:
             self.optimizer.zero_grad(set_to_none=True)  # which nothing has been written to
