@@ -9,7 +9,7 @@ from helpers import sqnr
 from torch import Tensor
 
 import vitq.cuda  # noqa: F401  (registers)
-from vitq.cuda.cache_kernels import CudaCachedAttention, whole
+from vitq.cuda.cache_kernels import CudaCachedAttention, fits, whole
 from vitq.formats import Kronecker
 from vitq.ops.cached_attention import CachedAttention, CachedAttentionSpec, CachePart, RowCodes, codes_of, write
 
@@ -111,6 +111,18 @@ def test_keys_are_turned_back_where_a_block_has_the_room(monkeypatch: pytest.Mon
     assert whole(on(96)) and not whole(on(128)) and not whole(on(96)[:, :, :8]) and not whole(on(96)[..., 1:])
     monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 232_448)
     assert whole(on(128))
+
+
+def test_a_few_tokens_attend_where_a_block_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of float rows of 96 numbers do not fit a block of sm_86 and sm_89, nor where some heads alone are floats; those of 80 do, and codes."""
+    def found(name: str, dim: int) -> bool:
+        return fits(CudaCachedAttention().pack(spec_of(name, dim, "cpu"), torch.device("cpu")), torch.empty(1, 2, 1, dim, dtype=torch.float16, device="meta"))
+
+    monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 101_376)
+    assert found("floats", 80) and found("int8", 128) and found("keys in float", 128)
+    assert not found("floats", 96) and not found("floats", 128) and not found("parts in float", 96)
+    monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 232_448)
+    assert found("floats", 128)
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from vitq.ops.dispatch import register
 
 QUERIES = 8  # of a block of csrc/cached_attention.cuh
 BLOCK_TOKENS = 128  # of its step
-BLOCKS, SHARED = 4, 225_000  # of a multiprocessor at once: how many, and bytes that they share
+BLOCKS, SHARED = 2, 225_000  # of a multiprocessor at once: how many, and bytes that they share
 
 
 @register("cached_attention", "cuda")
@@ -43,7 +43,7 @@ class CudaCachedAttention:
         """As `CachedAttention.run`."""
         tokens = q.shape[2]
         few = tokens <= MOST_TOKENS and not (first and exact)
-        if q.dtype == torch.float32 or few and (keys.shape[2] % 16 or mask is not None and mask.shape[1] > 1):
+        if q.dtype == torch.float32 or few and (keys.shape[2] % 16 or mask is not None and mask.shape[1] > 1 or not fits(packed, q)):
             return CachedAttention().run(packed, q, k, v, keys, values, state, mask, scale, rotary, window, first, exact)
         if few:
             return self._few(packed, self._append(packed, q, k, v, keys, values, state, rotary), keys, values, state, mask, scale, window)
@@ -88,8 +88,7 @@ class CudaCachedAttention:
         out = torch.empty(batch, tokens, sum(part.q.shape[1] for part in parts), dim, dtype=parts[0].q.dtype, device=keys.device)
         for part, y in zip(parts, out.split([part.q.shape[1] for part in parts], 2)):
             units = batch * part.keys.shape[1] * -(-part.q.shape[1] // part.keys.shape[1] * tokens // QUERIES)
-            row_bytes = part.keys.shape[3] * part.keys.element_size() + part.values.shape[3] * part.values.element_size()
-            count = splits(units, keys.shape[2], row_bytes, keys.device)
+            count = splits(units, keys.shape[2], block_bytes(part.part, dim), keys.device)
             workspace = torch.empty(units, count, QUERIES, dim + 2, dtype=torch.float32, device=keys.device) if count > 1 else None
             torch.ops.vitq.cached_attention(y, part.q, part.keys, part.values, state, **options(part.part), mask=mask, scale=scale, window=window,
                                             workspace=workspace)
@@ -136,12 +135,23 @@ def heads_of(rows: Tensor, codes: RowCodes | HeadCodes | None, counts: list[int]
     return [part.unflatten(-1, (count, -1)).transpose(1, 2) for part, count in zip(rows[:, 0].split(sizes, -1), counts)]
 
 
-def splits(units: int, room: int, row_bytes: int, device: torch.device) -> int:
+def block_bytes(part: CachePart, dim: int) -> int:
+    """Of shared memory, or a little more than a block takes: its queries, and the rows of two steps."""
+    rows = sum(2 * dim if codes is None else codes.size(dim) for codes in (part.keys, part.values)) + 32
+    return 2 * BLOCK_TOKENS * rows + QUERIES * (2 * dim + 16)
+
+
+def fits(packed: PackedCache, q: Tensor) -> bool:
+    """Whether blocks have the shared memory for a few tokens, which sm_86 and sm_89 lack for floats of heads of 96 and more."""
+    return q.device.type == "cpu" or max(block_bytes(part, packed.head_dim) for part in packed.parts) <= most_shared(q.device.index)
+
+
+def splits(units: int, room: int, shared: int, device: torch.device) -> int:
     """Into how many parts the tokens are divided, so that all multiprocessors have work and none waits for a second round. It is of the room that there
-    is, not of the tokens: a CUDA graph serves all lengths. row_bytes: of a key's row and a value's."""
+    is, not of the tokens: a CUDA graph serves all lengths. shared: bytes of a block."""
     if device.type == "cpu":
         return 1
-    blocks = max(1, min(BLOCKS, SHARED // (2 * BLOCK_TOKENS * (row_bytes + 16) + 4096)))
+    blocks = max(1, min(BLOCKS, SHARED // (shared + 1024)))
     return max(1, min(blocks * processors(device.index) // units, -(-room // BLOCK_TOKENS), loader.MOST_SPLITS))
 
 

@@ -1,6 +1,6 @@
 // Attention of a few new tokens to the rows of a cache (VitqCachedAttention), which takes as long as reading the rows does.
 //
-// A block has up to eight queries of one key and value head, so that grouped queries share what is read, and a part of the tokens; its warps take 32
+// A block has up to eight queries of one key and value head, so that grouped queries share what is read, and a part of the tokens; its warps take 16
 // of them in turn, each with copies of its own under way, without barriers. What the parts give is put together by a second kernel (flash decoding).
 //
 // Scores are Sᵀ = K·Qᵀ and results Oᵀ = Vᵀ·Pᵀ by mma.sync: tokens, then numbers of a head, are the m16 operand, the queries n8. Codes become float16,
@@ -19,8 +19,9 @@
 namespace vitq {
 namespace cached {
 
-constexpr int WARPS = 4, TOKENS = 32, QUERIES = 8;  // TOKENS: of a warp's step; QUERIES: of a block
+constexpr int WARPS = 8, TOKENS = 16, QUERIES = 8;  // TOKENS: of a warp's step; QUERIES: of a block
 constexpr int BLOCK_TOKENS = WARPS * TOKENS;
+static_assert(TOKENS == 16 && QUERIES == WARPS, "a step is one m16 operand, and a warp has one query to make ready");
 constexpr float LOG2E = 1.4426950408889634f;
 
 enum Format { S4, S8, F16, BF16 };  // of rows
@@ -108,6 +109,13 @@ struct Rows {
   // Bytes of a row before its numbers, and of all of it.
   __device__ __forceinline__ static int head(const VitqCacheRows& a) { return FLOATS ? 0 : a.symmetric ? 4 : 8; }
   __device__ __forceinline__ static int bytes(const VitqCacheRows& a) { return CODES + head(a); }
+
+  // Scale and shift of a row.
+  __device__ __forceinline__ static float2 constants(const uint8_t* row, const VitqCacheRows& a) {
+    if constexpr (FLOATS) return {1.0f, 0.0f};
+    else if (a.symmetric) return {read_float(row), 0.0f};
+    else return *reinterpret_cast<const float2*>(row);
+  }
 
   // Which numbers a lane has in step s of K: j = 0, 1 are in the first register of the n8 operand, 2, 3 in the second.
   __device__ __forceinline__ static int place(int s, int c, int j) {
@@ -213,7 +221,7 @@ struct Rows {
     }
   }
 
-  // The rows of 32 tokens from `token` on to shared memory; those beyond the cache's are zeros.
+  // The rows of a step's tokens from `token` on to shared memory; those beyond the cache's are zeros.
   __device__ __forceinline__ static void fetch(uint8_t* to, const uint8_t* rows, const VitqCacheRows& a, int token, int room, int lane) {
     const uint8_t* from = rows + token * a.strides[2];
     const uint32_t at = shared_at(to);
@@ -248,7 +256,7 @@ struct Shape {
   static constexpr int RESULTS = WARPS * QUERIES * (D + 2) * 4;
   static constexpr int RING = WARPS * STAGES * STAGE;
   static constexpr int SHARED = Q_BYTES + (RING > RESULTS ? RING : RESULTS);
-  static constexpr int FIT = 225000 / (SHARED + 1024), BLOCKS = FIT < 4 ? FIT : 4;  // of a multiprocessor
+  static constexpr int FIT = 225000 / (SHARED + 1024), BLOCKS = FIT < 2 ? FIT : 2;  // of a multiprocessor
 };
 
 template <int KF, int VF, int D>
@@ -275,13 +283,12 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   }
   wait_for_kernels_before();
   constexpr int LANE = (D + 31) / 32;
-  float numbers[QUERIES / WARPS][LANE];  // of the queries warp and warp + WARPS, on their way while the length is
-#pragma unroll
-  for (int i = 0; i < QUERIES / WARPS; ++i) {
-    const int row = tile * QUERIES + warp + WARPS * i, t = row % a.tokens, h = head * group + row / a.tokens;
+  float numbers[LANE];  // of the query `warp`, on their way while the length is
+  {
+    const int row = tile * QUERIES + warp, t = row % a.tokens, h = head * group + row / a.tokens;
     const int64_t at = batch * a.q_strides[0] + h * a.q_strides[1] + t * a.q_strides[2];
 #pragma unroll
-    for (int n = 0; n < LANE; ++n) numbers[i][n] = row < queries && 32 * n + lane < D ? load_float(a.q, at + 32 * n + lane, a.dtype) : 0.0f;
+    for (int n = 0; n < LANE; ++n) numbers[n] = row < queries && 32 * n + lane < D ? load_float(a.q, at + 32 * n + lane, a.dtype) : 0.0f;
   }
   const int length = tokens_there(a);
   const Parts parts(a, length);
@@ -316,41 +323,39 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
     mask[j] = static_cast<const uint8_t*>(a.mask) + batch * a.mask_batch + t * a.mask_row;
   }
   const int back = a.window > 0 ? a.window : INT32_MAX;
-  // Whether queries see tokens: m16 tile, row g or g + 8, query. Read a step ahead, for it may be a long way.
-  const auto seen_of = [&](int token, bool (&seen)[2][2][2]) {
+  // Which queries see which tokens, a bit each: row g or g + 8, query. Read a step ahead, for it may be a long way.
+  constexpr uint32_t ALL = 15;
+  const auto seen_of = [&](int token) {
+    if (!a.mask && token + TOKENS <= length - a.tokens + 1 && length - 1 - token < back) return ALL;  // also by queries that there are not
+    uint32_t bits = 0;
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        const int n = token + 16 * i + 8 * r + g;
-        seen[i][r][0] = n <= last[0] && last[0] - n < back && (!a.mask || mask[0][n] != 0);
-        seen[i][r][1] = a.tokens == 1 ? seen[i][r][0] : n <= last[1] && last[1] - n < back && (!a.mask || mask[1][n] != 0);
-      }
+    for (int r = 0; r < 2; ++r) {
+      const int n = token + 8 * r + g;
+      const bool one = n <= last[0] && last[0] - n < back && (!a.mask || mask[0][n] != 0);
+      const bool other = a.tokens == 1 ? one : n <= last[1] && last[1] - n < back && (!a.mask || mask[1][n] != 0);
+      bits |= (uint32_t(one) | uint32_t(other) << 1) << 2 * r;
+    }
+    return bits;
   };
-  bool next[2][2][2];
-  if (token < end) seen_of(token, next);
+  uint32_t next = token < end ? seen_of(token) : 0;
 
-  // Queries as the n8 operand, each less a power of two, so that none leaves float16's range.
+  {  // Queries as the n8 operand, each less a power of two, so that none leaves float16's range.
+    float largest = 0.0f, sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < QUERIES / WARPS; ++w) {
-    const int m = warp + WARPS * w;
-    const float(&x)[LANE] = numbers[w];
-    float most = 0.0f, sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < LANE; ++i) most = fmaxf(most, fabsf(x[i]));
-    most = __uint_as_float(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(most)));
-    const int exponent = K::BF ? 0 : max(min(int(__float_as_uint(most) >> 23) - 127, 120), -120);
+    for (int i = 0; i < LANE; ++i) largest = fmaxf(largest, fabsf(numbers[i]));
+    largest = __uint_as_float(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)));
+    const int exponent = K::BF ? 0 : max(min(int(__float_as_uint(largest) >> 23) - 127, 120), -120);
     const float down = __uint_as_float(uint32_t(127 - exponent) << 23);
 #pragma unroll
     for (int i = 0; i < LANE; ++i)
       if (32 * i + lane < D) {
-        const uint32_t bits = bits16<K::BF>(x[i] * down);
-        *reinterpret_cast<uint16_t*>(shared + m * S::Q_PITCH + 2 * (32 * i + lane)) = uint16_t(bits);
+        const uint32_t bits = bits16<K::BF>(numbers[i] * down);
+        *reinterpret_cast<uint16_t*>(shared + warp * S::Q_PITCH + 2 * (32 * i + lane)) = uint16_t(bits);
         sum += K::BF ? __uint_as_float(bits << 16) : __half2float(__ushort_as_half(uint16_t(bits)));
       }
 #pragma unroll
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, i);
-    if (lane == 0) q_sum[m] = sum, q_scale[m] = a.scale * LOG2E * __uint_as_float(uint32_t(127 + exponent) << 23);
+    if (lane == 0) q_sum[warp] = sum, q_scale[warp] = a.scale * LOG2E * __uint_as_float(uint32_t(127 + exponent) << 23);
   }
   __syncthreads();
   uint32_t q[K::STEPS][2];
@@ -372,69 +377,61 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   float o[V::STEPS][4] = {}, most[2] = {-INFINITY, -INFINITY}, total[2] = {}, shifts[2] = {};
   int stage = 0;
   for (; token < end; token += BLOCK_TOKENS) {
-    bool seen[2][2][2];
-#pragma unroll
-    for (int i = 0; i < 8; ++i) seen[i / 4][i / 2 % 2][i % 2] = next[i / 4][i / 2 % 2][i % 2];
+    const uint32_t seen = next;
     wait_copies<S::STAGES - 2>();
     __syncwarp();
     fetch(token + (S::STAGES - 1) * BLOCK_TOKENS, (stage + S::STAGES - 1) % S::STAGES);  // where a step ago all lanes read
-    if (token + BLOCK_TOKENS < end) seen_of(token + BLOCK_TOKENS, next);
+    if (token + BLOCK_TOKENS < end) next = seen_of(token + BLOCK_TOKENS);
     const uint8_t* const k_rows = mine + stage * S::STAGE;
     const uint8_t* const v_rows = k_rows + TOKENS * K::MOST_PITCH;
-    float score[2][4], inverse[2][2], ratio[2][2], tops[2] = {most[0], most[1]};
+    float score[4] = {}, inverse[2], ratio[2], tops[2] = {most[0], most[1]};
+    K::keys(k_rows + g * k_pitch + k_head, k_rows + (g + 8) * k_pitch + k_head, c,
+            [&](int s, const uint32_t (&operand)[4]) { mma<K::BF>(score, operand, q[s][0], q[s][1]); });
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint8_t* const rows[2] = {k_rows + (16 * i + g) * k_pitch, k_rows + (16 * i + 8 + g) * k_pitch};
-      float acc[4] = {};
-      K::keys(rows[0] + k_head, rows[1] + k_head, c, [&](int s, const uint32_t (&operand)[4]) { mma<K::BF>(acc, operand, q[s][0], q[s][1]); });
+    for (int r = 0; r < 2; ++r) {
+      const float2 k_of = K::constants(k_rows + (g + 8 * r) * k_pitch, a.keys), v_of = V::constants(v_rows + (g + 8 * r) * v_pitch, a.values);
+      const float level = V::FLOATS ? 0.0f : __log2f(v_of.x);
+      inverse[r] = __fdividef(1.0f, v_of.x), ratio[r] = v_of.y * inverse[r];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) score[2 * r + j] = fmaf(fmaf(k_of.x, score[2 * r + j], k_of.y * sums[j]), scales[j], level);
+    }
+    if (seen != ALL) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const uint8_t* const v_row = v_rows + (16 * i + 8 * r + g) * v_pitch;
-        const float k_scale = K::FLOATS ? 1.0f : read_float(rows[r]), k_shift = k_head == 8 ? read_float(rows[r] + 4) : 0.0f;
-        const float v_scale = V::FLOATS ? 1.0f : read_float(v_row), v_shift = v_head == 8 ? read_float(v_row + 4) : 0.0f;
-        const bool any = seen[i][r][0] || seen[i][r][1];  // a row that was never written has the scale 0
-        inverse[i][r] = any ? __fdividef(1.0f, v_scale) : 0.0f, ratio[i][r] = any ? v_shift * inverse[i][r] : 0.0f;
-        const float level = V::FLOATS ? 0.0f : __log2f(v_scale);
 #pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          float& s = score[i][2 * r + j];
-          s = seen[i][r][j] ? fmaf(fmaf(k_scale, acc[2 * r + j], k_shift * sums[j]), scales[j], level) : -INFINITY;
-          tops[j] = fmaxf(tops[j], s);
-        }
+        for (int j = 0; j < 2; ++j)
+          if (!(seen >> (2 * r + j) & 1)) score[2 * r + j] = -INFINITY;
+        if (!(seen >> 2 * r & 3)) inverse[r] = ratio[r] = 0.0f;  // a row that was never written has the scale 0
       }
     }
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int i = 4; i < 32; i *= 2) tops[j] = fmaxf(tops[j], __shfl_xor_sync(0xFFFFFFFFu, tops[j], i));
+    for (int j = 0; j < 2; ++j) tops[j] = fmaxf(most[j], fmaxf(score[j], score[2 + j]));
     if (__any_sync(0xFFFFFFFFu, tops[0] > most[0] || tops[1] > most[1])) {
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
+#pragma unroll
+        for (int i = 4; i < 32; i *= 2) tops[j] = fmaxf(tops[j], __shfl_xor_sync(0xFFFFFFFFu, tops[j], i));
         const float factor = tops[j] == -INFINITY ? 1.0f : power_of_two(most[j] - tops[j]);
         most[j] = tops[j], total[j] *= factor, shifts[j] *= factor;
 #pragma unroll
         for (int t = 0; t < V::STEPS; ++t) o[t][j] *= factor, o[t][2 + j] *= factor;
       }
     }
-    uint32_t p[2][2];
+    const float base[2] = {most[0] == -INFINITY ? 0.0f : most[0], most[1] == -INFINITY ? 0.0f : most[1]};
+    uint32_t p[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int r = 0; r < 2; ++r) {
+      float x[2];
 #pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float x[2];
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          x[j] = seen[i][r][j] ? power_of_two(score[i][2 * r + j] - most[j]) : 0.0f;
-          total[j] = fmaf(x[j], inverse[i][r], total[j]), shifts[j] = fmaf(x[j], ratio[i][r], shifts[j]);
-        }
-        p[i][r] = transposed(bits16<V::BF>(x[0]) | bits16<V::BF>(x[1]) << 16);
+      for (int j = 0; j < 2; ++j) {
+        x[j] = power_of_two(score[2 * r + j] - base[j]);
+        total[j] = fmaf(x[j], inverse[r], total[j]), shifts[j] = fmaf(x[j], ratio[r], shifts[j]);
       }
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const uint8_t* const first = v_rows + v_head + (16 * i + 2 * c) * v_pitch;
-      const uint8_t* const rows[4] = {first, first + v_pitch, first + 8 * v_pitch, first + 9 * v_pitch};
-      V::values(rows, g, [&](int t, const uint32_t (&operand)[4]) { mma<V::BF>(o[t], operand, p[i][0], p[i][1]); });
+      p[r] = transposed(bits16<V::BF>(x[0]) | bits16<V::BF>(x[1]) << 16);
     }
+    const uint8_t* const first = v_rows + v_head + 2 * c * v_pitch;
+    const uint8_t* const rows[4] = {first, first + v_pitch, first + 8 * v_pitch, first + 9 * v_pitch};
+    V::values(rows, g, [&](int t, const uint32_t (&operand)[4]) { mma<V::BF>(o[t], operand, p[0], p[1]); });
     stage = (stage + 1) % S::STAGES;
   }
   wait_copies<0>();
@@ -459,9 +456,8 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
     if (g == 0) to[D] = most[j], to[D + 1] = total[j];
   }
   __syncthreads();
-  for (int m = warp; m < QUERIES; m += WARPS) {
-    const int row = tile * QUERIES + m;
-    if (row >= queries) break;
+  const int m = warp, row = tile * QUERIES + m;
+  if (row < queries) {
     float top = -INFINITY, factor[WARPS], sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) top = fmaxf(top, results[(w * QUERIES + m) * PITCH + D]);
