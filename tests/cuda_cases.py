@@ -622,7 +622,8 @@ for dim in (64, 80, 96, 128):
                     2, 2, 1, d, 333, keys=k, values=v, dtype=t, splits=3), 0, ATTENDED[dtype])
 for name, options in {
         "one token there": dict(length=1), "16": dict(length=16), "17": dict(length=17), "127": dict(length=127), "128": dict(length=128), "129": dict(length=129),
-        "two tokens": dict(tokens=2), "eight tokens": dict(tokens=8), "eight tokens in parts": dict(tokens=8, splits=5, group=3),
+        "two tokens": dict(tokens=2), "three tokens": dict(tokens=3, length=700, splits=2),
+        "three tokens, window": dict(tokens=3, window=100, length=700), "eight tokens": dict(tokens=8), "eight tokens in parts": dict(tokens=8, splits=5, group=3),
         "one query a head": dict(group=1, heads=3), "7 queries": dict(group=7), "8 queries": dict(group=8), "16 queries": dict(group=16),
         "mask": dict(mask=2), "one mask": dict(mask=1, tokens=3), "mask in parts": dict(mask=2, tokens=3, splits=4, length=1000),
         "window": dict(window=100, length=700), "short window": dict(window=3, tokens=8, splits=4, length=700), "long window": dict(window=4096),

@@ -37,38 +37,47 @@ def spec_of(name: str, dim: int, device: str) -> CachedAttentionSpec:
     return CachedAttentionSpec(dim, tuple(parts))
 
 
+def two_steps(kernel: CachedAttention | CudaCachedAttention, name: str, tokens: int, dim: int, device: str) -> Tensor:
+    """After a prompt of 11 tokens, without and with a mask, of grouped queries."""
+    spec, batch, heads, room = spec_of(name, dim, device), 2, 3, 48
+    packed, rows, state = kernel.pack(spec, torch.device(device)), [], torch.zeros(2, dtype=torch.long, device=device)
+    for seed, side in enumerate(("keys", "values")):
+        new = randn(batch, heads, 11, dim, seed=seed).half().to(device)
+        codes = codes_of([(part.heads, getattr(part, side)) for part in spec.parts])
+        first = new if codes is None else codes.pack(new)
+        rows.append(first.new_zeros(*first.shape[:2], room, first.shape[-1]))
+        write(rows[-1], new, codes, state[0])
+    state[0] += 11
+    steps = []
+    for step in range(2):
+        q, k, v = (randn(batch, tokens, n, dim, seed=10 * step + i).half().to(device).transpose(1, 2) for i, n in enumerate((2 * heads, heads, heads)))
+        mask = None
+        if step:
+            own = 11 + tokens + torch.arange(tokens, device=device)
+            mask = (torch.arange(room, device=device) <= own[:, None]).repeat(batch, 1, 1, 1)
+            mask[1, ..., :4] = False
+        cos, sin = (f(randn(1, tokens, dim // 2, seed=step)).repeat(1, 1, 2).half().to(device) for f in (torch.cos, torch.sin))
+        steps.append(kernel.run(packed, q, k, v, *rows, state, mask, dim**-0.5, (cos, sin), 0 if step else 7))
+    assert state.tolist() == [11 + 2 * tokens, 0] and steps[0].shape == (batch, tokens, 2 * heads * dim)
+    return torch.cat(steps)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dim", [64, 80, 128])
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("name", PARTS)
 def test_operators_attend_as_torch_does(name: str, tokens: int, dim: int, device: str) -> None:
-    """Steps after a prompt, with and without a mask, of grouped queries."""
-    spec, batch, heads, room = spec_of(name, dim, device), 2, 3, 48
-    attentions = {kernel: kernel.pack(spec, torch.device(device)) for kernel in (CachedAttention(), CudaCachedAttention())}
-    found = []
-    for kernel, packed in attentions.items():
-        rows, state = [], torch.zeros(2, dtype=torch.long, device=device)
-        for seed, side in enumerate(("keys", "values")):
-            new = randn(batch, heads, 11, dim, seed=seed).half().to(device)
-            codes = codes_of([(part.heads, getattr(part, side)) for part in spec.parts])
-            first = new if codes is None else codes.pack(new)
-            rows.append(first.new_zeros(*first.shape[:2], room, first.shape[-1]))
-            write(rows[-1], new, codes, state[0])
-        state[0] += 11
-        steps = []
-        for step in range(2):
-            q, k, v = (randn(batch, tokens, n, dim, seed=10 * step + i).half().to(device).transpose(1, 2) for i, n in enumerate((2 * heads, heads, heads)))
-            mask = None
-            if step:
-                own = 11 + tokens + torch.arange(tokens, device=device)
-                mask = (torch.arange(room, device=device) <= own[:, None]).repeat(batch, 1, 1, 1)
-                mask[1, ..., :4] = False
-            cos, sin = (f(randn(1, tokens, dim // 2, seed=step)).repeat(1, 1, 2).half().to(device) for f in (torch.cos, torch.sin))
-            steps.append(kernel.run(packed, q, k, v, *rows, state, mask, dim**-0.5, (cos, sin), 0 if step else 7))
-        assert state.tolist() == [11 + 2 * tokens, 0]
-        found.append(torch.cat(steps))
-    assert found[0].shape == (2 * batch, tokens, 2 * heads * dim) and sqnr(*found) > 45
-    assert sqnr(found[0].roll(1, -1), found[1]) < 5
+    found = [two_steps(kernel, name, tokens, dim, device) for kernel in (CachedAttention(), CudaCachedAttention())]
+    assert sqnr(*found) > 45 and sqnr(found[0].roll(1, -1), found[1]) < 5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", ["parts in float", "transformed"])
+def test_torch_attends_where_a_block_has_no_room(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitq.cuda.cache_kernels.fits", lambda packed, q: False)
+    monkeypatch.setattr(CudaCachedAttention, "_few", None)
+    found = [two_steps(kernel, name, 3, 128, device) for kernel in (CachedAttention(), CudaCachedAttention())]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -114,7 +123,8 @@ def test_keys_are_turned_back_where_a_block_has_the_room(monkeypatch: pytest.Mon
 
 
 def test_a_few_tokens_attend_where_a_block_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two steps of float rows of 96 numbers do not fit a block of sm_86 and sm_89, nor where some heads alone are floats; those of 80 do, and codes."""
+    """Two steps of float rows of 96 numbers do not fit a block of sm_86 and sm_89, nor where some heads alone are floats; those of 80 do, codes, and
+    floats of 128 beside 4 bits."""
     def found(name: str, dim: int) -> bool:
         return fits(CudaCachedAttention().pack(spec_of(name, dim, "cpu"), torch.device("cpu")), torch.empty(1, 2, 1, dim, dtype=torch.float16, device="meta"))
 

@@ -142,7 +142,7 @@ def block_bytes(part: CachePart, dim: int) -> int:
 
 
 def fits(packed: PackedCache, q: Tensor) -> bool:
-    """Whether blocks have the shared memory for a few tokens, which sm_86 and sm_89 lack for floats of heads of 96 and more."""
+    """Whether blocks have the shared memory for a few tokens, which those of 99 KB (sm_86, sm_89) lack for float keys and values of 96 numbers and more."""
     return q.device.type == "cpu" or max(block_bytes(part, packed.head_dim) for part in packed.parts) <= most_shared(q.device.index)
 
 

@@ -384,7 +384,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
     if (token + BLOCK_TOKENS < end) next = seen_of(token + BLOCK_TOKENS);
     const uint8_t* const k_rows = mine + stage * S::STAGE;
     const uint8_t* const v_rows = k_rows + TOKENS * K::MOST_PITCH;
-    float score[4] = {}, inverse[2], ratio[2], tops[2] = {most[0], most[1]};
+    float score[4] = {}, inverse[2], ratio[2], tops[2];
     K::keys(k_rows + g * k_pitch + k_head, k_rows + (g + 8) * k_pitch + k_head, c,
             [&](int s, const uint32_t (&operand)[4]) { mma<K::BF>(score, operand, q[s][0], q[s][1]); });
 #pragma unroll
