@@ -137,8 +137,8 @@ def heads_of(rows: Tensor, codes: RowCodes | HeadCodes | None, counts: list[int]
 
 def block_bytes(part: CachePart, dim: int) -> int:
     """Of shared memory, or a little more than a block takes: its queries, and the rows of two steps."""
-    rows = sum(2 * dim if codes is None else codes.size(dim) for codes in (part.keys, part.values)) + 32
-    return 2 * BLOCK_TOKENS * rows + QUERIES * (2 * dim + 16)
+    row = HeadCodes(((1, part.keys), (1, part.values))).size(dim)  # of a key and a value
+    return 2 * BLOCK_TOKENS * (row + 32) + QUERIES * (2 * dim + 16)
 
 
 def fits(packed: PackedCache, q: Tensor) -> bool:
