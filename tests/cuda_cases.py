@@ -418,7 +418,8 @@ def transformed_rows(m: int, k: int, left: int = 0, right: int = 0, *, dtype: to
 
 
 MATRICES = ((64, 64), (86, 128), (112, 128), (128, 224), (24, 24), (32, 48), (12, 24), (5, 7), (1, 200), (43, 43), (100, 20), (170, 180),
-            (12, 0, 768), (32, 0, 4096), (7, 0, 91), (64, 0, 5120), (129, 0, 516), (0, 128, 5120), (0, 37, 111), (0, 8, 8000), (0, 256, 12800))
+            (12, 0, 768), (32, 0, 4096), (7, 0, 91), (40, 0, 3200), (50, 0, 3600), (64, 0, 5120), (129, 0, 516),
+            (0, 128, 5120), (0, 37, 111), (0, 8, 8000), (0, 256, 12800))
 BEFORE: tuple[dict[str, Any], ...] = ({}, {"clip": (0.9, 0.8)}, {"shift": True}, {"shift": True, "clip": (0.7, 0.95), "bits": 4},
                                       {"bits": 4, "clip": (0.6, 1.0)}, {"norm": "rms_norm", "clip": (0.9, 0.8)}, {"norm": "layer_norm"}, {"gate": "silu"}, {"gate": "gelu", "shift": True},
                                       {"gate": "gelu_tanh", "clip": (0.9, 0.9), "bits": 4}, {"gate": "relu"})
@@ -447,6 +448,9 @@ for i, (left, right) in enumerate(((64, 64), (86, 128), (112, 128), (24, 24))):
             case(f"transformed_rows {m} of {left}x{right} by fragments {options}", "transformed_rows",
                  lambda l=left, r=right, d=(torch.float16, torch.bfloat16)[(i + j) % 2], o=options, m=m: transformed_rows(
                      m, l * r, l, r, dtype=d, fragments=True, **o), 5e-3, 1e-3)
+for j, options in enumerate(BEFORE[:5]):
+    case(f"transformed_rows 37 of 32x0 by fragments {options}", "transformed_rows",
+         lambda d=(torch.float16, torch.bfloat16)[j % 2], o=options: transformed_rows(37, 4096, 32, dtype=d, fragments=True, **o), 5e-3, 1e-3)
 for options in ({"gate": "silu"}, {"norm": "rms_norm"}, {"shift": True, "bits": 4}):  # a block holds one token and its next, or one of some width
     case(f"transformed_rows 300 of 128x128 {options}", "transformed_rows", lambda o=options: transformed_rows(300, 16384, 128, 128, **o), 5e-3, 1e-3)
 for k in (384, 11008, 77, 32768, 5003, 1):
@@ -599,10 +603,15 @@ for dim in (64, 80, 96, 128):
                 continue
             case(f"append_rows {dim} {dtype} turned, {tokens} tokens", "append_rows", lambda d=dim, t=dtype, n=tokens, o=options: append_rows(
                 2, 2, n, d, dtype=t, rotary=2, right=True, clip=True, **o), 5e-3, 10 * TURNED[dtype])
+        for i, (name, codes_of) in enumerate(FORMATS.items()):
+            if dtype != torch.float32:
+                case(f"append_rows {dim} {dtype} {name}, 37 tokens", "append_rows", lambda d=dim, t=dtype, k=codes_of, i=i: append_rows(
+                    2, 2, 37, d, group=3, keys=k, values=k, dtype=t, rotary=i % 3, outs=True, apart=i % 2 == 0))
 for bits in range(2, 9):
     for symmetric in (True, False):
-        case(f"append_rows {bits} bits symmetric {symmetric} clipped", "append_rows", lambda b=bits, s=symmetric: append_rows(
-            2, 2, 5, 64, keys=(b, s), values=(b, s), clip=True))
+        for tokens in (5, 19):
+            case(f"append_rows {bits} bits symmetric {symmetric} clipped, {tokens} tokens", "append_rows", lambda b=bits, s=symmetric, n=tokens: append_rows(
+                2, 2, n, 64, keys=(b, s), values=(b, s), clip=True))
 for name, options in {"many tokens": dict(tokens=20), "no room": dict(tokens=4, start=30), "no queries": dict(queries=False),
                       "no advance": dict(advance=False), "apart": dict(apart=True, keys=(8, True)), "small heads": dict(dim=16), "odd heads": dict(dim=40),
                       "largest heads": dict(dim=256), "8 and 4": dict(keys=(8, True), values=(4, True)), "floats apart": dict(keys=(16, True), apart=True),
@@ -610,8 +619,11 @@ for name, options in {"many tokens": dict(tokens=20), "no room": dict(tokens=4, 
                       "numbers of 8 bits": dict(tokens=3, outs=True, keys=(8, True), values=(8, False)),
                       "numbers of floats": dict(outs=True, keys=(16, True), values=(16, True), rotary=1),
                       "numbers before": dict(outs=True, before=True, rotary=2), "numbers without room": dict(tokens=4, start=30, outs=True),
-                      "odd strides": dict(odd=1, tokens=9, rotary=1)}.items():
-    case(f"append_rows {name}", "append_rows", lambda o=options: append_rows(**(dict(batch=2, heads=2, tokens=2, dim=64) | o)))
+                      "a prompt without room": dict(tokens=20, start=20, outs=True, right=True), "a prompt behind others": dict(tokens=20, start=11, outs=True),
+                      "a prompt without queries": dict(tokens=20, queries=False, right=True), "odd strides": dict(odd=1, tokens=9, rotary=1),
+                      "a prompt of odd heads": dict(tokens=20, dim=112, right=True, rotary=1)}.items():
+    case(f"append_rows {name}", "append_rows", lambda o=options: append_rows(**(dict(batch=2, heads=2, tokens=2, dim=64) | o)),
+         *((5e-3, 10 * TURNED[torch.float16]) if "right" in options else ()))
 # Results are rounded to out's type, probabilities to float16 or, of bfloat16 values, to bfloat16.
 ATTENDED = {torch.float16: 2e-3, torch.bfloat16: 6e-3}
 for dim in (64, 80, 96, 128):

@@ -113,13 +113,9 @@ def test_prompts_attend_as_torch_does(name: str, how: str, masked: bool, dtype: 
         assert (one != other).float().mean() < (0.02 if name == "transformed" else 0.002)
 
 
-def test_keys_are_turned_back_where_a_block_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both matrices of 128 do not fit a block of sm_86 and sm_89, those of 96 do."""
-    monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 101_376)
-    on = lambda dim: torch.empty(1, 2, 9, dim, dtype=torch.float16, device="meta")  # noqa: E731
-    assert whole(on(96)) and not whole(on(128)) and not whole(on(96)[:, :, :8]) and not whole(on(96)[..., 1:])
-    monkeypatch.setattr("vitq.cuda.cache_kernels.most_shared", lambda device: 232_448)
-    assert whole(on(128))
+def test_keys_are_turned_back_where_a_prompt_lies_at_multiples_of_16_bytes() -> None:
+    prompt = torch.empty(1, 2, 9, 128, dtype=torch.float16, device="meta")
+    assert whole(prompt) and whole(prompt, None) and not whole(prompt[:, :, :8]) and not whole(prompt[..., 1:]) and not whole(prompt, prompt[..., :-4].contiguous())
 
 
 def test_a_few_tokens_attend_where_a_block_has_the_room(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,10 +108,8 @@ class Appended:
 
 
 def whole(*tensors: Tensor | None) -> bool:
-    """Whether all lie so that 16 bytes can be read at once, and a block has the room, as turning keys back takes."""
-    dim, device = tensors[0].shape[3], tensors[0].device
-    shared = (128 + 2 * dim) * (dim + 8) * 2  # of a block of append_rows.cu that has both matrices
-    return tensors[0].shape[2] > MOST_TOKENS and dim % 16 == 0 and (device.type == "cpu" or shared <= most_shared(device.index)) and all(
+    """Whether all lie so that 16 bytes can be read at once, as turning keys back takes."""
+    return tensors[0].shape[2] > MOST_TOKENS and all(
         t is None or t.storage_offset() % 8 == 0 and all(s % 8 == 0 for s in t.stride()[:-1]) for t in tensors)
 
 

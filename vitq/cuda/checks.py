@@ -335,6 +335,8 @@ def append_rows(keys, values, state, k, v, key_bits, key_symmetric, value_bits, 
     if (cos is None) != (sin is None) or cos is not None and (cos.shape != sin.shape or cos.stride() != sin.stride()):
         refuse("append_rows", "cos, sin", "given in part, or not alike", "both of one shape and stride, or none")
     query_heads = 0 if q is None else q.shape[1]
+    if query_heads % max(heads, 1):
+        refuse("append_rows", "q", f"of {query_heads} heads", f"of a multiple of the {heads} of k")
     for name, tensor, shape in (("v", v, k.shape), ("q", q, (batch, query_heads, tokens, dim)), ("q_out", q_out, (batch, tokens, query_heads, dim)),
                                 ("k_out", k_out, k.shape), ("v_out", v_out, k.shape),
                                 ("cos", cos, (batch if cos is not None and len(cos) > 1 else 1, tokens, dim))):

@@ -1,13 +1,17 @@
 // New keys and values to the rows of a cache, and what is done to them and to the queries before. Of a few tokens a warp has a row, or a block where there are
-// matrices, a lane pairs of neighbouring numbers that lie half a row apart, which rotary positions bring together. Of a prompt's a lane has eight neighbours, and
-// a warp multiplies 16 rows with a matrix at once.
+// matrices, a lane pairs of neighbouring numbers that lie half a row apart, which rotary positions bring together. Of a prompt's a warp has 16 rows, as the MMA has
+// them that multiplies these with a matrix.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <type_traits>
+
 #include "async_copy.cuh"
 #include "codes.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 
 namespace vitq {
 namespace {
@@ -15,8 +19,8 @@ namespace {
 constexpr int WARPS = 4, MOST_DIM = 256;
 constexpr int SLICES = 4, MOST_MIXED = 128;  // of a matrix: into how many parts its rows may be divided, and how many there may be
 constexpr int FEW_TOKENS = 8;  // more are a prompt's
-constexpr int TILE_WARPS = 8, TILE_ROWS = 16;  // of a prompt: a warp's rows that are multiplied at once
-constexpr int CHUNK = 128, MIXED_CHUNK = 256;  // a block's tokens; the second where there are matrices, and keys for all processors
+constexpr int TILE_WARPS = 8, TILE_ROWS = 16;  // of a prompt: warps of a block, and the rows of one
+constexpr int BLOCKS = 2;                      // of a multiprocessor at once
 
 template <class T>
 struct Pair;
@@ -138,12 +142,10 @@ __device__ __forceinline__ void multiply(Lane<1>& x, const M* matrix, int dim, i
 
 // As quantizers/uniform.py: what the least and the largest number of a row make of its codes.
 struct RowCodes {
-  RowRange range;
   Scale scale;
-  float shift, low, high;
-  bool symmetric;
+  float shift = 0.0f, start = 0.0f, low, high, magic = MAGIC;
 
-  __device__ __forceinline__ RowCodes(int bits, bool symmetric, const float* clip, float lo, float hi) : shift(0.0f), symmetric(symmetric) {
+  __device__ __forceinline__ RowCodes(int bits, bool symmetric, const float* clip, float lo, float hi) {
     const float qmax = float((1 << (bits - 1)) - 1), qmin = -qmax - 1.0f;
     if (symmetric) {
       const float most = clip ? fmaxf(-lo * clip[0], hi * clip[1]) : fmaxf(-lo, hi);
@@ -151,19 +153,16 @@ struct RowCodes {
       low = qmin * scale.scale, high = qmax * scale.scale;
     } else {
       if (clip) lo = fminf(lo, 0.0f) * clip[0], hi = fmaxf(hi, 0.0f) * clip[1];
-      range = make_range(lo, hi, qmin, qmax), scale = range.s, shift = shift_of(range);
+      const RowRange range = make_range(lo, hi, qmin, qmax);
+      scale = range.s, shift = shift_of(range), start = lo, low = 0.0f, high = range.span, magic = MAGIC + qmin;  // qmin is even: it changes no tie
     }
   }
 
   // The code, in the low byte of a float's bits, of a number that becomes what it stands for.
-  template <bool SYMMETRIC>
   __device__ __forceinline__ float code(float& value) const {
-    const float c = SYMMETRIC ? symmetric_code(fminf(fmaxf(value, low), high), scale) : ranged_code(value, range);
+    const float c = __fadd_rn(divide(fminf(fmaxf(__fsub_rn(value, start), low), high), scale), magic);
     value = __fadd_rn(__fmul_rn(__fsub_rn(c, MAGIC), scale.scale), shift);
     return c;
-  }
-  __device__ __forceinline__ uint32_t code(float& value) const {
-    return __float_as_uint(symmetric ? code<true>(value) : code<false>(value)) & 0xFF;
   }
 };
 
@@ -177,7 +176,7 @@ __device__ __forceinline__ void write_codes(Lane<PAIRS>& row, uint8_t* to, const
   if (lane == 1 && !rows.symmetric) reinterpret_cast<float*>(to)[1] = codes.shift;
   to += rows.symmetric ? 4 : 8;
   each(row, dim, lane, [&](float (&x)[2], int at) {
-    const uint32_t first = codes.code(x[0]), second = codes.code(x[1]);
+    const uint32_t first = __float_as_uint(codes.code(x[0])) & 0xFF, second = __float_as_uint(codes.code(x[1])) & 0xFF;
     if (rows.bits > 4)
       *reinterpret_cast<uint16_t*>(to + at) = uint16_t(first | second << 8);
     else
@@ -192,6 +191,7 @@ struct Place {
   Kind kind;
   int batch, head, token;
 
+  __device__ Place(Kind kind, int batch, int head, int token) : kind(kind), batch(batch), head(head), token(token) {}
   __device__ Place(const VitqAppendRows& a, int head_of_all, int batch, int token) : batch(batch), token(token) {
     kind = head_of_all < a.heads ? KEY : head_of_all < 2 * a.heads ? VALUE : QUERY;
     head = head_of_all - (kind == KEY ? 0 : kind == VALUE ? a.heads : 2 * a.heads);
@@ -309,277 +309,257 @@ __global__ void __launch_bounds__(32 * WARPS) append_kernel(const __grid_constan
   count_tokens(a, start);
 }
 
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], const void* from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(uint32_t(__cvta_generic_to_shared(from))) : "memory");
-}
+// A prompt's rows lie in a warp as an MMA has them: lane 4 g + t has of rows g and g + 8 pairs of neighbours, pair j at the place of what the lane has of the MMA's
+// tile of eight columns j. Which columns these are is free, as the matrices' rows and columns are chosen to fit: CHUNK neighbours that are read and written at once,
+// and as many half a row behind, which rotary positions bring together.
+template <int DIM>
+struct Layout {
+  static constexpr int PAIRS = DIM / 8, HALF = DIM / 2, CHUNK = HALF % 32 == 0 ? 8 : HALF % 16 == 0 ? 4 : 2;
+  static constexpr int GROUPS = HALF / (4 * CHUNK);  // of four chunks, in a half
+  static constexpr int PITCH = DIM + 8;              // of a matrix in shared memory
+  using Words = std::conditional_t<CHUNK == 8, uint4, std::conditional_t<CHUNK == 4, uint2, uint32_t>>;
 
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], const void* from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(uint32_t(__cvta_generic_to_shared(from))) : "memory");
-}
+  static __device__ __forceinline__ constexpr int pair(int half, int group) { return (half * GROUPS + group) * (CHUNK / 2); }
+  static __device__ __forceinline__ constexpr int column(int half, int group, int t) { return half * HALF + CHUNK * (4 * group + t); }
+  // Which column of the MMA's a column is: 8 j + 2 t, or the next, of pair j.
+  static __device__ __forceinline__ constexpr int order(int column) {
+    const int half = column / HALF, rest = column % HALF;
+    return 8 * (pair(half, rest / (4 * CHUNK)) + rest % CHUNK / 2) + 2 * (rest / CHUNK % 4) + rest % 2;
+  }
+};
 
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
+// What a lane has of a warp's rows.
+template <int DIM, class T>
+struct Rows {
+  using L = Layout<DIM>;
+  using Two = typename Pair<T>::Two;
+  Two x[2][L::PAIRS];
 
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-// TILE_ROWS rows of E, a row `pitch` apart, times a matrix at the same pitch, or with TURNED its transpose -> rows of T in their place.
-template <class E, class T, bool TURNED>
-__device__ __forceinline__ void multiply_rows(E* rows, const E* matrix, int dim, int pitch, int lane) {
-  constexpr int MOST = MOST_MIXED / 16;
-  uint32_t a[MOST][4];
+  // f(first pair of a chunk, its column)
+  template <class F>
+  static __device__ __forceinline__ void each_chunk(int t, F f) {
 #pragma unroll
-  for (int k = 0; k < MOST; ++k)
-    if (16 * k < dim) ldmatrix(a[k], rows + lane % 16 * pitch + 16 * k + lane / 16 * 8);
-  __syncwarp();
-  T* const out = reinterpret_cast<T*>(rows) + lane / 4 * pitch + lane % 4 * 2;
-  constexpr int BOTH = 2;  // steps of 16 columns at once, so that four sums grow side by side
-  for (int n = 0; n < dim; n += 16 * BOTH) {
-    float sums[BOTH][2][4] = {};
+    for (int half = 0; half < 2; ++half)
 #pragma unroll
-    for (int k = 0; k < MOST; ++k)
-      if (16 * k < dim) {
+      for (int group = 0; group < L::GROUPS; ++group) f(L::pair(half, group), L::column(half, group, t));
+  }
+  // At once: the compiler copies pairs one by one.
+  static __device__ __forceinline__ void load_chunk(Two* to, const T* from) {
+    const auto raw = *reinterpret_cast<const typename L::Words*>(from);
 #pragma unroll
-        for (int i = 0; i < BOTH; ++i) {
-          const int column = min(n + 16 * i, dim - 16);
-          uint32_t b[4];
-          if (TURNED) ldmatrix(b, matrix + (column + lane % 8 + lane / 16 * 8) * pitch + 16 * k + lane / 8 % 2 * 8);
-          else ldmatrix_transposed(b, matrix + (16 * k + lane % 16) * pitch + column + lane / 16 * 8);
-          mma(sums[i][0], a[k], b[0], b[1], E()), mma(sums[i][1], a[k], b[2], b[3], E());
-        }
+    for (int i = 0; i < L::CHUNK / 2; ++i) to[i] = reinterpret_cast<const Two*>(&raw)[i];
+  }
+  __device__ __forceinline__ void load(int r, const T* from, int t) {
+    each_chunk(t, [&](int pair, int column) { load_chunk(x[r] + pair, from + column); });
+  }
+  __device__ __forceinline__ void store(int r, T* to, int t) const {
+    each_chunk(t, [&](int pair, int column) {
+      typename L::Words raw;
+#pragma unroll
+      for (int i = 0; i < L::CHUNK / 2; ++i) reinterpret_cast<Two*>(&raw)[i] = x[r][pair + i];
+      *reinterpret_cast<typename L::Words*>(to + column) = raw;
+    });
+  }
+  __device__ __forceinline__ void rotate(int r, const T* cos, const T* sin, int t) {
+#pragma unroll
+    for (int group = 0; group < L::GROUPS; ++group) {
+      Two c[2][L::CHUNK / 2], s[2][L::CHUNK / 2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) load_chunk(c[half], cos + L::column(half, group, t)), load_chunk(s[half], sin + L::column(half, group, t));
+#pragma unroll
+      for (int i = 0; i < L::CHUNK / 2; ++i) {
+        Two &p = x[r][L::pair(0, group) + i], &q = x[r][L::pair(1, group) + i];
+        const Two first = __hadd2_rn(__hmul2_rn(p, c[0][i]), __hmul2_rn(__hneg2(q), s[0][i]));
+        q = __hadd2_rn(__hmul2_rn(q, c[1][i]), __hmul2_rn(p, s[1][i]));
+        p = first;
       }
-#pragma unroll
-    for (int i = 0; i < BOTH; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j)
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          write_two(out + 8 * half * pitch + min(n + 16 * i, dim - 16) + 8 * j, sums[i][j][2 * half], sums[i][j][2 * half + 1]);
-  }
-  __syncwarp();
-}
-
-// Eight neighbouring numbers of a row.
-template <class T>
-struct alignas(16) Eight {
-  typename Pair<T>::Two two[4];
-};
-
-// At once: the compiler copies pairs one by one.
-template <class T>
-__device__ __forceinline__ Eight<T> load_eight(const T* from) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(from);
-  return *reinterpret_cast<const Eight<T>*>(&raw);
-}
-template <class T>
-__device__ __forceinline__ void store_eight(T* to, const Eight<T>& x) { *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(&x); }
-
-// Where a lane is in a warp's rows: `lanes` of them have a row.
-struct Spot {
-  int lanes, row, at;  // at: which eight numbers
-  int half, near[4];   // the lanes that have those half a row behind, around its end, and 1, 2, 4 and 8
-
-  __device__ __forceinline__ Spot(int dim, int lane) : lanes(dim / 8), row(lane / lanes), at(lane % lanes) {
-    const auto behind = [&](int count) { return row * lanes + (at + count) % lanes; };
-    half = behind(lanes / 2);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) near[i] = behind(1 << i);
-  }
-};
-
-template <class T>
-__device__ __forceinline__ void rotate(Eight<T>& x, const Eight<T>& cos, const Eight<T>& sin, const Spot& spot) {
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const uint32_t raw = __shfl_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&x.two[i]), spot.half);
-    auto other = *reinterpret_cast<const typename Pair<T>::Two*>(&raw);
-    if (spot.at < spot.lanes / 2) other = __hneg2(other);
-    x.two[i] = __hadd2_rn(__hmul2_rn(x.two[i], cos.two[i]), __hmul2_rn(other, sin.two[i]));
-  }
-}
-
-template <class T>
-__device__ __forceinline__ Eight<__half> in_half(const Eight<T>& x) {
-  Eight<__half> y;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) y.two[i] = __floats2half2_rn(in_half(float(x.two[i].x)), in_half(float(x.two[i].y)));
-  return y;
-}
-
-// Where the rows of a head's first token go: to the cache, and as numbers. start: tokens that were there before.
-template <class T>
-struct Target {
-  uint8_t* rows;
-  T* numbers;  // or null, if they are to be turned back
-  int64_t row_bytes, stride;
-  int bits, room;  // room: of these tokens
-  bool query, symmetric;
-  const float* clip;
-
-  __device__ __forceinline__ Target(const VitqAppendRows& a, Place p, int64_t start) {
-    p.token = 0;
-    const VitqCacheRows& cache = p.kind == KEY ? a.keys : a.values;
-    bits = cache.bits, symmetric = cache.symmetric, clip = p.kind == KEY ? a.key_clip : a.value_clip;
-    rows = cache_place(cache, p, start), row_bytes = cache.strides[2];
-    query = p.kind == QUERY;
-    room = query ? a.tokens : int(max(min(a.room - start, int64_t(a.tokens)), int64_t(0)));
-    void* const out = p.kind == VALUE ? a.v_out : a.out_before || a.out_turned ? nullptr : a.k_out;
-    numbers = query ? query_place<T>(a, p) : out ? numbers_place<T>(out, a, p) : nullptr;
-    stride = query ? int64_t(a.query_heads) * a.dim : a.dim;
-  }
-};
-
-// The codes of a token's row, of keys or values, by the lanes that have it. x becomes what they stand for.
-template <class T>
-__device__ __forceinline__ void write_codes(Eight<T>& x, const Target<T>& target, int token, const Spot& spot, bool there) {
-  uint8_t* to = target.rows + token * target.row_bytes;
-  if (target.bits > 8) {
-    uint32_t* const words = reinterpret_cast<uint32_t*>(to + 16 * spot.at);
-    if (there)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = *reinterpret_cast<const uint32_t*>(&x.two[i]);
-  } else {
-    using Two = typename Pair<T>::Two;
-    Two least = __hmin2(__hmin2(x.two[0], x.two[1]), __hmin2(x.two[2], x.two[3])), most = __hmax2(__hmax2(x.two[0], x.two[1]), __hmax2(x.two[2], x.two[3]));
-    Two both;  // the least, and the largest with another sign
-    both.x = __hmin(least.x, least.y), both.y = __hneg(__hmax(most.x, most.y));
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const uint32_t other = __shfl_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&both), spot.near[i]);
-      both = __hmin2(both, *reinterpret_cast<const Two*>(&other));
-    }
-    const RowCodes codes(target.bits, target.symmetric, target.clip, float(both.x), -float(both.y));
-    uint32_t bytes[2];
-    const auto convert = [&](auto symmetric) {
-      constexpr bool SYMMETRIC = decltype(symmetric)::value;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float c[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          Two& two = x.two[2 * half + i / 2];
-          float y = float(i % 2 ? two.y : two.x);
-          c[i] = codes.template code<SYMMETRIC>(y);
-          (i % 2 ? two.y : two.x) = T(y);
-        }
-        bytes[half] = pack_codes(c[0], c[1], c[2], c[3]);
-      }
-    };
-    if (target.symmetric) convert(std::true_type());
-    else convert(std::false_type());
-    if (there) {
-      float* const constants = reinterpret_cast<float*>(to);
-      if (spot.at == 0) constants[0] = codes.scale.scale;
-      if (spot.at == 1 && !target.symmetric) constants[1] = codes.shift;
-      uint32_t* const words = reinterpret_cast<uint32_t*>(to + (target.symmetric ? 4 : 8));
-      if (target.bits > 4)
-        words[2 * spot.at] = bytes[0], words[2 * spot.at + 1] = bytes[1];
-      else
-        words[spot.at] = __byte_perm(nibbles(bytes[0]), nibbles(bytes[1]), 0x6420);
     }
   }
-}
+  // Times a matrix, or its transpose, that `place` brought to shared memory, in place. E: of the matrix; float16 takes numbers up to its largest.
+  template <bool TURNED, class E>
+  __device__ __forceinline__ void multiply(const E* matrix, int lane) {
+    const E* const from = matrix + (TURNED ? (lane % 8 + lane / 16 * 8) * L::PITCH + lane / 8 % 2 * 8 : lane % 16 * L::PITCH + lane / 16 * 8);
+    const uint32_t at = uint32_t(__cvta_generic_to_shared(from));
+    float y[L::PAIRS][4] = {};
+#pragma unroll
+    for (int k = 0; k < L::PAIRS; k += 2) {
+      uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const Two& two = x[i % 2][k + i / 2];
+        if constexpr (!std::is_same_v<E, T>) a[i] = halves(float(two.x), float(two.y));
+        else a[i] = std::is_same_v<E, __half> && !TURNED ? saturated(word(two)) : word(two);
+      }
+#pragma unroll
+      for (int n = 0; n < L::PAIRS; n += 2) {
+        uint32_t b[4];
+        if constexpr (TURNED) ldmatrix(b, at + 16 * (n * L::PITCH + k));
+        else ldmatrix_transposed(b, at + 16 * (k * L::PITCH + n));
+        mma(y[n], a, b[0], b[1], E()), mma(y[n + 1], a, b[2], b[3], E());
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < L::PAIRS; ++j)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) x[r][j].x = T(y[j][2 * r]), x[r][j].y = T(y[j][2 * r + 1]);
+  }
+  static __device__ __forceinline__ uint32_t word(const Two& two) { return *reinterpret_cast<const uint32_t*>(&two); }
+};
 
-// As write_row, by all lanes of a warp; there: those that have a row.
-template <class T>
-__device__ __forceinline__ void write_row(Eight<T>& x, const Target<T>& target, int token, const Spot& spot, bool there) {
-  there = there && token < target.room;
-  if (!target.query) write_codes(x, target, token, spot, there);
-  if (target.numbers && there) store_eight(target.numbers + token * target.stride + 8 * spot.at, x);
-}
-
-// A prompt's rows: a block has `chunk` tokens of a head. Queries are multiplied with their matrix in their own type, which costs no more than their rounding; or
-// in their place the numbers of keys with its transpose, as k·(q·inverse) is (k·inverseᵀ)·q: of grouped queries these are fewer.
-template <class T, bool MIXED>
-__global__ void __launch_bounds__(32 * TILE_WARPS, MIXED ? 2 : 3) prompt_kernel(const __grid_constant__ VitqAppendRows a, int chunk) {
-  extern __shared__ uint4 shared[];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, pitch = a.dim + 8;
-  const int heads = 2 * a.heads + (a.q ? a.query_heads : 0), chunks = (a.tokens + chunk - 1) / chunk;
-  const int first = blockIdx.x % chunks * chunk, end = min(first + chunk, a.tokens);
-  const Place place(a, blockIdx.x / chunks % heads, blockIdx.x / chunks / heads, 0);
-  const Spot spot(a.dim, lane);
-  const int per_warp = 32 / spot.lanes;
-  T* const tile = reinterpret_cast<T*>(shared) + warp * TILE_ROWS * pitch;
-  T* const matrix = reinterpret_cast<T*>(shared) + TILE_WARPS * TILE_ROWS * pitch;
-  __half* const matrix_half = reinterpret_cast<__half*>(matrix);
-  constexpr int BATCH = 2;  // how often a lane reads before it writes
-  T* const back = matrix + a.dim * pitch;
-  const bool turned = MIXED && a.out_turned && place.kind == KEY;
-  const bool mixed = MIXED && (place.kind == KEY ? a.right != nullptr : place.kind == QUERY && a.inverse != nullptr && !a.out_turned);
-  start_dependents();
-  if (mixed) {
-    const auto fetch_inverse = [&](T* to, int i, int at) {
-      const float4 x = __ldg(reinterpret_cast<const float4*>(a.inverse + i));
-      write_two(to + at, x.x, x.y), write_two(to + at + 2, x.z, x.w);
-    };
+// A matrix [DIM, DIM] to shared memory, its rows and columns in the order of `Layout`. A thread has a chunk of every so many rows.
+template <int DIM, class E, class From>
+__device__ __forceinline__ void place_matrix(const From* from, E* to) {
+  using L = Layout<DIM>;
+  using Two = typename Pair<E>::Two;
+  constexpr int CHUNKS = DIM / L::CHUNK, AT_ONCE = 32 * TILE_WARPS / CHUNKS;
+  const int first = threadIdx.x / CHUNKS, column = threadIdx.x % CHUNKS * L::CHUNK;
+  if (first >= AT_ONCE) return;
+  from += column, to += L::order(column);
 #pragma unroll 8
-    for (int i = 4 * threadIdx.x; i < a.dim * a.dim; i += 4 * blockDim.x) {
-      const int at = i / a.dim * pitch + i % a.dim;
-      if (place.kind == KEY)
-        *reinterpret_cast<uint2*>(matrix_half + at) = __ldg(reinterpret_cast<const uint2*>(static_cast<const __half*>(a.right) + i));
-      if (place.kind == QUERY || turned) fetch_inverse(turned ? back : matrix, i, at);
+  for (int row = first; row < DIM; row += AT_ONCE) {
+    Two two[L::CHUNK / 2];
+    if constexpr (sizeof(From) == 4) {
+      float numbers[L::CHUNK];
+#pragma unroll
+      for (int c = 0; c < L::CHUNK; c += 2) *reinterpret_cast<float2*>(numbers + c) = __ldg(reinterpret_cast<const float2*>(from + row * DIM + c));
+#pragma unroll
+      for (int c = 0; c < L::CHUNK; c += 2) two[c / 2].x = E(numbers[c]), two[c / 2].y = E(numbers[c + 1]);
+    } else {
+      const auto raw = __ldg(reinterpret_cast<const typename L::Words*>(from + row * DIM));
+#pragma unroll
+      for (int c = 0; c < L::CHUNK / 2; ++c) two[c] = reinterpret_cast<const Two*>(&raw)[c];
     }
-    __syncthreads();
+#pragma unroll
+    for (int c = 0; c < L::CHUNK / 2; ++c) *reinterpret_cast<Two*>(to + L::order(row) * L::PITCH + 8 * c) = two[c];
   }
+}
+
+// The codes of a token's row by the four lanes that have it. x becomes what they stand for.
+template <int DIM, class T>
+__device__ __forceinline__ void write_codes(typename Pair<T>::Two (&x)[DIM / 8], uint8_t* to, const VitqCacheRows& cache, const float* clip, int t, bool there) {
+  using L = Layout<DIM>;
+  using Two = typename Pair<T>::Two;
+  if (cache.bits > 8) {
+    if (there)
+      Rows<DIM, T>::each_chunk(t, [&](int pair, int column) {
+#pragma unroll
+        for (int i = 0; i < L::CHUNK / 2; ++i) reinterpret_cast<Two*>(to + 2 * column)[i] = x[pair + i];
+      });
+    return;
+  }
+  Two least = x[0], most = x[0];
+#pragma unroll
+  for (int i = 1; i < L::PAIRS; ++i) least = __hmin2(least, x[i]), most = __hmax2(most, x[i]);
+  Two both;  // the least, and the largest with another sign
+  both.x = __hmin(least.x, least.y), both.y = __hneg(__hmax(most.x, most.y));
+#pragma unroll
+  for (int i = 1; i < 4; i *= 2) {
+    const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, *reinterpret_cast<const uint32_t*>(&both), i);
+    both = __hmin2(both, *reinterpret_cast<const Two*>(&other));
+  }
+  const RowCodes codes(cache.bits, cache.symmetric, clip, float(both.x), -float(both.y));
+  if (there && t == 0) {
+    reinterpret_cast<float*>(to)[0] = codes.scale.scale;
+    if (!cache.symmetric) reinterpret_cast<float*>(to)[1] = codes.shift;
+  }
+  to += cache.symmetric ? 4 : 8;
+  Rows<DIM, T>::each_chunk(t, [&](int pair, int column) {
+    uint32_t two[L::CHUNK / 2];  // codes, in bytes
+#pragma unroll
+    for (int i = 0; i < L::CHUNK / 2; ++i) {
+      float a = float(x[pair + i].x), b = float(x[pair + i].y);
+      const float first = codes.code(a), second = codes.code(b);
+      two[i] = __byte_perm(__float_as_uint(first), __float_as_uint(second), 0x0040);
+      x[pair + i].x = T(a), x[pair + i].y = T(b);
+    }
+    if (!there) return;
+    if constexpr (L::CHUNK == 2) {
+      if (cache.bits > 4) *reinterpret_cast<uint16_t*>(to + column) = uint16_t(two[0]);
+      else to[column / 2] = uint8_t(two[0] & 15 | two[0] >> 4 & 0xF0);
+    } else {
+      uint32_t four[L::CHUNK / 4];
+#pragma unroll
+      for (int i = 0; i < L::CHUNK / 4; ++i) four[i] = __byte_perm(two[2 * i], two[2 * i + 1], 0x5410);
+      if (cache.bits > 4) {
+#pragma unroll
+        for (int i = 0; i < L::CHUNK / 4; ++i) reinterpret_cast<uint32_t*>(to + column)[i] = four[i];
+      } else {
+        const uint32_t word = __byte_perm(nibbles(four[0]), nibbles(four[L::CHUNK / 4 - 1]), 0x6420);
+        if constexpr (L::CHUNK == 8) *reinterpret_cast<uint32_t*>(to + column / 2) = word;
+        else *reinterpret_cast<uint16_t*>(to + column / 2) = uint16_t(word);
+      }
+    }
+  });
+}
+
+// Blocks stay for many pieces, TILE_ROWS tokens of a head. A warp takes the next that no other of its block has: those of keys, of their values and of the queries that
+// see them follow one another, so that a multiprocessor multiplies while it reads and writes. Queries are multiplied with their matrix in their own type, which costs
+// no more than their rounding; or in their place the numbers of keys with its transpose, as k·(q·inverse) is (k·inverseᵀ)·q: of grouped queries these are fewer.
+template <int DIM, class T, bool MIXED>
+__global__ void __launch_bounds__(32 * TILE_WARPS, BLOCKS) prompt_kernel(const __grid_constant__ VitqAppendRows a) {
+  extern __shared__ uint4 shared[];
+  __shared__ int next;
+  const int lane = threadIdx.x % 32, t = lane % 4, g = lane / 4;
+  constexpr int MATRIX = DIM * Layout<DIM>::PITCH;
+  __half* const right = reinterpret_cast<__half*>(shared);
+  T* const inverse = reinterpret_cast<T*>(shared) + MATRIX;
+  const int kinds = 2 + (a.q ? a.query_heads / a.heads : 0), tiles = (a.tokens + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t all = int64_t(a.batch) * a.heads * tiles * kinds;
+  const int last = int(all * (blockIdx.x + 1) / gridDim.x);
+  start_dependents();
+  if constexpr (MIXED) {  // before the wait: no kernel writes them
+    place_matrix<DIM>(static_cast<const __half*>(a.right), right);
+    if (a.inverse) place_matrix<DIM>(a.inverse, inverse);
+  }
+  if (threadIdx.x == 0) next = int(all * blockIdx.x / gridDim.x);
+  __syncthreads();
   wait_for_kernels_before();
   const int64_t start = *static_cast<const volatile int64_t*>(a.state);
-  const Source<T> source(a, place);
-  const Target<T> target(a, place, start);
-  const T* const from = source.from + 8 * spot.at;
-  T* const before = place.kind == KEY && a.out_before && a.k_out ? numbers_place<T>(a.k_out, a, place) : nullptr;  // where keys go before the rest
-  T* const back_to = turned ? numbers_place<T>(a.k_out, a, place) : nullptr;
-  const bool rotary = a.cos && place.kind != VALUE;
-  const T* const cos = static_cast<const T*>(a.cos) + place.batch * a.rotary_strides[0] + 8 * spot.at;
-  const T* const sin = static_cast<const T*>(a.sin) + place.batch * a.rotary_strides[0] + 8 * spot.at;
-  for (int row = first + warp * TILE_ROWS; row < end; row += TILE_WARPS * TILE_ROWS) {
-    const int rows = min(TILE_ROWS, end - row);
-    for (int i = 0; i < rows; i += BATCH * per_warp) {
-      Eight<T> x[BATCH], c[BATCH], s[BATCH];
+  const int room = int(max(min(a.room - start, int64_t(a.tokens)), int64_t(0)));  // of these tokens
+  while (true) {
+    int piece = 0;
+    if (lane == 0) piece = atomicAdd(&next, 1);
+    piece = __shfl_sync(0xFFFFFFFFu, piece, 0);
+    if (piece >= last) break;
+    const int tile = piece / kinds, kind = piece - tile * kinds, group = tile / tiles, batch = group / a.heads, head = group - batch * a.heads;
+    const Kind is = kind < QUERY ? Kind(kind) : QUERY;
+    const auto place = [&](int r) {  // of the lane's row r
+      return Place(is, batch, is == QUERY ? head * (kinds - 2) + kind - QUERY : head, (tile - group * tiles) * TILE_ROWS + 8 * r + g);
+    };
+    Rows<DIM, T> rows;
+    const Source<T> source(a, place(0));
+    const auto token = [&](int r) { return int64_t(min(place(r).token, a.tokens - 1)); };  // rows that are not there: the last one
+    const auto store = [&](int end, auto to) {  // of tokens before `end`
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j) {  // lanes without a row read the last one's
-        const int64_t token = row + min(i + j * per_warp + min(spot.row, per_warp - 1), rows - 1);
-        x[j] = load_eight(from + token * source.stride);
-        if (rotary) c[j] = load_eight(cos + token * a.rotary_strides[1]), s[j] = load_eight(sin + token * a.rotary_strides[1]);
-      }
+      for (int r = 0; r < 2; ++r)
+        if (place(r).token < end) rows.store(r, to(place(r)), t);
+    };
+    const auto numbers = [&](const Place& p) { return numbers_place<T>(is == KEY ? a.k_out : a.v_out, a, p); };
 #pragma unroll
-      for (int j = 0; j < BATCH; ++j) {
-        const int own = i + j * per_warp + spot.row;
-        const bool there = spot.row < per_warp && own < rows;
-        const int token = row + own;
-        if (rotary) rotate(x[j], c[j], s[j], spot);
-        if (before && there) store_eight(before + int64_t(token) * a.dim + 8 * spot.at, x[j]);
-        if (!mixed) write_row(x[j], target, token, spot, there);
-        else if (there && place.kind == KEY) store_eight(reinterpret_cast<__half*>(tile) + own * pitch + 8 * spot.at, in_half(x[j]));
-        else if (there) store_eight(tile + own * pitch + 8 * spot.at, x[j]);
+    for (int r = 0; r < 2; ++r) rows.load(r, source.from + token(r) * source.stride, t);
+    if (a.cos && is != VALUE)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        const int64_t at = batch * a.rotary_strides[0] + token(r) * a.rotary_strides[1];
+        rows.rotate(r, static_cast<const T*>(a.cos) + at, static_cast<const T*>(a.sin) + at, t);
       }
+    if (is == QUERY) {
+      if constexpr (MIXED)
+        if (a.inverse && !a.out_turned) rows.template multiply<false>(inverse, lane);
+      store(a.tokens, [&](const Place& p) { return query_place<T>(a, p); });
+      continue;
     }
-    if (!mixed) continue;
-    __syncwarp();
-    if (place.kind == KEY)
-      multiply_rows<__half, T, false>(reinterpret_cast<__half*>(tile), matrix_half, a.dim, pitch, lane);
-    else
-      multiply_rows<T, T, false>(tile, matrix, a.dim, pitch, lane);
-#pragma unroll 2
-    for (int i = 0; i < rows; i += per_warp) {
-      const int own = i + spot.row;
-      const bool there = spot.row < per_warp && own < rows;
-      T* const at = tile + min(own, TILE_ROWS - 1) * pitch + 8 * spot.at;
-      Eight<T> x = load_eight(at);
-      write_row(x, target, row + own, spot, there);
-      if (turned && there) store_eight(at, x);
-    }
-    __syncwarp();
-    if (!turned) continue;
-    multiply_rows<T, T, true>(tile, back, a.dim, pitch, lane);
-    for (int own = spot.row; own < rows && spot.row < per_warp; own += per_warp)
-      store_eight(back_to + (row + own) * target.stride + 8 * spot.at, load_eight(tile + own * pitch + 8 * spot.at));
-    __syncwarp();
+    const bool before = is == KEY && a.out_before;
+    if (before && a.k_out) store(a.tokens, numbers);
+    if constexpr (MIXED)
+      if (is == KEY) rows.template multiply<false>(right, lane);
+    const VitqCacheRows& cache = is == KEY ? a.keys : a.values;
+#pragma unroll
+    for (int r = 0; r < 2; ++r)
+      write_codes<DIM, T>(rows.x[r], cache_place(cache, place(r), start), cache, is == KEY ? a.key_clip : a.value_clip, t, place(r).token < room);
+    if constexpr (MIXED)
+      if (is == KEY && a.out_turned) rows.template multiply<true>(inverse, lane);
+    if (!before && (is == KEY ? a.k_out : a.v_out)) store(room, numbers);
   }
   count_tokens(a, start);
 }
@@ -596,19 +576,22 @@ bool aligned(const VitqAppendRows& a, int count) {
          even(a.sin, a.rotary_strides, 2) && even(a.q_out, nullptr, 0) && even(a.k_out, nullptr, 0) && even(a.v_out, nullptr, 0);
 }
 
-template <class T>
-int launch_prompt(const VitqAppendRows& a, int64_t heads, cudaStream_t stream) {
+template <int DIM, class T>
+int launch_prompt(const VitqAppendRows& a, cudaStream_t stream) {
   Gpu gpu;
   if (const int error = gpu_of_now(gpu)) return error;
-  const bool mixed = a.right || a.inverse;
-  const bool many = int64_t(a.batch) * a.heads * (a.tokens / MIXED_CHUNK) >= gpu.processors;
-  const int chunk = mixed && many ? MIXED_CHUNK : CHUNK, shared = mixed ? (TILE_WARPS * TILE_ROWS + (a.out_turned ? 2 : 1) * a.dim) * (a.dim + 8) * int(sizeof(T)) : 0;
-  const int64_t blocks = a.batch * heads * ((a.tokens + chunk - 1) / chunk);
-  if (blocks > INT32_MAX) return VITQ_UNSUPPORTED;
-  const auto kernel = mixed ? prompt_kernel<T, true> : prompt_kernel<T, false>;
-  if (mixed)
-    if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
-  return launch_early(kernel, unsigned(blocks), 32 * TILE_WARPS, shared, stream, a, chunk);
+  const int shared = ((a.right != nullptr) + (a.inverse != nullptr)) * DIM * Layout<DIM>::PITCH * int(sizeof(T));
+  const int blocks = shared ? std::clamp(gpu.shared / shared, 1, BLOCKS) : BLOCKS;
+  const int64_t pieces = int64_t(a.batch) * (2 * a.heads + (a.q ? a.query_heads : 0)) * ((a.tokens + TILE_ROWS - 1) / TILE_ROWS);
+  const auto kernel = a.right ? prompt_kernel<DIM, T, true> : prompt_kernel<DIM, T, false>;
+  if (const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel))) return error;
+  return launch_early(kernel, unsigned(std::min<int64_t>(pieces, blocks * gpu.processors)), 32 * TILE_WARPS, shared, stream, a);
+}
+
+// Heads of 64, 80, 96 and 128 numbers, all rows at multiples of 16 bytes.
+template <class T>
+bool takes_prompt(const VitqAppendRows& a) {
+  return sizeof(T) == 2 && a.tokens > FEW_TOKENS && (a.right || !a.inverse) && (a.dim == 64 || a.dim == 80 || a.dim == 96 || a.dim == 128) && aligned<T>(a, 8);
 }
 
 template <class T, int PAIRS>
@@ -616,7 +599,11 @@ int launch_rows(const VitqAppendRows& a, cudaStream_t stream) {
   const int64_t heads = 2 * a.heads + (a.q ? a.query_heads : 0), rows = int64_t(a.batch) * a.tokens * heads;
   if (rows > INT32_MAX - WARPS) return VITQ_UNSUPPORTED;
   if constexpr (sizeof(T) == 2 && PAIRS == 1)
-    if (a.tokens > FEW_TOKENS && a.dim % 16 == 0 && aligned<T>(a, 8)) return launch_prompt<T>(a, heads, stream);
+    if (takes_prompt<T>(a))
+      return a.dim == 64   ? launch_prompt<64, T>(a, stream)
+             : a.dim == 80 ? launch_prompt<80, T>(a, stream)
+             : a.dim == 96 ? launch_prompt<96, T>(a, stream)
+                           : launch_prompt<128, T>(a, stream);
   if (a.out_turned) return VITQ_UNSUPPORTED;
   if constexpr (PAIRS == 1)
     if (a.right || a.inverse) {
@@ -640,7 +627,7 @@ extern "C" int vitq_append_rows(const VitqAppendRows* args, void* stream) {
   using namespace vitq;
   const VitqAppendRows& a = *args;
   if (a.batch < 1 || a.heads < 1 || a.tokens < 1 || a.room < 1 || !a.state || !a.k || !a.v || !a.keys.rows || !a.values.rows) return VITQ_BAD_ARGUMENT;
-  if (a.q && (!a.q_out || a.query_heads < 1)) return VITQ_BAD_ARGUMENT;
+  if (a.q && (!a.q_out || a.query_heads < 1 || a.query_heads % a.heads)) return VITQ_BAD_ARGUMENT;
   for (const void* out : {a.q_out, a.k_out, a.v_out})
     if (reinterpret_cast<uintptr_t>(out) % 4 != 0) return VITQ_BAD_ARGUMENT;
   if (a.out_turned && (a.out_before || !a.k_out || !a.right || !a.inverse)) return VITQ_BAD_ARGUMENT;

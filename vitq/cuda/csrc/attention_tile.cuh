@@ -13,6 +13,8 @@
 
 #include <stdint.h>
 
+#include "mma.cuh"
+
 namespace vitq {
 
 constexpr float MAGIC = 12582912.0f;  // 1.5·2^23
@@ -28,20 +30,6 @@ __device__ __forceinline__ uint32_t swizzle(uint32_t row) {
 template <int KS>
 __device__ __forceinline__ uint32_t place(uint32_t row, uint32_t byte) {
   return row * (32 * KS) + (((byte >> 4) ^ swizzle<KS>(row)) << 4) + (byte & 15);
-}
-
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
-}
-
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(address)
-               : "memory");
 }
 
 __device__ __forceinline__ void load_shared(uint32_t (&r)[4], uint32_t address) {

@@ -15,6 +15,7 @@
 
 #include "async_copy.cuh"
 #include "launch.cuh"
+#include "mma.cuh"
 
 namespace vitq {
 namespace cached {
@@ -62,15 +63,6 @@ __device__ __forceinline__ uint32_t read32(const uint8_t* p) { return *reinterpr
 __device__ __forceinline__ uint32_t read16(const uint8_t* p) { return *reinterpret_cast<const uint16_t*>(p); }
 __device__ __forceinline__ float read_float(const uint8_t* p) { return *reinterpret_cast<const float*>(p); }
 
-template <bool BF>
-__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (BF)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-  else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
 __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -102,6 +94,7 @@ __device__ __forceinline__ uint32_t byte_codes(uint32_t x) {
 template <int FORMAT, int D>
 struct Rows {
   static constexpr bool FLOATS = FORMAT == F16 || FORMAT == BF16, BF = FORMAT == BF16;
+  using Number = std::conditional_t<BF, __nv_bfloat16, __half>;  // that it is multiplied as
   static constexpr int CODES = FORMAT == S4 ? D / 2 : FORMAT == S8 ? D : 2 * D;  // bytes
   static constexpr int STEPS = D / 16, WORDS = FORMAT == S4 ? D / 32 : 0;        // WORDS: of a lane, of two steps each, as K
   static constexpr int MOST_PITCH = FLOATS ? CODES + 16 : CODES + 8;             // floats: rows start at different banks
@@ -386,7 +379,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
     const uint8_t* const v_rows = k_rows + TOKENS * K::MOST_PITCH;
     float score[4] = {}, inverse[2], ratio[2], tops[2];
     K::keys(k_rows + g * k_pitch + k_head, k_rows + (g + 8) * k_pitch + k_head, c,
-            [&](int s, const uint32_t (&operand)[4]) { mma<K::BF>(score, operand, q[s][0], q[s][1]); });
+            [&](int s, const uint32_t (&operand)[4]) { mma(score, operand, q[s][0], q[s][1], typename K::Number()); });
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float2 k_of = K::constants(k_rows + (g + 8 * r) * k_pitch, a.keys), v_of = V::constants(v_rows + (g + 8 * r) * v_pitch, a.values);
@@ -431,7 +424,7 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
     }
     const uint8_t* const first = v_rows + v_head + 2 * c * v_pitch;
     const uint8_t* const rows[4] = {first, first + v_pitch, first + 8 * v_pitch, first + 9 * v_pitch};
-    V::values(rows, g, [&](int t, const uint32_t (&operand)[4]) { mma<V::BF>(o[t], operand, p[0], p[1]); });
+    V::values(rows, g, [&](int t, const uint32_t (&operand)[4]) { mma(o[t], operand, p[0], p[1], typename V::Number()); });
     stage = (stage + 1) % S::STAGES;
   }
   wait_copies<0>();

@@ -18,21 +18,6 @@ constexpr int most_warps(int tiles) { return tiles <= 2 || tiles == 8 ? 16 : til
 // Strips of 16 columns that a warp works on at once, so that each fragment of X and of the left matrix is read for two.
 constexpr int strips_of(int tiles) { return tiles < 8 ? 2 : 1; }
 
-__device__ __forceinline__ void ldmatrix(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-}
-
-__device__ __forceinline__ void ldmatrix_transposed(uint32_t (&r)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(address));
-}
-
-__device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // What `prepare` needs of the arguments, in registers.
 struct Before {
   int columns, gate, norm;
@@ -258,7 +243,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
                 uint32_t x[4];
                 ldmatrix(x, x_at + 16 * j * step + 32 * k);
 #pragma unroll
-                for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * j], r[s], x[0], x[1]), multiply(y[s][2 * j + 1], r[s], x[2], x[3]);
+                for (int s = 0; s < STRIPS; ++s) mma(y[s][2 * j], r[s], x[0], x[1], __half()), mma(y[s][2 * j + 1], r[s], x[2], x[3], __half());
               }
             }
             if (a.left) {
@@ -279,7 +264,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
                   if (PART && i >= tiles) break;
                   const uint4 l = left[32 * (i * tiles + k)];
 #pragma unroll
-                  for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * i], x[s][k], l.x, l.z), multiply(y[s][2 * i + 1], x[s][k], l.y, l.w);
+                  for (int s = 0; s < STRIPS; ++s) mma(y[s][2 * i], x[s][k], l.x, l.z, __half()), mma(y[s][2 * i + 1], x[s][k], l.y, l.w, __half());
                 }
               }
             }
@@ -295,7 +280,7 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_kernel(co
                 if (PART && i >= tiles) break;
                 const uint4 l = left[32 * (i * tiles + k)];
 #pragma unroll
-                for (int s = 0; s < STRIPS; ++s) multiply(y[s][2 * i], x[s], l.x, l.z), multiply(y[s][2 * i + 1], x[s], l.y, l.w);
+                for (int s = 0; s < STRIPS; ++s) mma(y[s][2 * i], x[s], l.x, l.z, __half()), mma(y[s][2 * i + 1], x[s], l.y, l.w, __half());
               }
             }
           }
@@ -403,8 +388,10 @@ int launch_kronecker(TransformedLaunch& p, cudaStream_t stream) {
   p.rehearses = starts_early(gpu) && !p.a.gate && p.a.m <= VITQ_FEW_ROWS;
   if (const int error = plan_kronecker(p, gpu.processors, gpu.shared)) return error;
   p.words = p.columns % 4 == 0 && uintptr_t(p.a.out) % 4 == 0 && p.a.out_stride % 4 == 0;
-  if (eights && !p.a.fragments)
+  if (eights && !p.a.fragments) {
+    if (const int error = launch_kronecker_left(p, stream); error != VITQ_UNSUPPORTED) return error;
     if (const int error = launch_kronecker_sm90(p, gpu, stream); error != VITQ_UNSUPPORTED) return error;
+  }
   const int tiles = tiles_of(p);
   if (tiles > 8) return start_teams(kronecker_kernel<16>, p, gpu, stream);
   return with_tiles(tiles, [&](auto count) { return start_teams(kronecker_kernel<decltype(count)::value>, p, gpu, stream); });

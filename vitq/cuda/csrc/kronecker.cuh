@@ -1,26 +1,15 @@
-// What the kernels that multiply rows with Kronecker products have in common (kronecker.cu, kronecker_sm90.cu): the warps of a token, and where shared memory
-// has what.
+// What the kernels that multiply rows with Kronecker products have in common (kronecker.cu, kronecker_left.cu, kronecker_sm90.cu): the warps of a token, and
+// where shared memory has what.
 #pragma once
 
 #include <algorithm>
 #include <type_traits>
 
 #include "launch.cuh"
+#include "mma.cuh"
 #include "transformed_rows.cuh"
 
 namespace vitq {
-
-// Two halves, clamped to float16's largest number.
-__device__ __forceinline__ uint32_t saturated(uint32_t both) {
-  const __half2 largest = __half2half2(__ushort_as_half(0x7BFF));
-  const __half2 x = __hmax2_nan(__hmin2_nan(*reinterpret_cast<const __half2*>(&both), largest), __hneg2(largest));
-  return *reinterpret_cast<const uint32_t*>(&x);
-}
-__device__ __forceinline__ uint32_t halves(float a, float b) {
-  uint32_t both;
-  asm("cvt.rn.satfinite.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
-  return both;
-}
 
 // The warps of one token.
 struct Team {

@@ -29,7 +29,8 @@ struct TransformedLaunch {
 // kronecker.cu
 int launch_kronecker(TransformedLaunch& p, cudaStream_t stream);
 int plan_kronecker(TransformedLaunch& p, int processors, int shared);
-// kronecker_sm90.cu, of a launch that is planned; VITQ_UNSUPPORTED where kronecker.cu is for it
+// kronecker_left.cu and kronecker_sm90.cu, of a launch that is planned; VITQ_UNSUPPORTED where kronecker.cu is for it
+int launch_kronecker_left(const TransformedLaunch& p, cudaStream_t stream);
 struct Gpu;
 int launch_kronecker_sm90(TransformedLaunch p, const Gpu& gpu, cudaStream_t stream);
 

@@ -219,7 +219,7 @@ typedef struct {
 typedef struct {
   VitqCacheRows keys, values;
   int64_t* state;                // how many tokens there are, which grows by `tokens` if `advance` is set; a 0, which is one again afterwards
-  const void *k, *v, *q;         // [batch, heads, tokens, dim], q of query_heads, or null
+  const void *k, *v, *q;         // [batch, heads, tokens, dim], q of query_heads, a multiple of heads, or null
   int64_t k_strides[3], v_strides[3], q_strides[3];
   int32_t dtype;                 // of k, v, q, cos, sin, q_out
   int32_t batch, query_heads, heads, tokens, dim, room;  // room: rows of a head
@@ -232,8 +232,8 @@ typedef struct {
   const float* inverse;
   void* q_out;                   // [batch, tokens, query_heads, dim] contiguous
   // The numbers that the new rows stand for, [batch, heads, tokens, dim] contiguous, or null; with out_before k_out is of k as it was rotated, before the rest;
-  // with out_turned k_out is multiplied by `inverse` transposed, and q is not multiplied, which comes to the same: of more than 8 tokens in 16 bits, dim a multiple
-  // of 16, all rows at multiples of 16 bytes.
+  // with out_turned k_out is multiplied by `inverse` transposed, and q is not multiplied, which comes to the same: of more than 8 tokens in 16 bits, dim 64, 80,
+  // 96 or 128, all rows at multiples of 16 bytes.
   void *k_out, *v_out;
   int32_t out_before, out_turned, advance;
   int32_t paired;                // the library's own
