@@ -231,7 +231,7 @@ def test_memory_of_32k_tokens(changes: tuple, part: float) -> None:
     assert len(cache) == 32 and cache.nbytes == part * floats and part <= (0.30 if "kv.bits=4" in changes else 0.52)
 
 
-@pytest.mark.xdist_group("long contexts")
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.parametrize("device, tokens, shape", [("cpu", 600, None), pytest.param("cuda", 32700, None, marks=pytest.mark.gpu),
                                                    pytest.param("cuda", 32700, "llama-3-8b", marks=pytest.mark.gpu)])
 @torch.inference_mode()

@@ -79,6 +79,7 @@ def test_a_cache_on_a_gpu_holds_what_it_does_on_a_cpu(bits: int, symmetric: str)
     assert converted.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=8, do_sample=False).shape == (2, 38)
 
 
+@pytest.mark.xdist_group("much memory")
 @pytest.mark.parametrize("name", ["w8a8-dynamic", "w4a4kv4", "flatquant-w4a4kv4"])
 @torch.inference_mode()
 def test_tensors_of_more_than_two_to_the_31_elements(name: str) -> None:

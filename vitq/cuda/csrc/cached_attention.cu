@@ -57,7 +57,7 @@ extern "C" int vitq_cached_attention(const VitqCachedAttention* args, void* stre
   if (!a.q || !a.out || !a.state || (a.splits > 1 && !a.workspace) || (a.dtype != VITQ_F16 && a.dtype != VITQ_BF16)) return VITQ_BAD_ARGUMENT;
   if (int error = cached::check_rows(a.keys, a.dim)) return error;
   if (int error = cached::check_rows(a.values, a.dim)) return error;
-  if (a.room % 16 != 0 || a.splits > cached::MOST_SPLITS) return VITQ_UNSUPPORTED;
+  if (a.room % cached::TOKENS != 0 || a.splits > cached::MOST_SPLITS) return VITQ_UNSUPPORTED;
   const auto s = static_cast<cudaStream_t>(stream);
   const int error = a.dim == 64 ? attend_64(a, s) : a.dim == 80 ? attend_80(a, s) : a.dim == 96 ? attend_96(a, s)
                     : a.dim == 128 ? attend_128(a, s) : VITQ_UNSUPPORTED;

@@ -54,9 +54,9 @@ __device__ __forceinline__ uint32_t bits16(float x) { return BF ? __bfloat16_as_
 
 __device__ __forceinline__ uint32_t shared_at(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 template <int BYTES>
-__device__ __forceinline__ void copy(uint32_t to, const void* from, bool there) {
-  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(there ? 16 : 0) : "memory");
-  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(there ? 4 : 0) : "memory");
+__device__ __forceinline__ void copy(uint32_t to, const void* from) {
+  if constexpr (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
 }
 
 __device__ __forceinline__ uint32_t read32(const uint8_t* p) { return *reinterpret_cast<const uint32_t*>(p); }
@@ -214,25 +214,25 @@ struct Rows {
     }
   }
 
-  // The rows of a step's tokens from `token` on to shared memory; those beyond the cache's are zeros.
-  __device__ __forceinline__ static void fetch(uint8_t* to, const uint8_t* rows, const VitqCacheRows& a, int token, int room, int lane) {
+  // The rows of a step's tokens from `token` on to shared memory. All of them are the cache's: its room is a multiple of a step.
+  __device__ __forceinline__ static void fetch(uint8_t* to, const uint8_t* rows, const VitqCacheRows& a, int token, int lane) {
     const uint8_t* from = rows + token * a.strides[2];
     const uint32_t at = shared_at(to);
-    const int bytes = Rows::bytes(a), there = min(max(room - token, 0), TOKENS) * bytes;
+    const int bytes = Rows::bytes(a);
     if (!FLOATS && a.strides[2] == bytes && a.aligned) {
-      for (int i = 16 * lane; i < TOKENS * bytes; i += 16 * 32) copy<16>(at + i, i < there ? from + i : rows, i < there);
+      for (int i = 16 * lane; i < TOKENS * bytes; i += 16 * 32) copy<16>(at + i, from + i);
     } else if (FLOATS && a.aligned) {
       constexpr int PIECES = CODES / 16;
 #pragma unroll
       for (int i = lane; i < TOKENS * PIECES; i += 32) {
         const int row = i / PIECES, in = 16 * (i % PIECES);
-        copy<16>(at + row * MOST_PITCH + in, row * CODES < there ? from + row * a.strides[2] + in : rows, row * CODES < there);
+        copy<16>(at + row * MOST_PITCH + in, from + row * a.strides[2] + in);
       }
     } else {
       const int words = bytes / 4;
       for (int i = lane; i < TOKENS * words; i += 32) {
         const int row = i / words, in = 4 * (i % words);
-        copy<4>(at + row * (FLOATS ? MOST_PITCH : bytes) + in, row * bytes < there ? from + row * a.strides[2] + in : rows, row * bytes < there);
+        copy<4>(at + row * (FLOATS ? MOST_PITCH : bytes) + in, from + row * a.strides[2] + in);
       }
     }
   }
@@ -297,8 +297,8 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
   const auto fetch = [&](int token, int stage) {
     uint8_t* const to = mine + stage * S::STAGE;
     if (token < end) {
-      K::fetch(to, keys, a.keys, token, a.room, lane);
-      V::fetch(to + TOKENS * K::MOST_PITCH, values, a.values, token, a.room, lane);
+      K::fetch(to, keys, a.keys, token, lane);
+      V::fetch(to + TOKENS * K::MOST_PITCH, values, a.values, token, lane);
     }
     commit_copies();
   };
@@ -476,6 +476,9 @@ __global__ void __launch_bounds__(32 * WARPS, Shape<KF, VF, D>::BLOCKS) attend_k
 template <int KF, int VF, int D>
 int launch_shape(const VitqCachedAttention& a, cudaStream_t stream) {
   const int tiles = (a.query_heads / a.heads * a.tokens + QUERIES - 1) / QUERIES;
+  Gpu gpu;
+  if (const int error = gpu_of_now(gpu)) return error;
+  if (Shape<KF, VF, D>::SHARED > gpu.shared) return VITQ_UNSUPPORTED;
   if (Shape<KF, VF, D>::SHARED > 48 * 1024)
     if (cudaError_t error = allow_shared(reinterpret_cast<const void*>(attend_kernel<KF, VF, D>))) return error;
   return launch_early(attend_kernel<KF, VF, D>, unsigned(a.batch * a.heads * tiles * a.splits), 32 * WARPS, Shape<KF, VF, D>::SHARED, stream, a, tiles);
