@@ -418,7 +418,7 @@ def transformed_rows(m: int, k: int, left: int = 0, right: int = 0, *, dtype: to
 
 
 MATRICES = ((64, 64), (86, 128), (112, 128), (128, 224), (24, 24), (32, 48), (12, 24), (5, 7), (1, 200), (43, 43), (100, 20), (170, 180),
-            (12, 0, 768), (32, 0, 4096), (7, 0, 91), (40, 0, 3200), (50, 0, 3600), (64, 0, 5120), (129, 0, 516),
+            (12, 0, 768), (16, 0, 4096), (32, 0, 4096), (7, 0, 91), (40, 0, 3200), (50, 0, 3600), (64, 0, 5120), (129, 0, 516),
             (0, 128, 5120), (0, 37, 111), (0, 8, 8000), (0, 256, 12800))
 BEFORE: tuple[dict[str, Any], ...] = ({}, {"clip": (0.9, 0.8)}, {"shift": True}, {"shift": True, "clip": (0.7, 0.95), "bits": 4},
                                       {"bits": 4, "clip": (0.6, 1.0)}, {"norm": "rms_norm", "clip": (0.9, 0.8)}, {"norm": "layer_norm"}, {"gate": "silu"}, {"gate": "gelu", "shift": True},
@@ -605,6 +605,8 @@ for dim in (64, 80, 96, 128):
                 2, 2, n, d, dtype=t, rotary=2, right=True, clip=True, **o), 5e-3, 10 * TURNED[dtype])
         for i, (name, codes_of) in enumerate(FORMATS.items()):
             if dtype != torch.float32:
+                case(f"append_rows {dim} {dtype} {name} turned, 37 tokens", "append_rows", lambda d=dim, t=dtype, k=codes_of, i=i: append_rows(
+                    2, 2, 37, d, keys=k, values=k, dtype=t, rotary=i % 3, right=True, outs=True, turned_back=i % 2 == 0), 5e-3, 10 * TURNED[dtype])
                 case(f"append_rows {dim} {dtype} {name}, 37 tokens", "append_rows", lambda d=dim, t=dtype, k=codes_of, i=i: append_rows(
                     2, 2, 37, d, group=3, keys=k, values=k, dtype=t, rotary=i % 3, outs=True, apart=i % 2 == 0))
 for bits in range(2, 9):
@@ -620,7 +622,10 @@ for name, options in {"many tokens": dict(tokens=20), "no room": dict(tokens=4, 
                       "numbers of floats": dict(outs=True, keys=(16, True), values=(16, True), rotary=1),
                       "numbers before": dict(outs=True, before=True, rotary=2), "numbers without room": dict(tokens=4, start=30, outs=True),
                       "a prompt without room": dict(tokens=20, start=20, outs=True, right=True), "a prompt behind others": dict(tokens=20, start=11, outs=True),
-                      "a prompt without queries": dict(tokens=20, queries=False, right=True), "odd strides": dict(odd=1, tokens=9, rotary=1),
+                      "a prompt without queries": dict(tokens=20, queries=False, right=True), "a prompt that is not counted": dict(tokens=20, advance=False),
+                      # more than the warps of an H200, which then take another
+                      "a prompt of many pieces": dict(tokens=700, heads=8, right=True, outs=True, turned_back=True), "a prompt before codes": dict(
+                          tokens=20, queries=False, right=True, outs=True, before=True), "odd strides": dict(odd=1, tokens=9, rotary=1),
                       "a prompt of odd heads": dict(tokens=20, dim=112, right=True, rotary=1)}.items():
     case(f"append_rows {name}", "append_rows", lambda o=options: append_rows(**(dict(batch=2, heads=2, tokens=2, dim=64) | o)),
          *((5e-3, 10 * TURNED[torch.float16]) if "right" in options else ()))

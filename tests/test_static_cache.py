@@ -144,7 +144,7 @@ def test_caches_of_other_models() -> None:
     cache.reset()
     with pytest.raises(ValueError, match="holds floats of another model"):
         codes(x, **{CACHE: cache})
-    with pytest.raises(ValueError, match="of 2 sequences, and 1 came: give another StaticCache"):
+    with pytest.raises(ValueError, match="of 2 sequences, and 1 came: give a new cache"):
         floats(x[:1], **{CACHE: cache})
     with pytest.raises(ValueError, match="of torch.float32, and torch.bfloat16 came"):
         vitq.convert(build("Llama"), "w8a8-dynamic", dtype=torch.bfloat16)(x, **{CACHE: cache})

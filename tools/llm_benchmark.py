@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prefill and decode of language models on a GPU: float16, eager and compiled, against vitq's recipes, with the peak of memory.
+"""Prefill and decode of language models on a GPU: float16 (bfloat16 on a CPU), eager and compiled, against vitq's recipes, with the peak of memory.
 
     python tools/llm_benchmark.py --random llama-2-7b --batch 1,16 --output llama.json        # random weights in that model's shape
     python tools/llm_benchmark.py --model meta-llama/Llama-2-7b-hf --recipes w8a8-dynamic,flatquant-w4a4kv4
@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--repeats", type=int, default=5, help="timed prefills, and decodes of all tokens (default 5)")
     p.add_argument("--no-compile", action="store_true", help="leave torch.compile of float16 out, which takes minutes")
     p.add_argument("--device-map", choices=("auto",), help="auto: the float model over all visible GPUs, by accelerate; recipes run on one")
-    p.add_argument("--device", help="default: cuda")
+    p.add_argument("--device", help="default: cuda where there is one, else cpu")
     p.add_argument("--output", type=Path, metavar="PATH", help="write every figure as JSON")
     p.add_argument("--quiet", action="store_true", help="no progress, only the results")
     return p.parse_args(argv)

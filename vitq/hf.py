@@ -124,7 +124,7 @@ class VitqQuantizer(HfQuantizer):
         self._header = header = checked_header(folder)
         if type(model).__name__ != header["architecture"]:
             raise CheckpointError(f"{folder} holds a {header['architecture']} and was opened as a {type(model).__name__}: use "
-                                  "transformers.AutoModelForCausalLM, or the class itself")
+                                  "transformers.AutoModelForCausalLM, or the class itself, with the `architectures` that config.json had")
         _check_config(folder, header, model.config)
         for target, tied in model.all_tied_weights_keys.items():  # as transformers does after loading; what is tied stays in float
             replace(model, target, model.get_parameter(tied))

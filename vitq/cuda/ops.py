@@ -60,7 +60,7 @@ SCHEMAS = {
     # act(gate)·up or a norm, or neither -> leftᵀ·X·right of each row as a matrix X [A, B] -> dynamic codes, as `Kronecker.apply` and
     # `quantize_per_token` with `clip` have it. x float [M, K], with a gate [M, 2 K]; out int8 [M, K]; row_scale float32 [M]; with row_shift float32 [M]
     # asymmetric; weight, bias float32 [K]; left and right as layout.pack_transform makes them of A = left_size and B = right_size numbers, up to
-    # TRANSFORM_SIZE; clip float32 [2]. fragments: by the kernel of all chips, where this one has another.
+    # TRANSFORM_SIZE; clip float32 [2]. fragments: by kronecker.cu, where another kernel would take it.
     "transformed_rows": "(Tensor(a!) out, Tensor x, Tensor(b!) row_scale, *, Tensor(c!)? row_shift=None, str gate='', str norm='', "
                         "Tensor? weight=None, Tensor? bias=None, float eps=0.0, Tensor? left=None, Tensor? right=None, int left_size=0, "
                         "int right_size=0, Tensor? clip=None, int bits=8, bool fragments=False) -> ()",

@@ -82,7 +82,7 @@ class StaticCodedLayer(StaticLayer):
             self.lazy_initialization(key_states, value_states)
         batch, _, tokens, _ = key_states.shape
         if batch != self.batch_size:
-            other = "give another StaticCache" if self.codes == (None, None) else f"vitq.quantized_cache(model, max_length=…, batch_size={batch})"
+            other = "give a new cache" if self.codes == (None, None) else f"vitq.quantized_cache(model, max_length=…, batch_size={batch})"
             raise ValueError(f"the cache is of {self.batch_size} sequences, and {batch} came: {other}")
         for rows, new, codes in zip((self.keys, self.values), (key_states, value_states), self.codes):
             if codes is None and rows.dtype != new.dtype:

@@ -588,7 +588,7 @@ int launch_prompt(const VitqAppendRows& a, cudaStream_t stream) {
   return launch_early(kernel, unsigned(std::min<int64_t>(pieces, blocks * gpu.processors)), 32 * TILE_WARPS, shared, stream, a);
 }
 
-// Heads of 64, 80, 96 and 128 numbers, all rows at multiples of 16 bytes.
+// More than a few tokens of heads of 64, 80, 96 and 128 numbers of 16 bits, all rows at multiples of 16 bytes; no matrix of queries without that of keys.
 template <class T>
 bool takes_prompt(const VitqAppendRows& a) {
   return sizeof(T) == 2 && a.tokens > FEW_TOKENS && (a.right || !a.inverse) && (a.dim == 64 || a.dim == 80 || a.dim == 96 || a.dim == 128) && aligned<T>(a, 8);

@@ -11,7 +11,7 @@ struct TransformedLaunch {
   float qmin, qmax, inverse_columns;
   bool eights;       // x can be read 16 bytes at a time, and rows of X hold whole groups of eight
   bool words;        // codes can be written four at a time
-  // kronecker.cu and kronecker_sm90.cu
+  // kronecker.cu, kronecker_left.cu and kronecker_sm90.cu
   Divisor by_row;    // vectors of a row of X
   bool fours;        // kronecker_sm90.cu: vectors are of four numbers, since rows of X hold an odd number of these
   int32_t rows, columns, right_tiles, left_tiles;  // of X; steps of 16 of the first and the second product's sums
@@ -21,7 +21,7 @@ struct TransformedLaunch {
   int32_t staged, stages, stage_bytes;  // rows to come, from a token's place on; 0 stages where there is no room
   // Whether a team works on what the stages happen to hold, and writes nothing, before it waits for the kernels before. Of few rows each is on a multiprocessor that
   // has not seen the kernel's instructions for long, and weights have driven them from the L2: for a token of Llama-2-7B norms with 64 x 64 took 5.0 us after what
-  // was before them and take 4.2, the input of o_proj 6.3 and 4.8 (H200). A gate comes after the largest product, whose blocks leave no room to start early: it
+  // was before them and take 4.2 (H200). A gate comes after the largest product, whose blocks leave no room to start early: it
   // took 6.7 us, and 9.8 with a rehearsal. Where kernels do not start early there is no time for one.
   bool rehearses;
 };

@@ -197,7 +197,7 @@ typedef struct {
   int8_t* out;           // [m, columns]
   int64_t out_stride;
   float *row_scale, *row_shift;  // [m], as in VitqRows; row_shift may be null
-  int32_t fragments;     // by the kernel of all chips, where this one has another (for tests)
+  int32_t fragments;     // by kronecker.cu, where another kernel would take it (for tests)
 } VitqTransformedRows;
 
 #define VITQ_TRANSFORM_SIZE 256
@@ -212,7 +212,7 @@ typedef struct {
   void* rows;
   int64_t strides[3];
   int32_t bits, symmetric;
-  int32_t aligned;               // rows and the first two strides by 16 bytes
+  int32_t aligned;               // rows and the first two strides by 16 bytes, of floats the third as well
 } VitqCacheRows;
 
 // New keys and values to the rows behind those that are there, row state[0] + t of token t. k, v and q by strides of b, head and token, in elements.
@@ -233,7 +233,7 @@ typedef struct {
   void* q_out;                   // [batch, tokens, query_heads, dim] contiguous
   // The numbers that the new rows stand for, [batch, heads, tokens, dim] contiguous, or null; with out_before k_out is of k as it was rotated, before the rest;
   // with out_turned k_out is multiplied by `inverse` transposed, and q is not multiplied, which comes to the same: of more than 8 tokens in 16 bits, dim 64, 80,
-  // 96 or 128, all rows at multiples of 16 bytes.
+  // 96 or 128, all rows of k, v, q, cos, sin and of what is written beside the cache at multiples of 16 bytes.
   void *k_out, *v_out;
   int32_t out_before, out_turned, advance;
   int32_t paired;                // the library's own
