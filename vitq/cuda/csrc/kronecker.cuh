@@ -68,19 +68,12 @@ inline int start_teams(void (*kernel)(TransformedLaunch), const TransformedLaunc
   return launch_early(kernel, unsigned(blocks), 32 * p.warps * p.groups, p.scratch + TEAM_BYTES * p.groups, stream, p);
 }
 
-// Runs f(tiles, as a constant), of 1 to 8.
-template <class F>
+// Runs f(tiles, as a constant), of 1 to MOST.
+template <int MOST = 8, int TILES = 1, class F>
 int with_tiles(int tiles, const F& f) {
-  switch (tiles) {
-    case 1: return f(std::integral_constant<int, 1>{});
-    case 2: return f(std::integral_constant<int, 2>{});
-    case 3: return f(std::integral_constant<int, 3>{});
-    case 4: return f(std::integral_constant<int, 4>{});
-    case 5: return f(std::integral_constant<int, 5>{});
-    case 6: return f(std::integral_constant<int, 6>{});
-    case 7: return f(std::integral_constant<int, 7>{});
-    default: return f(std::integral_constant<int, 8>{});
-  }
+  if constexpr (TILES < MOST)
+    if (tiles != TILES) return with_tiles<MOST, TILES + 1>(tiles, f);
+  return f(std::integral_constant<int, TILES>{});
 }
 
 }  // namespace vitq

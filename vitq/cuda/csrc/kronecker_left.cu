@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) kronecker_left_kernel(const _
   if (threadIdx.x == 0) store_range(p, blockIdx.x, range);
 
   uint8_t* const out = reinterpret_cast<uint8_t*>(a.out) + int64_t(blockIdx.x) * a.out_stride + g * p.columns + column;
-  const auto store = [&](auto code) {
+  with_rounded_codes(p, range, [&](auto code) {
 #pragma unroll
     for (int i = 0; i < TILES; ++i)
 #pragma unroll
@@ -92,10 +92,7 @@ __global__ void __launch_bounds__(32 * MOST_WARPS) kronecker_left_kernel(const _
         const uint2 both = make_uint2(word(2 * h), word(2 * h + 1));
         if (there(i, h)) *reinterpret_cast<uint2*>(out + (16 * i + 8 * h) * p.columns) = both;
       }
-  };
-  // Sums are rounded, so that a rounded quotient makes no difference in kind: one multiplication in place of an exact division.
-  if (a.row_shift) store([&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); });
-  else store([&](float x) { return fmaf(fminf(fmaxf(x, range.low), range.high), range.s.inverse, MAGIC); });
+  });
 }
 
 }  // namespace
@@ -105,16 +102,10 @@ int launch_kronecker_left(const TransformedLaunch& p, cudaStream_t stream) {
   if (a.right || a.gate || a.norm || a.x_dtype == VITQ_F32 || p.left_tiles > MOST_TILES || p.columns > 32 * MOST_WARPS) return VITQ_UNSUPPORTED;
   if (!p.eights || uintptr_t(a.out) % 8 != 0 || a.out_stride % 8 != 0) return VITQ_UNSUPPORTED;
   const int threads = 32 * ((p.columns + 31) / 32);
-  const auto start = [&](auto tiles) {
+  return with_tiles<MOST_TILES>(p.left_tiles, [&](auto tiles) {
     constexpr int TILES = decltype(tiles)::value;
     return launch_early(a.x_dtype == VITQ_F16 ? kronecker_left_kernel<TILES, __half> : kronecker_left_kernel<TILES, __nv_bfloat16>, unsigned(a.m), threads, 0, stream, p);
-  };
-  switch (p.left_tiles) {
-    case 1: return start(std::integral_constant<int, 1>{});
-    case 2: return start(std::integral_constant<int, 2>{});
-    case 3: return start(std::integral_constant<int, 3>{});
-    default: return start(std::integral_constant<int, 4>{});
-  }
+  });
 }
 
 }  // namespace vitq

@@ -237,17 +237,14 @@ __global__ void __launch_bounds__(32 * most_warps(TILES), 1) kronecker_sm90_kern
     const int odd = g % 2, column = 16 * strip + 4 * (g / 2), first = 2 * t + odd;
     const int end = real && column < p.columns ? p.rows - first : 0;  // of this thread's rows, from its first on
     uint8_t* const out = reinterpret_cast<uint8_t*>(a.out) + int64_t(token) * a.out_stride + (first * p.columns + column);
-    const auto store = [&](auto code) {
+    with_rounded_codes(p, range, [&](auto code) {
 #pragma unroll
       for (int j = 0; j < 2 * TILES; ++j) {
         const uint32_t own = pack_codes(code(y[4 * j]), code(y[4 * j + 2]), code(y[4 * j + 1]), code(y[4 * j + 3]));
         const uint32_t word = __byte_perm(own, __shfl_xor_sync(0xFFFFFFFFu, own, 4), odd ? 0x3276 : 0x5410);
         if (8 * j < end) *reinterpret_cast<uint32_t*>(out + 8 * j * p.columns) = word;
       }
-    };
-    // Sums are rounded, so that a rounded quotient makes no difference in kind: one multiplication in place of an exact division.
-    if (a.row_shift) store([&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); });
-    else store([&](float x) { return fmaf(fminf(fmaxf(x, range.low), range.high), range.s.inverse, MAGIC); });
+    });
     if (real) token += stride;
     else real = true, begin();
   }

@@ -166,4 +166,12 @@ __device__ __forceinline__ void store_range(const TransformedLaunch& p, unsigned
 
 __device__ __forceinline__ float clamped(float x, const ClippedRange& r) { return fminf(fmaxf(__fsub_rn(x, r.start), r.low), r.high); }
 
+// store(f), where f(x) is the code of x by a rounded quotient: one multiplication in place of an exact division, which makes no difference in kind where x is a sum
+// that was rounded itself.
+template <class Store>
+__device__ __forceinline__ void with_rounded_codes(const TransformedLaunch& p, const ClippedRange& range, const Store& store) {
+  if (p.a.row_shift) store([&](float x) { return fmaf(clamped(x, range), range.s.inverse, range.magic); });
+  else store([&](float x) { return fmaf(fminf(fmaxf(x, range.low), range.high), range.s.inverse, MAGIC); });
+}
+
 }  // namespace vitq
